@@ -1,0 +1,343 @@
+"""Results on disk: written whole or not at all, and in the form in which people look at them.
+
+Every file is written under a temporary name beside its place and then renamed, so that whoever
+finds a file finds all of it. Pictures are uint8 (H, W, 3).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from guided_diffusion import UserError
+
+ROWS_PER_PAGE = 100
+_LARGE_PAGE = 8  # from so many images on, the tiles of an overview are small
+_MOST_SAMPLES = 8
+_FRAMES_PER_LINE = 12
+_GAP, _BORDER = 2, 10
+_PAPER, _INK = (255, 255, 255), (40, 40, 40)
+
+# Pillow's own font has no Chinese, Japanese or Korean; these come with the usual systems.
+_WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "msyh.ttc", "PingFang.ttc")
+
+
+# ---- whole files -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its name when the block ends well.
+
+    The folder is made if need be. The block must create the file, and must say its format where
+    a writer would guess it from the suffix. After an exception, Ctrl-C included, the temporary
+    file is removed and what stood at ``path`` is untouched. Raises ``UserError`` naming ``path``
+    when the system refuses (disk full, no permission, read-only).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary, os.O_RDWR)
+        temporary.replace(path)
+        with contextlib.suppress(OSError):  # not every file system can sync a folder
+            _sync(path.parent, os.O_RDONLY)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot be written: {reason}", path=path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text_atomic(path: str | os.PathLike, text: str) -> None:
+    """Write ``text`` as UTF-8, whole or not at all; raises ``UserError`` as ``atomic_path``."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))
+
+
+def write_png(path: str | os.PathLike, array_u8: np.ndarray) -> None:
+    """Write a picture, uint8 (H, W, 3), whole or not at all; raises as ``atomic_path``."""
+    image = _as_image(array_u8)
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def _as_image(array_u8: np.ndarray) -> Image.Image:
+    if array_u8.dtype != np.uint8 or array_u8.ndim != 3 or array_u8.shape[2] != 3:
+        raise ValueError(f"not uint8 (H, W, 3): {array_u8.dtype} {array_u8.shape}")
+    return Image.fromarray(np.ascontiguousarray(array_u8))
+
+
+# ---- results -----------------------------------------------------------------------------------
+
+
+def to_uint8(x: torch.Tensor) -> np.ndarray:
+    """Turn (N, 3, H, W) in [-1, 1] into pictures, uint8 (N, H, W, 3), by rounding to nearest.
+
+    Values outside are clamped. The work is done where ``x`` lies; only bytes are copied.
+    """
+    levels = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def masked_u8(gt_u8: np.ndarray, mask_u8: np.ndarray) -> np.ndarray:
+    """Black out what is generated: m·gt - (1-m) in [-1, 1], a mask's soft values included."""
+    # In levels of 0 to 255 the formula is m·gt: exact in integers, rounded to nearest.
+    product = gt_u8.astype(np.uint32) * mask_u8
+    return ((product * 2 + 255) // 510).astype(np.uint8)
+
+
+def result_path(folder: str | os.PathLike, name: str) -> Path:
+    """Join folder and file name; raises ``UserError`` if the name could lead anywhere else."""
+    if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
+        raise UserError("a result's file name must be a plain name", path=folder, got=repr(name))
+    return Path(folder) / name
+
+
+def write_result(
+    folders: Mapping[str, str | None],
+    name: str,
+    sample: np.ndarray,
+    gt_u8: np.ndarray,
+    mask_u8: np.ndarray,
+    *,
+    sample_name: str | None = None,
+) -> list[Path]:
+    """Write one result into its folders and return the paths, the inpainted picture's last.
+
+    ``folders`` maps srs (inpainted), lrs (ground truth with its hole), gts (ground truth; may be
+    missing or None) and gt_keep_masks. All pictures are uint8 (S, S, 3); ground truth and mask
+    are written as they are. ``sample_name`` is the inpainted picture's name where an image has
+    several. The inpainted picture comes last: where it exists, the others do.
+    Raises ``UserError`` as ``atomic_path`` and ``result_path``.
+    """
+    pictures = [
+        (folders["gt_keep_masks"], name, mask_u8),
+        (folders.get("gts"), name, gt_u8),
+        (folders["lrs"], name, masked_u8(gt_u8, mask_u8)),
+        (folders["srs"], sample_name or name, sample),
+    ]
+    written = [
+        (result_path(folder, file_name), pixels) for folder, file_name, pixels in pictures if folder
+    ]
+    for path, pixels in written:
+        write_png(path, pixels)
+    return [path for path, _ in written]
+
+
+# ---- overview ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class OverviewRow:
+    """One image of an overview: its name, the masked input, its samples and, if kept, the truth."""
+
+    name: str
+    masked: np.ndarray
+    samples: Sequence[np.ndarray]
+    gt: np.ndarray | None
+
+
+def finished_rows(
+    folders: Mapping[str, str | None], results: Iterable[tuple[str, Sequence[str]]]
+) -> Iterator[OverviewRow]:
+    """Read rows back from the result folders, those of earlier runs included.
+
+    ``results`` gives (name, names of its samples); what is not there (yet) is passed over.
+    """
+    for name, names in results:
+        masked = _read_back(folders["lrs"], name)
+        samples = [_read_back(folders["srs"], sample) for sample in names[:_MOST_SAMPLES]]
+        samples = [sample for sample in samples if sample is not None]
+        if masked is not None and samples:
+            yield OverviewRow(name, masked, samples, _read_back(folders.get("gts"), name))
+
+
+def _read_back(folder: str | None, name: str) -> np.ndarray | None:
+    if not folder:
+        return None
+    try:
+        with Image.open(result_path(folder, name), formats=("PNG",)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError):  # absent, or somebody else's file under this name
+        return None
+
+
+def write_overview(path: str | os.PathLike, rows: Iterable[OverviewRow]) -> list[Path]:
+    """Write ``overview`` pages of up to ``ROWS_PER_PAGE`` images: x.png, x_2.png, x_3.png, ….
+
+    Rows may come from a generator: one page is held in memory. Returns the paths.
+    """
+    path, rows, written = Path(path), iter(rows), []
+    while page := list(islice(rows, ROWS_PER_PAGE)):
+        number = len(written) + 1
+        target = path if number == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
+        write_png(target, np.asarray(overview(page)))
+        written.append(target)
+    return written
+
+
+def overview(rows: Sequence[OverviewRow]) -> Image.Image:
+    """Draw a contact sheet: for each image the masked input, its samples and the ground truth.
+
+    The name stands below. Rows stand in as many columns as make the sheet about square. Tiles
+    have the pictures' own side up to 256 pixels, 128 from nine images on; at most eight samples
+    of an image are shown.
+    """
+    if not rows:
+        raise ValueError("an overview needs at least one image")
+    most = 128 if len(rows) > _LARGE_PAGE else 256
+    side = min(most, max(rows[0].masked.shape[:2]))
+    count = max(min(len(row.samples), _MOST_SAMPLES) for row in rows) + 2
+    width, height = count * (side + _GAP) - _GAP, side + _label_height(side)
+    columns = min(len(rows), max(1, round(math.sqrt(len(rows) * height / width))))
+    lines = math.ceil(len(rows) / columns)
+    sheet = Image.new(
+        "RGB",
+        (columns * (width + _BORDER) + _BORDER, lines * (height + _BORDER) + _BORDER),
+        _PAPER,
+    )
+    for index, row in enumerate(rows):
+        left = _BORDER + index % columns * (width + _BORDER)
+        top = _BORDER + index // columns * (height + _BORDER)
+        tiles = [row.masked, *row.samples[:_MOST_SAMPLES]]
+        tiles += [] if row.gt is None else [row.gt]
+        for place, tile in enumerate(tiles):
+            sheet.paste(_fit(tile, side), (left + place * (side + _GAP), top))
+        _write_label(sheet, row.name, left, top + side, width, side)
+    return sheet
+
+
+# ---- the process -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessFrame:
+    """One moment of the reverse process: time ``t``, the noisy picture and the predicted x_0."""
+
+    t: int
+    x: np.ndarray
+    pred_xstart: np.ndarray
+
+
+def film_strip(frames: Sequence[ProcessFrame], *, tile: int = 128) -> Image.Image:
+    """Draw the process from left to right: x_t above, predicted x_0 below, and the time.
+
+    A picture's longer side is at most ``tile`` pixels; twelve frames stand in a line.
+    """
+    cells = [_frame_image(frame, tile) for frame in frames]
+    columns = min(len(cells), _FRAMES_PER_LINE)
+    lines = math.ceil(len(cells) / columns)
+    width, height = cells[0].width + _GAP, cells[0].height + _GAP
+    strip = Image.new("RGB", (columns * width - _GAP, lines * height - _GAP), _PAPER)
+    for index, cell in enumerate(cells):
+        strip.paste(cell, (index % columns * width, index // columns * height))
+    return strip
+
+
+def write_film_strip(path: str | os.PathLike, frames: Sequence[ProcessFrame]) -> None:
+    """Write ``film_strip`` as a PNG; raises ``UserError`` as ``atomic_path``."""
+    write_png(path, np.asarray(film_strip(frames)))
+
+
+def write_gif(
+    path: str | os.PathLike,
+    frames: Sequence[ProcessFrame],
+    *,
+    seconds: float = 6.0,
+    tile: int = 256,
+) -> None:
+    """Write the process as a GIF of about ``seconds``, repeated for ever; the last frame stays.
+
+    x_t above, predicted x_0 below, and the time. Raises ``UserError`` as ``atomic_path``.
+    """
+    pages = [_frame_image(frame, tile).quantize(256) for frame in frames]
+    each = max(20, round(seconds * 1000 / len(pages)))  # viewers slow down what is below 20 ms
+    durations = [each] * (len(pages) - 1) + [2000]
+    with atomic_path(path) as temporary:
+        pages[0].save(
+            temporary,
+            format="GIF",
+            save_all=True,
+            append_images=pages[1:],
+            duration=durations,
+            loop=0,
+        )
+
+
+def montage(pictures: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Lay (N, H, W, 3) pictures out as one, in rows of ``columns`` (default: one row)."""
+    count, height, width, channels = pictures.shape
+    columns = columns or count
+    lines = math.ceil(count / columns)
+    blank = np.full((lines * columns - count, height, width, channels), 255, pictures.dtype)
+    grid = np.concatenate([pictures, blank]).reshape(lines, columns, height, width, channels)
+    return grid.swapaxes(1, 2).reshape(lines * height, columns * width, channels)
+
+
+def _frame_image(frame: ProcessFrame, tile: int) -> Image.Image:
+    x, pred_xstart = _fit(frame.x, tile), _fit(frame.pred_xstart, tile)
+    page = Image.new("RGB", (x.width, 2 * x.height + _GAP + _label_height(x.width)), _PAPER)
+    page.paste(x, (0, 0))
+    page.paste(pred_xstart, (0, x.height + _GAP))
+    _write_label(page, f"t={frame.t}", 0, 2 * x.height + _GAP, x.width, x.width)
+    return page
+
+
+# ---- drawing -----------------------------------------------------------------------------------
+
+
+def _fit(pixels: np.ndarray, most: int) -> Image.Image:
+    """Scale down so that the longer side is at most ``most`` pixels; never up."""
+    image = _as_image(pixels)
+    scale = min(1.0, most / max(image.size))
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image if size == image.size else image.resize(size, Image.Resampling.BOX)
+
+
+def _font_size(side: int) -> int:
+    return max(10, min(14, side // 8))
+
+
+def _label_height(side: int) -> int:
+    return _font_size(side) + 6
+
+
+@functools.lru_cache(maxsize=8)
+def _font(size: int, wide: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    for file_name in _WIDE_FONTS if wide else ():
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(file_name, size)
+    return ImageFont.load_default(size)
+
+
+def _write_label(sheet: Image.Image, text: str, left: int, top: int, width: int, side: int) -> None:
+    """Write one line in the band below the tiles, its middle left out where it is too long."""
+    text = "".join(sign if sign.isprintable() else "?" for sign in text)
+    font = _font(_font_size(side), any(ord(sign) > 0x2E7F for sign in text))
+    if not isinstance(font, ImageFont.FreeTypeFont):  # without FreeType: Latin-1 only
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    draw, shown, keep = ImageDraw.Draw(sheet), text, len(text)
+    while keep > 2 and draw.textlength(shown, font) > width:
+        keep -= 1
+        shown = f"{text[: (keep + 1) // 2]}..{text[len(text) - keep // 2 :]}"
+    draw.text((left, top + 2), shown, fill=_INK, font=font)
