@@ -7,6 +7,7 @@ finds a file finds all of it. Pictures are uint8 (H, W, 3).
 import contextlib
 import dataclasses
 import functools
+import io
 import math
 import os
 import secrets
@@ -79,6 +80,32 @@ def write_png(path: str | os.PathLike, array_u8: np.ndarray) -> None:
     image = _as_image(array_u8)
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+def write_checkpoint(path: str | os.PathLike, state: object) -> None:
+    """Write what ``torch.save`` can, whole or not at all; raises as ``atomic_path``."""
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        refusals: list[OSError] = []
+        try:
+            torch.save(state, _Noting(stream, refusals))
+        except RuntimeError:  # torch's writer hides the system's refusal behind its own exception
+            if refusals:
+                raise refusals[0] from None
+            raise
+
+
+class _Noting(io.RawIOBase):
+    """A file that notes the exceptions of its writes before passing them on."""
+
+    def __init__(self, stream: io.BufferedWriter, refusals: list[OSError]) -> None:
+        self._stream, self._refusals = stream, refusals
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self._refusals.append(error)
+            raise
 
 
 def _as_image(array_u8: np.ndarray) -> Image.Image:
@@ -200,15 +227,22 @@ def overview(rows: Sequence[OverviewRow]) -> Image.Image:
     """Draw a contact sheet: for each image the masked input, its samples and the ground truth.
 
     The name stands below. Rows stand in as many columns as make the sheet about square. Tiles
-    have the pictures' own side up to 256 pixels, 128 from nine images on; at most eight samples
-    of an image are shown.
+    are up to 256 pixels wide, 128 from nine images on; at most eight samples of an image are shown.
     """
     if not rows:
         raise ValueError("an overview needs at least one image")
     most = 128 if len(rows) > _LARGE_PAGE else 256
-    side = min(most, max(rows[0].masked.shape[:2]))
-    count = max(min(len(row.samples), _MOST_SAMPLES) for row in rows) + 2
-    width, height = count * (side + _GAP) - _GAP, side + _label_height(side)
+    tiles = [
+        [
+            _fit(tile, most)
+            for tile in (row.masked, *row.samples[:_MOST_SAMPLES], row.gt)
+            if tile is not None
+        ]
+        for row in rows
+    ]
+    side = max(max(tile.size) for row in tiles for tile in row)
+    width = max(map(len, tiles)) * (side + _GAP) - _GAP
+    height = side + _label_height(side)
     columns = min(len(rows), max(1, round(math.sqrt(len(rows) * height / width))))
     lines = math.ceil(len(rows) / columns)
     sheet = Image.new(
@@ -219,10 +253,8 @@ def overview(rows: Sequence[OverviewRow]) -> Image.Image:
     for index, row in enumerate(rows):
         left = _BORDER + index % columns * (width + _BORDER)
         top = _BORDER + index // columns * (height + _BORDER)
-        tiles = [row.masked, *row.samples[:_MOST_SAMPLES]]
-        tiles += [] if row.gt is None else [row.gt]
-        for place, tile in enumerate(tiles):
-            sheet.paste(_fit(tile, side), (left + place * (side + _GAP), top))
+        for place, tile in enumerate(tiles[index]):
+            sheet.paste(tile, (left + place * (side + _GAP), top))
         _write_label(sheet, row.name, left, top + side, width, side)
     return sheet
 
@@ -242,7 +274,8 @@ class ProcessFrame:
 def film_strip(frames: Sequence[ProcessFrame], *, tile: int = 128) -> Image.Image:
     """Draw the process from left to right: x_t above, predicted x_0 below, and the time.
 
-    A picture's longer side is at most ``tile`` pixels; twelve frames stand in a line.
+    All pictures have one shape; the longer side becomes ``tile`` pixels or somewhat less. Twelve
+    frames stand in a line.
     """
     cells = [_frame_image(frame, tile) for frame in frames]
     columns = min(len(cells), _FRAMES_PER_LINE)
@@ -254,9 +287,11 @@ def film_strip(frames: Sequence[ProcessFrame], *, tile: int = 128) -> Image.Imag
     return strip
 
 
-def write_film_strip(path: str | os.PathLike, frames: Sequence[ProcessFrame]) -> None:
+def write_film_strip(
+    path: str | os.PathLike, frames: Sequence[ProcessFrame], *, tile: int = 128
+) -> None:
     """Write ``film_strip`` as a PNG; raises ``UserError`` as ``atomic_path``."""
-    write_png(path, np.asarray(film_strip(frames)))
+    write_png(path, np.asarray(film_strip(frames, tile=tile)))
 
 
 def write_gif(
@@ -307,11 +342,14 @@ def _frame_image(frame: ProcessFrame, tile: int) -> Image.Image:
 
 
 def _fit(pixels: np.ndarray, most: int) -> Image.Image:
-    """Scale down so that the longer side is at most ``most`` pixels; never up."""
+    """Scale to a longer side of at most ``most`` pixels; small pictures grow in whole pixels."""
     image = _as_image(pixels)
-    scale = min(1.0, most / max(image.size))
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image if size == image.size else image.resize(size, Image.Resampling.BOX)
+    longest = max(image.size)
+    if longest <= most:
+        times = most // longest
+        return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    size = [max(1, round(side * most / longest)) for side in image.size]
+    return image.resize((size[0], size[1]), Image.Resampling.BOX)
 
 
 def _font_size(side: int) -> int:
