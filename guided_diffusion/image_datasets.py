@@ -588,12 +588,12 @@ class TrainingImages:
 def split_by_name(names: Sequence[str], share: float) -> tuple[np.ndarray, np.ndarray]:
     """Split indices into (kept, held out), holding out ``share`` of them by a hash of the name.
 
-    With a share above 0 and at least two names, each side gets at least one.
+    With a share above 0 each side gets at least one of two or more; a single one is kept.
     """
     digests = [hashlib.sha256(os.fsencode(name)).digest()[:8] for name in names]
     places = np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
     out = places < share
-    if share > 0 and len(names) > 1:
+    if share > 0 and names:
         out[places.argmin()] = True
         out[places.argmax()] = False
     return np.flatnonzero(~out), np.flatnonzero(out)

@@ -1,0 +1,703 @@
+import builtins
+import os
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from guided_diffusion import UserError, masks
+from guided_diffusion import image_datasets as data
+
+GOLDEN = Path(__file__).parent / "golden"
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def picture(width=40, height=30, seed=0):
+    """A smooth coloured picture whose four corners differ, so that turning it shows."""
+    y, x = np.mgrid[0:height, 0:width]
+    rng = np.random.default_rng(seed)
+    planes = [255 * x / width, 255 * y / height, 255 * (x + y) / (width + height)]
+    return np.stack(planes, -1).astype(np.uint8) ^ rng.integers(0, 4, 3, dtype=np.uint8)
+
+
+def save(path, array=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = (
+        array
+        if isinstance(array, Image.Image)
+        else Image.fromarray(picture() if array is None else array)
+    )
+    image.save(path, **options)
+    return str(path)
+
+
+def pixels(path):
+    return np.asarray(data.read_rgb(str(path)))
+
+
+def folder_of(path, names):
+    for name in names:
+        save(path / name)
+    return str(path)
+
+
+# ---- golden ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_crops_equal_the_published_programs(number):
+    expected = np.load(GOLDEN / "crop" / "expect.npz")[str(number)]
+    crop = data.center_crop(data.read_rgb(str(GOLDEN / "crop" / f"{number}.png")), 64)
+    assert crop.dtype == np.uint8
+    assert np.array_equal(crop, expected)
+
+
+@pytest.mark.parametrize("run", ["plain", "guided"])
+def test_pairs_equal_the_published_programs(run):
+    expected = np.load(GOLDEN / run / "expect.npz")
+    pairs = data.pair_images(str(GOLDEN / run / "gt"), str(GOLDEN / run / "mask"))
+    assert len(pairs) == len(expected["gt_u8"])
+    for pair, gt_u8, mask_u8 in zip(pairs, expected["gt_u8"], expected["mask_u8"], strict=True):
+        gt, mask = data.load_pair(pair, gt_u8.shape[0])
+        assert np.array_equal(gt, gt_u8)
+        assert np.array_equal(mask, mask_u8)
+
+
+# ---- listing -----------------------------------------------------------------------------------
+
+
+def test_lists_recursively_any_case_sorted_by_the_whole_path(tmp_path):
+    names = ["b/x.PNG", "b-1.jpeg", "a.JPG", "b/c/d.gif", "名 前.png", "b.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "png").touch()
+    expected = sorted(f"{tmp_path}/{name}" for name in names)
+    assert expected[1] == f"{tmp_path}/b-1.jpeg"  # "-" < "." < "/": not folder by folder
+    assert data.list_images(str(tmp_path)) == expected
+
+
+def test_one_file_is_listed_whatever_its_suffix(tmp_path):
+    path = save(tmp_path / "photo.webp", format="PNG")
+    assert data.list_images(path) == [path]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    save(tmp_path / "real" / "x.png")
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "back").symlink_to(tmp_path)
+    found = [os.path.relpath(path, tmp_path) for path in data.list_images(str(tmp_path))]
+    assert found == ["linked/x.png", "real/x.png"]
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("absent", "no such file or folder"),
+        ("", "path is empty"),
+        ("a\0b", "null"),
+        (".", "no pic"),
+    ],
+)
+def test_nothing_to_list_is_told_in_one_line(tmp_path, monkeypatch, path, problem):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=problem) as caught:
+        data.list_images(path, key="gt_path")
+    assert "gt_path" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class FakeBlobs(types.ModuleType):
+    """A storage service with one folder, in the shape of blobfile's functions."""
+
+    def __init__(self, files):
+        super().__init__("blobfile")
+        self.files = files
+
+    def isdir(self, path):
+        return any(name.startswith(path.rstrip("/") + "/") for name in self.files)
+
+    def exists(self, path):
+        return path in self.files
+
+    def walk(self, top):
+        top = top.rstrip("/") + "/"
+        yield top, [], [name[len(top) :] for name in self.files if name.startswith(top)]
+
+    def BlobFile(self, path, mode):
+        assert mode == "rb"
+        return open(self.files[path], mode)  # noqa: PTH123
+
+
+def test_remote_paths_go_through_blobfile(tmp_path, monkeypatch):
+    one = save(tmp_path / "one.png")
+    blobs = FakeBlobs({"gs://b/p/2.png": one, "gs://b/p/1.JPG": one, "gs://b/p/x.txt": one})
+    monkeypatch.setitem(sys.modules, "blobfile", blobs)
+    assert data.list_images("gs://b/p/") == ["gs://b/p/1.JPG", "gs://b/p/2.png"]
+    pairs = data.pair_images("gs://b/p", "gs://b/p/2.png")
+    assert [(pair.name, pair.mask_path) for pair in pairs] == [
+        ("1.png", "gs://b/p/2.png"),
+        ("2.png", "gs://b/p/2.png"),
+    ]
+    assert np.array_equal(pixels("gs://b/p/2.png"), picture())
+    with pytest.raises(UserError, match="no such file"):
+        data.list_images("gs://b/other")
+
+
+def test_without_blobfile_remote_paths_say_what_to_install(monkeypatch):
+    real_import = builtins.__import__
+
+    def refuse(name, *rest):
+        if name == "blobfile":
+            raise ImportError(name)
+        return real_import(name, *rest)
+
+    monkeypatch.delitem(sys.modules, "blobfile", raising=False)
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(UserError, match="pip install blobfile"):
+        data.list_images("gs://b/p")
+
+
+# ---- pairing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("d/two.dots.name.png", "two.dots.name.png"),
+        ("d/a.JPG", "a.png"),
+        ("gs://b/c.d/e.gif", "e.png"),
+        ("d/.png", ".png"),
+        ("d.x/plain", "plain.png"),
+    ],
+)
+def test_a_result_has_its_inputs_name(path, name):
+    assert data.output_name(path) == name
+
+
+def test_pairs_by_position_with_offset_and_length(tmp_path):
+    gt = folder_of(tmp_path / "gt", ["a.png", "b.png", "c.png", "d.png"])
+    mask = folder_of(tmp_path / "mask", ["1.png", "2.png", "3.png", "4.png"])
+    pairs = data.pair_images(gt, mask, offset=1, max_len=2)
+    assert [(pair.index, pair.name, Path(pair.mask_path).name) for pair in pairs] == [
+        (1, "b.png", "2.png"),
+        (2, "c.png", "3.png"),
+    ]
+    assert len(data.pair_images(gt, mask, max_len=100)) == 4  # at most
+
+
+def test_one_mask_file_serves_all(tmp_path):
+    gt = folder_of(tmp_path / "gt", ["a.png", "b.png"])
+    mask = save(tmp_path / "m.png")
+    assert [pair.mask_path for pair in data.pair_images(gt, mask)] == [mask, mask]
+    assert len(data.pair_images(f"{gt}/a.png", mask)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [({"offset": 2}, "offset"), ({"offset": -1}, "offset"), ({"max_len": 0}, "max_len")],
+)
+def test_nothing_left_names_the_key(tmp_path, options, key):
+    gt = folder_of(tmp_path / "gt", ["a.png", "b.png"])
+    with pytest.raises(UserError) as caught:
+        data.pair_images(gt, gt, **options)
+    assert caught.value.key == key
+
+
+def test_different_numbers_are_both_told(tmp_path):
+    gt = folder_of(tmp_path / "gt", ["a.png", "b.png", "c.png"])
+    mask = folder_of(tmp_path / "mask", ["a.png", "b.png"])
+    with pytest.raises(UserError, match=r"expected 3 masks.*found 2") as caught:
+        data.pair_images(gt, mask)
+    assert caught.value.key == "mask_path"
+    # A folder with a single mask is not taken for a mask of all: that would hide a lost file.
+    one = folder_of(tmp_path / "one", ["a.png"])
+    with pytest.raises(UserError, match="found 1"):
+        data.pair_images(gt, one)
+
+
+def test_missing_mask_path_tells_the_families(tmp_path):
+    gt = folder_of(tmp_path / "gt", ["a.png"])
+    with pytest.raises(UserError, match=r"thikc.*mask_path.*thick") as caught:
+        data.pair_images(gt, "thikc")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "samples", "clash"),
+    [
+        (["a.jpg", "a.png"], 1, "a.png"),
+        (["one/a.png", "two/a.png"], 1, "a.png"),
+        (["a.png", "a_1.png"], 2, "a_1.png"),
+    ],
+)
+def test_colliding_results_name_both_inputs(tmp_path, names, samples, clash):
+    gt = folder_of(tmp_path / "gt", names)
+    mask = save(tmp_path / "m.png")
+    with pytest.raises(UserError) as caught:
+        data.pair_images(gt, mask, samples_per_image=samples)
+    for part in (*names, clash):
+        assert part in str(caught.value)
+
+
+def test_names_that_only_look_alike_do_not_collide(tmp_path):
+    gt = folder_of(tmp_path / "gt", ["a.png", "a_1.png", "a.b.png"])
+    assert len(data.pair_images(gt, save(tmp_path / "m.png"))) == 3
+
+
+def test_too_long_a_sample_name_is_found_before_the_run(tmp_path):
+    gt = folder_of(tmp_path / "gt", ["x" * 251 + ".png"])
+    mask = save(tmp_path / "m.png")
+    assert len(data.pair_images(gt, mask)) == 1
+    with pytest.raises(UserError, match="too long"):
+        data.pair_images(gt, mask, samples_per_image=2)
+
+
+def test_sample_names():
+    assert data.sample_names("a.b.png", 1) == ["a.b.png"]
+    assert data.sample_names("a.b.png", 3) == ["a.b_1.png", "a.b_2.png", "a.b_3.png"]
+
+
+def test_shifted_names_warn_once(tmp_path):
+    gt = folder_of(tmp_path / "gt", ["a.png", "b.png", "c.png"])
+    mask = folder_of(tmp_path / "mask", ["b.png", "c.png", "d.png"])
+    with pytest.warns(UserWarning, match="by sorted position") as caught:
+        data.pair_images(gt, mask)
+    assert len(caught) == 1
+    other = folder_of(tmp_path / "other", ["1.png", "2.png", "3.png"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.pair_images(gt, other)
+        data.pair_images(gt, gt)
+
+
+# ---- drawn masks -------------------------------------------------------------------------------
+
+
+def test_a_family_draws_masks_from_seed_and_index_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gt = folder_of(tmp_path / "gt", ["a.png", "b.png", "c.png"])
+    pairs = data.pair_images(gt, "thin")
+    later = data.pair_images(gt, "thin", offset=1)
+    state = torch.get_rng_state()
+    drawn = [data.load_mask(pair, 32, seed=3) for pair in pairs]
+    assert torch.equal(state, torch.get_rng_state())
+    assert drawn[0].shape == (32, 32, 3)
+    assert set(np.unique(drawn[0])) == {0, 255}
+    assert not np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], data.load_mask(pairs[0], 32, seed=4))
+    assert np.array_equal(drawn[1], data.load_mask(later[0], 32, seed=3))
+    expected = masks.make_mask("thin", 32, np.random.default_rng([3, 1]))
+    assert np.array_equal(drawn[1][:, :, 2], expected)
+
+
+def test_a_folder_called_like_a_family_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gt = folder_of(tmp_path / "gt", ["a.png"])
+    folder_of(tmp_path / "thick", ["m.png"])
+    assert data.pair_images(gt, "thick")[0].mask_path == "thick/m.png"
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    # What each value says about the stored picture, by EXIF 2.3: where row 0 and column 0 lie.
+    undo = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.swapaxes(0, 1),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+        8: lambda a: np.rot90(a, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(undo(picture()))
+    assert np.array_equal(pixels(save(tmp_path / "p.png", stored, exif=exif)), picture())
+    jpeg = pixels(save(tmp_path / "p.jpg", stored, exif=exif, quality=98)).astype(int)
+    assert np.abs(jpeg - picture()).mean() < 3
+
+
+def test_damaged_exif_does_not_spoil_a_picture(tmp_path):
+    path = save(tmp_path / "p.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12\0\0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert pixels(path).shape == (30, 40, 3)
+
+
+def test_cmyk_is_not_inverted(tmp_path):
+    image = Image.fromarray(picture()).convert("CMYK")
+    path = save(tmp_path / "p.jpg", image, quality=98)
+    assert b"Adobe" in Path(path).read_bytes()  # stored inverted, as Photoshop does
+    assert np.abs(pixels(path).astype(int) - picture()).mean() < 3
+
+
+def test_transparent_parts_are_black(tmp_path):
+    array = np.full((4, 4, 4), 200, np.uint8)
+    array[:, :, 3] = [0, 51, 102, 255]
+    expected = np.round(array[0, :, 3] / 255 * 200)
+    seen = pixels(save(tmp_path / "rgba.png", array))
+    assert np.abs(seen[0, :, 0] - expected).max() <= 1
+    seen = pixels(save(tmp_path / "la.png", Image.fromarray(array).convert("LA")))
+    assert np.abs(seen[0, :, 1] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["p.png", "p.gif"])
+def test_palette_and_its_transparency(tmp_path, name):
+    image = Image.new("P", (3, 2))
+    image.putpalette([*RED, *GREEN, *BLUE])
+    image.putdata([0, 1, 2, 2, 1, 0])
+    plain = pixels(save(tmp_path / name, image))
+    assert plain[0].tolist() == [list(RED), list(GREEN), list(BLUE)]
+    assert plain[1].tolist() == [list(BLUE), list(GREEN), list(RED)]
+    clear = pixels(save(tmp_path / f"t{name}", image, transparency=1))
+    assert clear[0].tolist() == [list(RED), [0, 0, 0], list(BLUE)]
+
+
+def test_colour_key_and_gray_key_are_transparent(tmp_path):
+    array = np.full((2, 2, 3), 90, np.uint8)
+    array[0, 0] = RED
+    seen = pixels(save(tmp_path / "rgb.png", array, transparency=RED))
+    assert seen[0, 0].tolist() == [0, 0, 0]
+    assert seen[1, 1].tolist() == [90, 90, 90]
+    seen = pixels(save(tmp_path / "l.png", array[:, :, 0], transparency=90))
+    assert seen[:, :, 0].tolist() == [[255, 0], [0, 0]]
+
+
+def test_the_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (5, 5), colour) for colour in (RED, GREEN)]
+    for name in ("p.gif", "p.png"):
+        path = save(tmp_path / name, frames[0], save_all=True, append_images=frames[1:])
+        assert pixels(path)[2, 2].tolist() == list(RED)
+
+
+def test_gray_and_one_bit(tmp_path):
+    gray = picture()[:, :, 0]
+    seen = pixels(save(tmp_path / "l.png", gray))
+    assert np.array_equal(seen, np.repeat(gray[:, :, None], 3, 2))
+    bits = Image.fromarray(gray > 99)
+    assert np.array_equal(pixels(save(tmp_path / "1.png", bits))[:, :, 0], (gray > 99) * 255)
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    deep = np.array([[0, 128, 257, 30000, 65535]], np.uint16)
+    expected = [[0, 0, 1, 117, 255]]
+    assert pixels(save(tmp_path / "p.png", deep))[:, :, 0].tolist() == expected
+    dark = np.array([[0, 257, 514]], np.uint16)  # a dark picture stays dark
+    assert pixels(save(tmp_path / "dark.png", dark))[:, :, 2].tolist() == [[0, 1, 2]]
+    whole = save(tmp_path / "i.png", Image.fromarray(deep.astype(np.int32)), format="TIFF")
+    assert pixels(whole)[:, :, 0].tolist() == expected
+    wide = Image.fromarray(np.array([[0, 2**30, 2**31 - 1]], np.int32))
+    assert pixels(save(tmp_path / "w.png", wide, format="TIFF"))[:, :, 0].tolist() == [
+        [0, 128, 255]
+    ]
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_float_gray_is_scaled(tmp_path, white):
+    floats = np.array([[0, 0.5, 1, np.nan]], np.float32) * white
+    path = save(tmp_path / "f.png", Image.fromarray(floats), format="TIFF")
+    assert pixels(path)[:, :, 0].tolist() == [[0, 128, 255, 0]]
+
+
+def test_content_counts_not_the_suffix(tmp_path):
+    path = save(tmp_path / "really.webp.jpg", format="WEBP", lossless=True)
+    assert np.array_equal(pixels(path), picture())
+
+
+def test_odd_names_are_read(tmp_path):
+    for name in ("two.dots.name.png", "名前 with space.PNG", "quote'\"$(x).png", "new\nline.png"):
+        assert np.array_equal(pixels(save(tmp_path / name, format="PNG")), picture())
+
+
+def make_truncated(path, **options):
+    save(path, picture(200, 200), **options)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "problem"),
+    [
+        ("half.jpg", make_truncated, "truncated"),
+        ("half.png", make_truncated, "cannot be read"),
+        ("half.gif", make_truncated, "cannot be read"),
+        ("empty.png", lambda path: path.touch(), "is empty"),
+        ("text.png", lambda path: path.write_text("hello\n"), "not a picture"),
+        ("post.png", lambda path: save(path, format="EPS"), "not a picture"),
+        ("folder.png", lambda path: path.mkdir(), "is a folder"),
+        ("pipe.png", os.mkfifo, "no regular file"),
+        ("dangling.png", lambda path: path.symlink_to("nowhere"), "link to a file"),
+        ("looped.png", lambda path: path.symlink_to(path.name), "cannot be read"),
+        ("absent.png", lambda path: None, "no such file"),
+    ],
+)
+def test_what_is_no_whole_picture_is_refused_by_name(tmp_path, name, make, problem):
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=problem) as caught:
+        data.read_rgb(str(tmp_path / name))
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if name != "absent.png":
+        assert data.list_images(str(tmp_path)) == [
+            str(tmp_path / name)
+        ]  # listed, so that it is found
+
+
+def test_no_permission_is_refused_by_name(tmp_path, monkeypatch):
+    path = save(tmp_path / "secret.png")
+
+    def refuse(self, *_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"secret\.png: cannot be read: Permission denied"):
+        data.read_rgb(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
+def test_unlistable_folder_is_refused_by_name(tmp_path):
+    inner = tmp_path / "inner"
+    inner.mkdir(mode=0)
+    with pytest.raises(UserError, match=r"inner.*Permission denied"):
+        data.list_images(str(tmp_path))
+    inner.chmod(0o700)
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_decompression_bombs_are_an_error_not_a_warning(tmp_path, monkeypatch, factor):
+    path = save(tmp_path / "bomb.png", Image.new("1", (100, factor * 10)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)  # Pillow itself warns at 900, errs at 1800
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserError, match=r"bomb\.png.*pixels"):
+            data.read_rgb(path)
+    assert Image.MAX_IMAGE_PIXELS == 900
+
+
+def test_a_narrow_strip_is_refused_before_it_is_enlarged(tmp_path):
+    path = save(tmp_path / "strip.png", Image.new("1", (100_000, 1)))
+    with pytest.raises(UserError, match=r"strip\.png.*narrow"):
+        data.load_crop(path, 256)
+
+
+def test_damaged_bytes_never_escape_as_anything_but_a_user_error(tmp_path):
+    rng = np.random.default_rng(0)
+    refused = 0
+    for name in ("p.png", "p.jpg", "p.gif", "p.webp"):
+        whole = bytearray(Path(save(tmp_path / name)).read_bytes())
+        for _ in range(60):
+            damaged = bytearray(whole)
+            for place in rng.integers(0, len(damaged), 4):
+                damaged[place] = rng.integers(256)
+            (tmp_path / "damaged.png").write_bytes(damaged)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    assert data.load_crop(str(tmp_path / "damaged.png"), 16).shape == (16, 16, 3)
+                except UserError:
+                    refused += 1
+    assert refused > 20
+
+
+# ---- cutting -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "height"), [(7, 5), (64, 64), (65, 64), (500, 70), (31, 999)])
+def test_a_crop_has_its_size_and_the_middle(width, height):
+    array = np.zeros((height, width, 3), np.uint8)
+    array[height // 2 - 1 : height // 2 + 2, width // 2 - 1 : width // 2 + 2] = 255
+    crop = data.center_crop(Image.fromarray(array), 64)
+    assert crop.shape == (64, 64, 3)
+    assert crop[29:35, 29:35].max() == crop.max() > 20
+
+
+def test_tensors_are_exact():
+    levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    image, mask = data.to_model_range(levels), data.mask_to_tensor(levels)
+    assert image.dtype == mask.dtype == torch.float32
+    assert image.shape == mask.shape == (3, 16, 16)
+    expected = levels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+    assert np.array_equal(mask.permute(1, 2, 0).numpy(), levels.astype(np.float32) / 255)
+    assert (mask.max(), image.min(), image.max()) == (1, -1, 1)
+
+
+def test_flip_mirrors_both_and_inversion_only_the_mask(tmp_path):
+    gt = save(tmp_path / "gt.png", picture(20, 20))
+    mask = save(tmp_path / "mask.png", picture(20, 20, seed=1))
+    (pair,) = data.pair_images(gt, mask)
+    image, keep = data.load_pair(pair, 20)
+    flipped, flipped_keep = data.load_pair(pair, 20, flip=True)
+    assert np.array_equal(flipped, image[:, ::-1])
+    assert np.array_equal(flipped_keep, keep[:, ::-1])
+    data.to_model_range(flipped)  # torch takes no negative strides
+    same, inverted = data.load_pair(pair, 20, invert_mask=True)
+    assert np.array_equal(same, image)
+    assert np.array_equal(inverted, 255 - keep)
+
+
+# ---- checking ----------------------------------------------------------------------------------
+
+
+def test_check_returns_the_share_of_generated_pixels(tmp_path):
+    gt = folder_of(tmp_path / "gt", ["a.png", "b.png"])
+    for name, known in (("1.png", 8), ("2.png", 24)):
+        mask = np.zeros((32, 32, 3), np.uint8)
+        mask[:known] = 255
+        save(tmp_path / "mask" / name, mask)
+    pairs = data.pair_images(gt, str(tmp_path / "mask"))
+    assert data.check_pairs(pairs, 32) == [0.75, 0.25]
+    assert data.check_pairs(pairs, 32, invert_mask=True) == [0.25, 0.75]
+    one = data.pair_images(gt, str(tmp_path / "mask" / "1.png"))
+    assert data.check_pairs(one, 32) == [0.75, 0.75]
+    drawn = data.check_pairs(data.pair_images(gt, "genhalf"), 32)
+    assert drawn == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("folder", ["gt", "mask"])
+def test_check_names_the_first_bad_file(tmp_path, folder):
+    names = [f"{number}.png" for number in range(9)]
+    gt, mask = folder_of(tmp_path / "gt", names), folder_of(tmp_path / "mask", names)
+    for bad in ("3.png", "7.png"):
+        (tmp_path / folder / bad).write_text("no")
+    with pytest.raises(UserError, match=f"{folder}/3.png"):
+        data.check_pairs(data.pair_images(gt, mask), 16)
+
+
+def test_check_names_a_bad_mask_that_serves_all(tmp_path):
+    gt = folder_of(tmp_path / "gt", ["a.png", "b.png"])
+    (tmp_path / "m.png").write_text("no")
+    with pytest.raises(UserError, match=r"m\.png"):
+        data.check_pairs(data.pair_images(gt, str(tmp_path / "m.png")), 16)
+
+
+@pytest.mark.parametrize(("level", "words"), [(255, "nothing to generate"), (0, "nothing known")])
+def test_check_warns_once_of_masks_without_effect(tmp_path, level, words):
+    gt = folder_of(tmp_path / "gt", ["a.png", "b.png", "c.png"])
+    mask = save(tmp_path / "m.png", np.full((9, 9, 3), level, np.uint8))
+    with pytest.warns(UserWarning, match=words) as caught:
+        data.check_pairs(data.pair_images(gt, mask), 16)
+    assert len(caught) == 1
+    assert "3 of 3" in str(caught[0].message)
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for number in range(6):
+        kind = "cat" if number % 2 else "ant"
+        save(tmp_path / "photos" / kind / f"{number}.png", picture(40 + number, 30, seed=number))
+    return str(tmp_path / "photos")
+
+
+def test_training_pictures_and_classes(photos):
+    images = data.TrainingImages(photos, 16, class_cond=True, random_flip=False)
+    assert len(images) == 6
+    assert images.class_names == ["ant", "cat"]
+    batch, labels = images.batch([5, 0, 5], np.random.default_rng(0))
+    assert batch.dtype == torch.uint8
+    assert batch.shape == (3, 3, 16, 16)
+    assert labels.tolist() == [1, 0, 1]
+    assert np.array_equal(batch[1].permute(1, 2, 0).numpy(), data.load_crop(images.paths[0], 16))
+    assert torch.equal(batch[0], batch[2])
+    assert data.TrainingImages(photos, 16).batch([0], np.random.default_rng(0))[1] is None
+
+
+def test_a_picture_outside_the_classes_is_named(photos):
+    save(Path(photos) / "stray.png")
+    with pytest.raises(UserError, match=r"stray\.png.*subfolder"):
+        data.TrainingImages(photos, 16, class_cond=True)
+
+
+@pytest.mark.parametrize("random_crop", [False, True])
+def test_batches_depend_on_the_generator_alone(photos, random_crop):
+    cached = data.TrainingImages(photos, 16, random_crop=random_crop)
+    uncached = data.TrainingImages(photos, 16, random_crop=random_crop, cache_bytes=0)
+    partly = data.TrainingImages(photos, 16, random_crop=random_crop, cache_bytes=3000)
+    batches = [
+        images.batch(np.array([3, 1, 4, 1]), np.random.default_rng([7, 2]))[0]
+        for images in (cached, cached, uncached, partly)
+    ]
+    assert all(torch.equal(batches[0], other) for other in batches[1:])
+    other = cached.batch([3] * 20, np.random.default_rng([7, 3]))[0]
+    again = cached.batch([3] * 20, np.random.default_rng([7, 4]))[0]
+    assert not torch.equal(other, again)
+
+
+def test_flips_are_half_of_all(photos):
+    images = data.TrainingImages(photos, 16)
+    batch, _ = images.batch([0] * 400, np.random.default_rng(0))
+    plain = torch.from_numpy(data.load_crop(images.paths[0], 16)).permute(2, 0, 1)
+    same = sum(torch.equal(one, plain) for one in batch)
+    mirrored = sum(torch.equal(one, plain.flip(2)) for one in batch)
+    assert same + mirrored == 400
+    assert 150 < same < 250
+
+
+def test_random_crops_show_between_four_fifths_and_all(tmp_path):
+    # Brightness grows evenly from left to right, so a crop's span tells its share of the picture.
+    ramp = np.repeat(np.linspace(0, 255, 320).astype(np.uint8)[None, :, None], 320, 0)
+    save(tmp_path / "r" / "ramp.png", np.repeat(ramp, 3, 2))
+    images = data.TrainingImages(str(tmp_path / "r"), 64, random_crop=True, random_flip=False)
+    batch, _ = images.batch([0] * 200, np.random.default_rng(0))
+    rows = batch[:, 0, 32].float()
+    spans = (rows[:, -1] - rows[:, 0]) / 255
+    assert 0.77 < spans.min() < 0.82
+    assert 0.95 < spans.max() <= 1
+    assert rows[:, 0].max() > 30  # the window moves
+
+
+def test_unreadable_training_pictures_are_named_at_once(photos):
+    (Path(photos) / "cat" / "bad.png").write_text("no")
+    with pytest.raises(UserError, match=r"cat/bad\.png"):
+        data.TrainingImages(photos, 16, cache_bytes=0)
+
+
+def test_small_training_pictures_are_counted_in_one_warning(photos):
+    save(Path(photos) / "tiny.png", picture(9, 7))
+    save(Path(photos) / "tiny2.png", picture(50, 7))
+    for random_crop in (False, True):
+        with pytest.warns(UserWarning, match="2 of 8 pictures are smaller") as caught:
+            images = data.TrainingImages(photos, 16, random_crop=random_crop)
+        assert len(caught) == 1
+        everything = images.batch(range(8), np.random.default_rng(0))[0]
+        assert everything.shape == (8, 3, 16, 16)
+
+
+def test_the_split_hangs_on_names_and_survives_additions():
+    names = [f"pictures/{number}.png" for number in range(2000)]
+    kept, out = data.split_by_name(names, 0.1)
+    assert sorted([*kept, *out]) == list(range(2000))
+    assert 150 < len(out) < 250
+    again = data.split_by_name(["new/a.png", *names], 0.1)[1]
+    assert {0, *out + 1} >= set(again) >= set(out + 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "sizes"),
+    [(5, 0.0, (5, 0)), (1, 0.5, (1, 0)), (2, 0.01, (1, 1)), (2, 1.0, (1, 1))],
+)
+def test_each_side_of_the_split_gets_something(count, share, sizes):
+    kept, out = data.split_by_name([f"{number}.png" for number in range(count)], share)
+    assert (len(kept), len(out)) == sizes
+
+
+def test_training_hides_what_is_held_out(photos):
+    images = data.TrainingImages(photos, 16, holdout=0.3)
+    names = [str(Path(path).relative_to(photos)) for path in images.paths]
+    expected = data.split_by_name(names, 0.3)
+    assert np.array_equal(images.train, expected[0])
+    assert np.array_equal(images.held_out, expected[1])
+    assert len(images.held_out) >= 1
