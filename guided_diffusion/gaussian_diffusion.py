@@ -1,0 +1,360 @@
+"""DENOISE, CONDITION, UNDO: the diffusion mathematics and RePaint's loop over the schedule.
+
+Everywhere here: images are float32 NCHW in [-1, 1]; a mask is 1 where the picture is known and 0
+where it is generated; ``t`` indexes the respaced chain, ``timestep_map[t]`` the original one.
+Tables are float64 and rounded to float32 once; the loop reads them as plain numbers, so a step
+costs no copy to the device and no synchronisation.
+
+Papers: DDPM (Ho et al. 2020), IDDPM (Nichol & Dhariwal 2021), DDIM (Song et al. 2021), ADM
+(Dhariwal & Nichol 2021), RePaint (Lugmayr et al. 2022).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+Tensor = torch.Tensor
+Coefficient = float | Tensor  # a table at one step, or at a batch of steps as (N, 1, 1, 1)
+
+
+def get_named_beta_schedule(noise_schedule: str, num_steps: int) -> np.ndarray:
+    """Return ``num_steps`` float64 betas: ``linear`` (DDPM section 4) or ``cosine`` (IDDPM eq. 17).
+
+    Linear betas are scaled so that chains of any length end at about the same noise. Raises
+    ValueError for another name.
+    """
+    if noise_schedule == "linear":
+        scale = 1000 / num_steps
+        return np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
+    if noise_schedule == "cosine":
+        u = np.arange(num_steps + 1, dtype=np.float64) / num_steps
+        alphas_cumprod = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0.999)
+    raise ValueError(f"expected linear or cosine, found {noise_schedule!r}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One transition of the loop, as seen from outside."""
+
+    t: int  # the level that ``x`` has now; -1 is finished
+    x: Tensor  # (N, 3, S, S)
+    pred_xstart: Tensor | None  # the network's idea of the finished picture; None for an undo
+
+
+class GaussianDiffusion:
+    """A chain of noise levels: its tables, RePaint's loop over it, and the training losses.
+
+    ``betas`` (float64) are those of the chain that is walked, ``timestep_map`` the original indices
+    under which the network knows its levels (default: the same). Raises ValueError where the chain
+    has fewer than two steps or a beta is outside (0, 1).
+    """
+
+    def __init__(
+        self,
+        betas: np.ndarray,
+        timestep_map: list[int] | None = None,
+        *,
+        learn_sigma: bool = True,  # the output's second half interpolates the log variance
+        predict_xstart: bool = False,  # the output is x_0 and not the noise
+        clip_denoised: bool = True,  # clip x_0 to [-1, 1] while sampling
+        time_scale: float = 1.0,  # the network sees timestep_map · time_scale
+        rescale_learned_sigmas: bool = False,  # training: weigh vb by chain length / 1000
+        use_kl: bool = False,  # training: the variational bound alone
+    ) -> None:
+        if len(betas) < 2:
+            raise ValueError(f"expected a chain of at least 2 steps, found {len(betas)}")
+        if not ((betas > 0) & (betas < 1)).all():
+            raise ValueError("expected every beta between 0 and 1")
+        self.learn_sigma, self.predict_xstart = learn_sigma, predict_xstart
+        self.clip_denoised, self.time_scale = clip_denoised, time_scale
+        self.rescale_learned_sigmas, self.use_kl = rescale_learned_sigmas, use_kl
+        self.num_timesteps = len(betas)
+        self.timestep_map = np.asarray(
+            range(len(betas)) if timestep_map is None else timestep_map, dtype=np.int64
+        )
+
+        self.betas = np.asarray(betas, dtype=np.float64)
+        self.alphas_cumprod = np.cumprod(1 - self.betas)
+        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - self.alphas_cumprod)
+        self.sqrt_recip_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod)
+        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod - 1)
+        self.sqrt_alphas_cumprod_prev = np.sqrt(self.alphas_cumprod_prev)
+        self.sqrt_one_minus_alphas_cumprod_prev = np.sqrt(1 - self.alphas_cumprod_prev)
+        self.sqrt_betas = np.sqrt(self.betas)
+        self.sqrt_alphas = np.sqrt(1 - self.betas)
+
+        # q(x_{t-1} | x_t, x_0): DDPM eqs. 6 and 7.
+        ratio = 1 / (1 - self.alphas_cumprod)
+        self.posterior_mean_coef1 = self.betas * self.sqrt_alphas_cumprod_prev * ratio
+        self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * self.sqrt_alphas * ratio
+        self.posterior_variance = self.betas * (1 - self.alphas_cumprod_prev) * ratio
+        # It vanishes at 0, where its log is taken from 1; so is a variance that is not learned.
+        at_1 = self.posterior_variance[1]
+        self.posterior_log_variance_clipped = np.log(np.append(at_1, self.posterior_variance[1:]))
+        self.fixed_large_log_variance = np.log(np.append(at_1, self.betas[1:]))
+        self.log_betas = np.log(self.betas)
+        self._numbers = {
+            name: table.astype(np.float32).tolist()
+            for name, table in vars(self).items()
+            if isinstance(table, np.ndarray) and table.dtype == np.float64
+        }
+
+    def _at(self, name: str, t: int | Tensor) -> Coefficient:
+        """Read the table ``name`` in float32 at one step, or at a batch of steps (N,)."""
+        if isinstance(t, int):
+            return self._numbers[name][t]
+        return torch.tensor(self._numbers[name], device=t.device)[t][:, None, None, None]
+
+    def network_times(self, device: torch.device) -> Tensor:
+        """Return what the network is told of each level: float32 or int64 (num_timesteps,)."""
+        times = torch.as_tensor(self.timestep_map, device=device)
+        return times if self.time_scale == 1 else times * self.time_scale
+
+    # --- the chain -------------------------------------------------------------------------------
+
+    def q_sample(self, x_start: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        """Return ``x_start`` at noise level ``t`` in one leap (DDPM eq. 4)."""
+        signal = self._at("sqrt_alphas_cumprod", t)
+        return signal * x_start + self._at("sqrt_one_minus_alphas_cumprod", t) * noise
+
+    def undo(self, x: Tensor, t: int, noise: Tensor) -> Tensor:
+        """Diffuse x_{t-1} forward to x_t again (DDPM eq. 2; RePaint, Algorithm 1 line 10)."""
+        return self._at("sqrt_alphas", t) * x + self._at("sqrt_betas", t) * noise
+
+    def q_posterior_mean(self, x_start: Tensor, x: Tensor, t: int | Tensor) -> Tensor:
+        """Return the mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
+        coef1, coef2 = self._at("posterior_mean_coef1", t), self._at("posterior_mean_coef2", t)
+        return coef1 * x_start + coef2 * x
+
+    def xstart_from_eps(self, x: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
+        """Return x_0 of which ``x`` is x_t with noise ``eps`` (DDPM eq. 4 solved for x_0)."""
+        scale = self._at("sqrt_recip_alphas_cumprod", t)
+        return scale * x - self._at("sqrt_recipm1_alphas_cumprod", t) * eps
+
+    def eps_from_xstart(self, x: Tensor, t: int | Tensor, x_start: Tensor) -> Tensor:
+        """Return the noise that leads from ``x_start`` to ``x`` (DDPM eq. 4 solved for eps)."""
+        scale = self._at("sqrt_recip_alphas_cumprod", t)
+        return (scale * x - x_start) / self._at("sqrt_recipm1_alphas_cumprod", t)
+
+    # --- what the network's output means ---------------------------------------------------------
+
+    def pred_xstart(self, output: Tensor, x: Tensor, t: int | Tensor, *, clip: bool) -> Tensor:
+        """Return the x_0 (N, 3, S, S) that the network's ``output`` (N, 3 or 6, S, S) implies."""
+        mean_part = output[:, : x.shape[1]]
+        x_start = mean_part if self.predict_xstart else self.xstart_from_eps(x, t, mean_part)
+        return x_start.clamp(-1, 1) if clip else x_start
+
+    def pred_log_variance(self, output: Tensor, t: int | Tensor) -> Coefficient:
+        """Return the log variance of p(x_{t-1} given x_t), learned (IDDPM eq. 15) or fixed."""
+        if not self.learn_sigma:
+            return self._at("fixed_large_log_variance", t)
+        fraction = (output[:, output.shape[1] // 2 :] + 1) / 2
+        upper, lower = self._at("log_betas", t), self._at("posterior_log_variance_clipped", t)
+        return fraction * upper + (1 - fraction) * lower
+
+    # --- sampling --------------------------------------------------------------------------------
+
+    def denoise(
+        self, output: Tensor, x: Tensor, t: int, noise: Tensor, gradient: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw x_{t-1} from p(· | x_t); return it and x_0 (RePaint, Algorithm 1 line 7).
+
+        ``gradient`` is a classifier's scaled one at ``x`` (ADM, Algorithm 1).
+        """
+        x_start = self.pred_xstart(output, x, t, clip=self.clip_denoised)
+        mean = self.q_posterior_mean(x_start, x, t)
+        log_variance = self.pred_log_variance(output, t)
+        if gradient is not None:
+            mean = mean + _exp(log_variance) * gradient
+        if t == 0:  # the last step adds no noise
+            return mean, x_start
+        return mean + _exp(0.5 * log_variance) * noise, x_start
+
+    def denoise_ddim(
+        self, output: Tensor, x: Tensor, t: int, gradient: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Step to x_{t-1} without noise; return it and x_0 (DDIM eq. 12; ADM, Algorithm 2)."""
+        x_start = self.pred_xstart(output, x, t, clip=self.clip_denoised)
+        eps = self.eps_from_xstart(x, t, x_start)
+        if gradient is not None:
+            eps = eps - self._at("sqrt_one_minus_alphas_cumprod", t) * gradient
+            x_start = self.xstart_from_eps(x, t, eps)
+        direction = self._at("sqrt_one_minus_alphas_cumprod_prev", t) * eps
+        return self._at("sqrt_alphas_cumprod_prev", t) * x_start + direction, x_start
+
+    def forward_trajectory(
+        self, gt: Tensor, draw_noise: Callable[[], Tensor], last: int
+    ) -> list[Tensor]:
+        """Return z_0 … z_last of one forward walk from ``gt``; draws the whole chain's noise."""
+        trajectory, z = [], gt
+        for t in range(self.num_timesteps):
+            noise = draw_noise()
+            if t <= last:
+                z = self.undo(z, t, noise)
+                trajectory.append(z)
+        return trajectory
+
+    def check_times(self, times: list[int], inpa_inj_time_shift: int = 1) -> None:
+        """Raise ValueError where the walk ``times`` or its undos leave the chain."""
+        if max(times) >= self.num_timesteps:
+            raise ValueError(f"the walk starts above a chain of {self.num_timesteps} steps")
+        shifted = [t + inpa_inj_time_shift for t, t_next in pairwise(times) if t_next > t]
+        if shifted and not (min(shifted) >= 0 and max(shifted) < self.num_timesteps):
+            raise ValueError(f"undo would use steps {min(shifted)} to {max(shifted)} of the chain")
+
+    def repaint(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        gt: Tensor,
+        gt_keep_mask: Tensor,
+        times: list[int],
+        draw_noise: Callable[[], Tensor],
+        *,
+        cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        use_ddim: bool = False,
+        inpa_inj_sched_prev: bool = True,  # condition on the known pixels at all
+        inpa_inj_sched_prev_cumnoise: bool = False,  # their noise is one walk, not drawn anew
+        inpa_inj_time_shift: int = 1,
+    ) -> Iterator[Step]:
+        """Walk ``times`` from noise to a picture that continues ``gt`` (RePaint, Algorithm 1).
+
+        ``gt`` and ``gt_keep_mask`` are (N, 3, S, S); ``times`` ends at -1 and its neighbours differ
+        by one; ``model`` and ``cond_fn`` get x (N, 3, S, S) and the network's times (N,), and
+        ``cond_fn`` returns scale · ∇_x log p(y | x). ``draw_noise`` gives standard normal noise of
+        ``gt``'s shape, in this order: x_T; one for every step of the chain with cumulative noise;
+        then two for each step down (denoise, condition) and one for each undo. Yields after every
+        transition; the last ``x`` is the result, to which the known pixels are not pasted back.
+        """
+        self.check_times(times, inpa_inj_time_shift)
+        network_times = self.network_times(gt.device)[:, None].expand(-1, gt.shape[0])
+        x = draw_noise()
+        trajectory = None
+        if inpa_inj_sched_prev and inpa_inj_sched_prev_cumnoise:
+            trajectory = self.forward_trajectory(gt, draw_noise, max(times))
+        is_first = True
+        for t, t_next in pairwise(times):
+            if t_next > t:
+                x = self.undo(x, t + inpa_inj_time_shift, draw_noise())
+                yield Step(t_next, x, None)
+                continue
+            noise = draw_noise()
+            if inpa_inj_sched_prev and not is_first:
+                known = trajectory[t] if trajectory else self.q_sample(gt, t, draw_noise())
+                x = condition(x, known, gt_keep_mask)
+            is_first = False
+            output = model(x, network_times[t])
+            gradient = cond_fn(x, network_times[t]) if cond_fn else None
+            if use_ddim:
+                x, x_start = self.denoise_ddim(output, x, t, gradient)
+            else:
+                x, x_start = self.denoise(output, x, t, noise, gradient)
+            yield Step(t_next, x, x_start)
+
+    # --- training --------------------------------------------------------------------------------
+
+    def training_losses(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor,
+    ) -> dict[str, Tensor]:
+        """Return ``loss`` and its parts ``mse`` and ``vb``, each (N,), of x_0 at levels ``t`` (N,).
+
+        The hybrid loss of IDDPM (eq. 16): the squared error of the prediction plus the variational
+        term with the prediction detached, so that it teaches the variance alone. ``use_kl`` leaves
+        only the variational term, an unlearned variance only the squared error.
+        """
+        x = self.q_sample(x_start, t, noise)
+        output = model(x, self.network_times(x.device)[t])
+        if self.use_kl:
+            vb = self.vb_terms_bits(output, x_start, x, t) * self.num_timesteps
+            return {"loss": vb, "vb": vb}
+        channels = x.shape[1]
+        target = x_start if self.predict_xstart else noise
+        mse = _mean_flat((target - output[:, :channels]) ** 2)
+        if not self.learn_sigma:
+            return {"loss": mse, "mse": mse}
+        frozen = torch.cat([output[:, :channels].detach(), output[:, channels:]], dim=1)
+        vb = self.vb_terms_bits(frozen, x_start, x, t)
+        if self.rescale_learned_sigmas:
+            vb = vb * (self.num_timesteps / 1000)
+        return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+    def vb_terms_bits(self, output: Tensor, x_start: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Return L_{t-1}, or L_0 where t is 0, in bits a dimension (N,) (IDDPM eqs. 4 to 6)."""
+        pred = self.pred_xstart(output, x, t, clip=False)
+        mean = self.q_posterior_mean(pred, x, t)
+        log_variance = self.pred_log_variance(output, t)
+        true_mean = self.q_posterior_mean(x_start, x, t)
+        true_log_variance = self._at("posterior_log_variance_clipped", t)
+        kl = _normal_kl(true_mean, true_log_variance, mean, log_variance)
+        nll = -_discretized_gaussian_log_likelihood(x_start, mean, 0.5 * log_variance)
+        return torch.where(t == 0, _mean_flat(nll), _mean_flat(kl)) / math.log(2)
+
+
+def condition(x: Tensor, known: Tensor, gt_keep_mask: Tensor) -> Tensor:
+    """Take ``known`` where the mask is 1 and ``x`` where it is 0 (RePaint eq. 8c).
+
+    Both are at the same noise level. (Line 5 of the paper's Algorithm 1 prints another level for
+    the known part; with that, quality is lost.)
+    """
+    return torch.lerp(x, known, gt_keep_mask)
+
+
+def classifier_gradient(
+    classifier: Callable[[Tensor, Tensor], Tensor], y: Tensor, scale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return ``cond_fn``: (x, timesteps) → scale · ∇_x log p(y | x) (ADM, section 4.1)."""
+
+    def cond_fn(x: Tensor, timesteps: Tensor) -> Tensor:
+        # A tensor made in inference mode cannot be differentiated; its copy outside can.
+        with torch.inference_mode(False), torch.enable_grad():
+            x_in = x.clone().requires_grad_()
+            log_probs = torch.log_softmax(classifier(x_in, timesteps.clone()), dim=-1)
+            selected = log_probs.gather(1, y.clone()[:, None])
+            return torch.autograd.grad(selected.sum(), x_in)[0] * scale
+
+    return cond_fn
+
+
+def _exp(value: Coefficient) -> Coefficient:
+    return math.exp(value) if isinstance(value, float) else value.exp()
+
+
+def _mean_flat(x: Tensor) -> Tensor:
+    return x.flatten(1).mean(dim=1)
+
+
+def _normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
+    """KL(N(mean1, exp log_var1) ‖ N(mean2, exp log_var2)) in nats, elementwise."""
+    spread = log_var2 - log_var1 + torch.exp(log_var1 - log_var2)
+    return 0.5 * (spread - 1 + (mean1 - mean2) ** 2 * torch.exp(-log_var2))
+
+
+def _standard_normal_cdf(x: Tensor) -> Tensor:
+    """Approximate the cumulative distribution by a tanh (Page 1977)."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log probability of 8-bit values ``x`` in [-1, 1], in nats, elementwise (DDPM eq. 13).
+
+    A value's bin is ±1/255 wide, open at both ends of the range; no probability is below 1e-12.
+    """
+    inv_scale = torch.exp(-log_scale)
+    below_upper = _standard_normal_cdf((x - mean + 1 / 255) * inv_scale)
+    below_lower = _standard_normal_cdf((x - mean - 1 / 255) * inv_scale)
+    probability = torch.where(
+        x < -0.999,
+        below_upper,
+        torch.where(x > 0.999, 1 - below_lower, below_upper - below_lower),
+    )
+    return probability.clamp(min=1e-12).log()

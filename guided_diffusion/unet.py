@@ -1,0 +1,332 @@
+"""PREDICT: the UNet that estimates the noise, and the noisy classifier (Dhariwal & Nichol 2021).
+
+Names and shapes of the parameters are those of the published checkpoints, so attribute names such
+as ``in_layers`` or ``proj_out`` are fixed. Both networks share the trunk's descending half. Feature
+maps are (N, C, H, W); ``emb`` is the time (and class) embedding (N, 4·model_channels).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from guided_diffusion.nn import (
+    GroupNorm32,
+    downsample,
+    timestep_embedding,
+    upsample,
+    zero_module,
+)
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    """What both networks' trunks are built from."""
+
+    image_size: int  # side of the square input, px
+    model_channels: int  # base width C
+    channel_mult: Sequence[float]  # a level's width is int(multiplier · C)
+    num_res_blocks: int  # a level
+    attention_resolutions: Sequence[int]  # feature-map sides with attention
+    num_heads: int = 1
+    num_head_channels: int = -1  # wins over num_heads unless -1
+    num_heads_upsample: int = -1  # heads on the way up; -1: num_heads
+    use_scale_shift_norm: bool = True
+    resblock_updown: bool = True
+    use_new_attention_order: bool = False
+    dropout: float = 0.0
+    use_checkpoint: bool = False  # recompute activations in the backward pass
+
+
+class Downsample(nn.Module):
+    """Halve height and width with a strided convolution called ``op``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) → (N, C, H/2, W/2)."""
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Double height and width, then a convolution called ``conv``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) → (N, C, 2H, 2W)."""
+        return self.conv(upsample(x))
+
+
+class ResBlock(nn.Module):
+    """Residual block conditioned on the embedding; ``resize`` changes both branches' size."""
+
+    def __init__(
+        self, cfg: TrunkConfig, channels: int, out_channels: int, resize: str | None = None
+    ) -> None:
+        super().__init__()
+        self.resize = {"up": upsample, "down": downsample, None: nn.Identity()}[resize]
+        self.use_checkpoint = cfg.use_checkpoint
+        self.use_scale_shift_norm = cfg.use_scale_shift_norm
+        emb_channels = 2 * out_channels if cfg.use_scale_shift_norm else out_channels
+        self.in_layers = nn.Sequential(
+            GroupNorm32(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * cfg.model_channels, emb_channels))
+        self.out_layers = nn.Sequential(
+            GroupNorm32(out_channels),
+            nn.SiLU(),
+            nn.Dropout(cfg.dropout),
+            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = (
+            nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
+        )
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """``x`` (N, C, H, W), ``emb`` (N, 4·model_channels) → (N, out, H', W')."""
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, emb, use_reentrant=False)
+        return self._forward(x, emb)
+
+    def _forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        norm, act, conv = self.in_layers
+        h = conv(self.resize(act(norm(x))))  # (N, out, H', W')
+        emb = self.emb_layers(emb).type(h.dtype)[:, :, None, None]  # (N, out or 2·out, 1, 1)
+        if self.use_scale_shift_norm:
+            norm, *rest = self.out_layers
+            scale, shift = emb.chunk(2, dim=1)
+            h = norm(h) * (1 + scale) + shift
+            for layer in rest:
+                h = layer(h)
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(self.resize(x)) + h
+
+
+def attend(qkv: torch.Tensor, num_heads: int, new_order: bool) -> torch.Tensor:
+    """Softmax attention over positions: (N, 3·C, L) → (N, C, L).
+
+    The legacy order splits the channels into heads first and each head's 3·d rows into q, k, v;
+    the new order splits q, k, v first. Scores are scaled by 1/sqrt(d).
+    """
+    n, width, length = qkv.shape
+    d = width // (3 * num_heads)
+    if new_order:
+        q, k, v = qkv.view(n, 3, num_heads, d, length).unbind(1)
+    else:
+        q, k, v = qkv.view(n, num_heads, 3, d, length).unbind(2)
+    q, k, v = (part.transpose(-1, -2) for part in (q, k, v))  # (N, heads, L, d)
+    out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(-1, -2).reshape(n, -1, length)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions, with a residual connection."""
+
+    def __init__(self, cfg: TrunkConfig, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads(channels, num_heads, cfg.num_head_channels)
+        self.new_order = cfg.use_new_attention_order
+        self.use_checkpoint = cfg.use_checkpoint
+        self.norm = GroupNorm32(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) → (N, C, H, W)."""
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(2)  # (N, C, L)
+        h = attend(self.qkv(self.norm(flat)), self.num_heads, self.new_order)
+        return (flat + self.proj_out(h)).view(x.shape)
+
+
+def heads(channels: int, num_heads: int, num_head_channels: int) -> int:
+    """Return how many heads attend over ``channels``; ValueError where they do not divide."""
+    width = num_head_channels if num_head_channels != -1 else channels // num_heads
+    if width < 1 or channels % width:
+        raise ValueError(f"{channels} channels cannot be divided into heads of {width}")
+    return channels // width
+
+
+class EmbedSequential(nn.Sequential):
+    """Layers in a row, of which the residual blocks also take the embedding."""
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """Feature map in, feature map out."""
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class Trunk(nn.Module):
+    """Time embedding, the descending half and the middle: what both networks begin with."""
+
+    def __init__(self, cfg: TrunkConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.dtype = torch.float32  # of the convolutions, see convert_trunk
+        width = cfg.model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width)
+        )
+        channels = int(cfg.channel_mult[0] * width)
+        self.input_blocks = nn.ModuleList([EmbedSequential(nn.Conv2d(3, channels, 3, padding=1))])
+        self.skip_channels = [channels]  # of every input block's output
+        for level, mult in enumerate(cfg.channel_mult):
+            for _ in range(cfg.num_res_blocks):
+                out = int(mult * width)
+                layers = [ResBlock(cfg, channels, out), *self._attention(level, out, cfg.num_heads)]
+                self._append(EmbedSequential(*layers), channels := out)
+            if level < len(cfg.channel_mult) - 1:
+                down = (
+                    ResBlock(cfg, channels, channels, "down")
+                    if cfg.resblock_updown
+                    else Downsample(channels)
+                )
+                self._append(EmbedSequential(down), channels)
+        self.middle_block = EmbedSequential(
+            ResBlock(cfg, channels, channels),
+            AttentionBlock(cfg, channels, cfg.num_heads),
+            ResBlock(cfg, channels, channels),
+        )
+
+    def _append(self, block: nn.Module, channels: int) -> None:
+        self.input_blocks.append(block)
+        self.skip_channels.append(channels)
+
+    def _attention(self, level: int, channels: int, num_heads: int) -> list[nn.Module]:
+        side = self.cfg.image_size >> level
+        attends = side in self.cfg.attention_resolutions
+        return [AttentionBlock(self.cfg, channels, num_heads)] if attends else []
+
+    def embed_time(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Original-chain ``timesteps`` (N,) → (N, 4·model_channels) float32."""
+        return self.time_embed(timestep_embedding(timesteps, self.cfg.model_channels))
+
+    def encode(self, x: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the middle's output and every input block's, all of the trunk's type."""
+        h, skips = x.type(self.dtype), []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            skips.append(h)
+        return self.middle_block(h, emb), skips
+
+    def convert_trunk(self, dtype: torch.dtype) -> None:
+        """Cast the trunk's convolutions to ``dtype``; all else stays float32."""
+        self.dtype = dtype
+        for name in ("input_blocks", "middle_block", "output_blocks"):
+            for module in getattr(self, name, nn.Module()).modules():
+                if isinstance(module, nn.Conv1d | nn.Conv2d):
+                    module.to(dtype)
+
+
+class UNetModel(Trunk):
+    """Estimates noise, and the variance's interpolation where ``out_channels`` is 6.
+
+    With ``num_classes`` a label embedding is added to that of time.
+    """
+
+    def __init__(self, cfg: TrunkConfig, out_channels: int, num_classes: int | None = None) -> None:
+        super().__init__(cfg)
+        width = cfg.model_channels
+        self.label_emb = nn.Embedding(num_classes, 4 * width) if num_classes else None
+        num_heads = cfg.num_heads if cfg.num_heads_upsample == -1 else cfg.num_heads_upsample
+        skip_channels = list(self.skip_channels)
+        channels = skip_channels[-1]
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(cfg.channel_mult))):
+            out = int(mult * width)
+            for i in range(cfg.num_res_blocks + 1):
+                layers = [
+                    ResBlock(cfg, channels + skip_channels.pop(), out),
+                    *self._attention(level, out, num_heads),
+                ]
+                if level and i == cfg.num_res_blocks:
+                    layers.append(
+                        ResBlock(cfg, out, out, "up") if cfg.resblock_updown else Upsample(out)
+                    )
+                self.output_blocks.append(EmbedSequential(*layers))
+                channels = out
+        self.out = nn.Sequential(
+            GroupNorm32(channels),
+            nn.SiLU(),
+            zero_module(nn.Conv2d(channels, out_channels, 3, padding=1)),
+        )
+
+    def forward(
+        self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``x`` (N, 3, S, S) in [-1, 1], ``timesteps`` and ``y`` (N,) → (N, out_channels, S, S)."""
+        emb = self.embed_time(timesteps)
+        if self.label_emb is not None:
+            emb = emb + self.label_emb(y)
+        h, skips = self.encode(x, emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h.type(x.dtype))
+
+
+class AttentionPool(nn.Module):
+    """Attention with the mean token as its only query: (N, C, H, W) → (N, out)."""
+
+    def __init__(self, side: int, channels: int, num_head_channels: int, out: int) -> None:
+        super().__init__()
+        self.num_heads = heads(channels, 1, num_head_channels)
+        self.positional_embedding = nn.Parameter(torch.randn(channels, side**2 + 1) / channels**0.5)
+        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
+        self.c_proj = nn.Conv1d(channels, out, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Prepend the mean to the positions, attend, return its row."""
+        x = x.flatten(2)  # (N, C, L)
+        x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding
+        h = attend(self.qkv_proj(x), self.num_heads, new_order=True)  # (N, C, L + 1)
+        return self.c_proj(h)[:, :, 0]
+
+
+class EncoderUNetModel(Trunk):
+    """The noisy classifier: logits (N, out_channels) for a picture at noise level ``timesteps``.
+
+    ``pool`` is ``attention``, ``adaptive``, ``spatial`` or ``spatial_v2``.
+    """
+
+    def __init__(self, cfg: TrunkConfig, out_channels: int, pool: str) -> None:
+        super().__init__(cfg)
+        self.pool = pool
+        channels = self.skip_channels[-1]
+        all_channels = sum(self.skip_channels) + channels
+        if pool == "attention":
+            side = cfg.image_size >> (len(cfg.channel_mult) - 1)
+            head = [AttentionPool(side, channels, cfg.num_head_channels, out_channels)]
+            self.out = nn.Sequential(GroupNorm32(channels), nn.SiLU(), *head)
+        elif pool == "adaptive":
+            head = [nn.AdaptiveAvgPool2d(1), zero_module(nn.Conv2d(channels, out_channels, 1))]
+            self.out = nn.Sequential(GroupNorm32(channels), nn.SiLU(), *head, nn.Flatten())
+        elif pool == "spatial":
+            first, last = nn.Linear(all_channels, 2048), nn.Linear(2048, out_channels)
+            self.out = nn.Sequential(first, nn.ReLU(), last)
+        elif pool == "spatial_v2":
+            first, last = nn.Linear(all_channels, 2048), nn.Linear(2048, out_channels)
+            self.out = nn.Sequential(first, GroupNorm32(2048), nn.SiLU(), last)
+        else:
+            raise ValueError(f"unknown pool {pool!r}")
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """``x`` (N, 3, S, S) in [-1, 1], ``timesteps`` (N,) → logits (N, out_channels)."""
+        h, skips = self.encode(x, self.embed_time(timesteps))
+        if self.pool.startswith("spatial"):
+            means = [feature.type(x.dtype).mean(dim=(2, 3)) for feature in [*skips, h]]
+            return self.out(torch.cat(means, dim=-1))
+        return self.out(h.type(x.dtype))
