@@ -27,29 +27,28 @@ exit status: 0 all is here, 1 something is missing, 2 the command is wrong
 EOF
 }
 
-# file | source | address | network | configuration | what differs from it | licence | size
-# "see source": the code's licence is known and the terms of the weights or data are not.
+# file | source | address | network | its configuration | licence | size
+# "see source": the code's licence is known, the terms of the weights or pictures are not.
 catalogue() {
   local openai=https://openaipublic.blob.core.windows.net/diffusion/jul-2021
-  local inet=test_inet256_thick.yml code='MIT (code); weights: see source'
-  local repaint='CC BY-NC-SA 4.0'
+  local code='MIT (code); weights: see source' repaint='CC BY-NC-SA 4.0'
   cat <<EOF
-celeba256_250000.pt|drive|1norNWWGYP3EZ_o05DmoW1ryKuKMmhlCX|model|test_c256_thick.yml||$repaint|2.2 GB
-places256_300000.pt|drive|1QEl-btGbzQz6IwkXiFGd49uQNTUtTHsk|model|test_p256_thick.yml||$repaint|2.2 GB
-data.zip|drive|1Q_dxuyI41AAmSv9ti3780BwaJQqwvwMv|data|||$repaint; pictures: see source|-
-256x256_diffusion.pt|http|$openai|model|$inet||$code|-
-256x256_classifier.pt|http|$openai|classifier|$inet||$code|-
-256x256_diffusion_uncond.pt|http|$openai|model|$inet|class_cond=false|$code|-
-lsun_bedroom.pt|http|$openai|model|$inet|class_cond=false|$code|-
-lsun_cat.pt|http|$openai|model|$inet|class_cond=false|$code|-
-lsun_horse.pt|http|$openai|model|$inet|class_cond=false|$code|-
-lsun_horse_nodropout.pt|http|$openai|model|$inet|class_cond=false|$code|-
-512x512_diffusion.pt|http|$openai|model|$inet|image_size=512|$code|-
-512x512_classifier.pt|http|$openai|classifier|$inet|image_size=512|$code|-
-64x64_diffusion.pt|http|$openai|model|$inet|image_size=64 num_channels=192 num_res_blocks=3|$code|-
-64x64_classifier.pt|http|$openai|classifier|$inet|image_size=64 classifier_depth=4|$code|-
-128x128_diffusion.pt|http|$openai|model|$inet|image_size=128|$code|-
-128x128_classifier.pt|http|$openai|classifier|$inet|image_size=128|$code|-
+celeba256_250000.pt|drive|1norNWWGYP3EZ_o05DmoW1ryKuKMmhlCX|model|test_c256_thick|$repaint|2.2 GB
+places256_300000.pt|drive|1QEl-btGbzQz6IwkXiFGd49uQNTUtTHsk|model|test_p256_thick|$repaint|2.2 GB
+data.zip|drive|1Q_dxuyI41AAmSv9ti3780BwaJQqwvwMv|data||$repaint; pictures: see source|-
+256x256_diffusion.pt|http|$openai|model|test_inet256_thick|$code|-
+256x256_classifier.pt|http|$openai|classifier|test_inet256_thick|$code|-
+256x256_diffusion_uncond.pt|http|$openai|model|inet256_uncond|$code|-
+lsun_bedroom.pt|http|$openai|model|lsun_bedroom|$code|-
+lsun_cat.pt|http|$openai|model|lsun_cat|$code|-
+lsun_horse.pt|http|$openai|model|lsun_horse|$code|-
+lsun_horse_nodropout.pt|http|$openai|model|lsun_horse_nodropout|$code|-
+512x512_diffusion.pt|http|$openai|model|inet512|$code|-
+512x512_classifier.pt|http|$openai|classifier|inet512|$code|-
+64x64_diffusion.pt|http|$openai|model|inet64|$code|-
+64x64_classifier.pt|http|$openai|classifier|inet64|$code|-
+128x128_diffusion.pt|http|$openai|model|inet128|$code|-
+128x128_classifier.pt|http|$openai|classifier|inet128|$code|-
 EOF
 }
 published='celeba256_250000.pt places256_300000.pt data.zip 256x256_diffusion.pt 256x256_classifier.pt'
@@ -85,7 +84,7 @@ def check_archive(path, every_byte):
         refuse(f"is damaged (checksum of {broken})")
 
 
-def check_keys(path, network, conf, overrides):
+def check_keys(path, network, conf):
     try:
         import torch
     except ImportError:
@@ -95,7 +94,7 @@ def check_keys(path, network, conf, overrides):
 
     create = {"model": script_util.create_model, "classifier": script_util.create_classifier}
     with torch.device("meta"):
-        built = create[network](confs.load_conf(f"confs/{conf}", overrides=overrides.split()))
+        built = create[network](confs.load_conf(f"confs/{conf}.yml"))
     expected = {key: tuple(tensor.shape) for key, tensor in built.state_dict().items()}
     try:
         found = {key: tuple(shape) for key, shape in dist_util.state_dict_shapes(path).items()}
@@ -215,9 +214,9 @@ human() {
     else if (n >= 1e6) printf "%.1f MB", n / 1e6; else printf "%.1f kB", n / 1e3 }'
 }
 
-# Fill file, source, address, network, conf, overrides, licence, size, final and part for a name.
+# Fill file, source, address, network, conf, licence, size, final and part for a name.
 look_up() {
-  while IFS='|' read -r file source address network conf overrides licence size; do
+  while IFS='|' read -r file source address network conf licence size; do
     if [ "$1" = "$file" ] || [ "$1" = "${file%.*}" ]; then
       final=data/pretrained/$file
       # What data.zip unpacks to is what counts; the archive itself is removed afterwards.
@@ -312,7 +311,7 @@ transfer() {
 
 # Get $part from an http(s) address.
 get_http() {
-  local fruitless=0 most=0 bytes done_
+  local fruitless=0 most=0 bytes done_ answered=no
   if [ "$agent" = none ]; then
     complain "$file: neither curl nor wget is installed"
     return 1
@@ -341,13 +340,15 @@ get_http() {
     esac
     # Bytes that were never here before are worth another try; so a bad line gets through at last.
     fruitless=$((bytes > most ? 0 : fruitless + 1))
-    if [ $fruitless -ge "$tries" ]; then
+    # A server that has answered once is worth waiting for; without a network two tries will do.
+    case $http_status in '' | 000) ;; *) answered=yes ;; esac
+    if [ $fruitless -ge "$tries" ] || { [ $answered = no ] && [ $fruitless -ge 2 ]; }; then
       case $http_status in
         '' | 000) http_status='no connection' ;;
         2??) http_status='the line breaks off or stalls' ;;
         *) http_status="HTTP $http_status" ;;
       esac
-      complain "$file: $1: given up after $tries tries ($http_status), $(human "$bytes") kept"
+      complain "$file: $1: given up after $fruitless tries ($http_status), $(human "$bytes") kept"
       return 1
     fi
     run sleep "$(awk -v n=$fruitless -v t="$timeout" 'BEGIN { print (n > 1 ? n : 1) * t / 12 }')"
@@ -433,8 +434,7 @@ finish() {
   if [ "$file" = data.zip ]; then
     run "$python" -c "$file_tool" unpack "$part" "$final.contents" 2>"$work/reason"
   else
-    run "$python" -c "$file_tool" finish "$part" "$final" "$network" "$conf" "$overrides" \
-      2>"$work/reason"
+    run "$python" -c "$file_tool" finish "$part" "$final" "$network" "$conf" 2>"$work/reason"
   fi
   status=$?
   case $status in
@@ -474,7 +474,7 @@ is_here() {
   if [ "$file" = data.zip ]; then
     run "$python" -c "$file_tool" unpack "$final" "$final.contents" 2>"$work/reason"
   else
-    run "$python" -c "$file_tool" check "$final" "$network" "$conf" "$overrides" 2>"$work/reason"
+    run "$python" -c "$file_tool" check "$final" "$network" "$conf" 2>"$work/reason"
   fi
   status=$?
   if [ $status = 0 ]; then return 0; fi
@@ -524,7 +524,7 @@ for word in "$@"; do
       ;;
   esac
   look_up "$word" || die "$word is not a published file; bash download.sh --list names them all"
-  names+=("$file")
+  case " ${names[*]-} " in *" $file "*) ;; *) names+=("$file") ;; esac
 done
 # shellcheck disable=SC2206 # the published names hold no spaces
 if [ ${#names[@]} = 0 ]; then names=($published); fi
@@ -547,9 +547,10 @@ for candidate in wget curl; do
   if command -v $candidate >/dev/null; then agent=$candidate; fi
 done
 python=''
-for candidate in python3 python; do
+for candidate in python python3; do # a virtual environment has both, and its own comes first
   if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
     python=$candidate
+    break
   fi
 done
 [ -n "$python" ] || die 'Python 3.10 or newer is needed to check files, and is not installed'

@@ -331,21 +331,34 @@ def test_busy_server_is_asked_again(either, server):
     )
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"\n<!DOCTYPE html><title>Sign in</title>", "is a web page and not the file"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer"),
-        (checkpoint()[:-30], "is cut off or damaged"),
-        (checkpoint()[:1000] + b"!" + checkpoint()[1001:], "is damaged (checksum of model/data/0)"),
-    ],
-)
-def test_broken_file_never_gets_the_name(checkout, server, content, reason):
-    server.files[CHECKPOINT] = File(content)
-    done = checkout.run(CHECKPOINT, REPAINT_MIRROR=server.url)
+def test_broken_file_never_gets_the_name(checkout, server):
+    good = checkpoint()
+    broken = {
+        "lsun_cat.pt": (
+            b"\n<!DOCTYPE html><title>Sign in</title>",
+            "is a web page and not the file",
+        ),
+        "lsun_horse.pt": (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "is a Git LFS pointer",
+        ),
+        "lsun_bedroom.pt": (good[:-30], "is cut off or damaged"),
+        CHECKPOINT: (good[:1000] + b"!" + good[1001:], "is damaged (checksum of model/data/0)"),
+    }
+    server.files = {name: File(content) for name, (content, _) in broken.items()}
+    done = checkout.run(*broken, REPAINT_MIRROR=server.url)
     assert done.returncode == 1
-    assert reason in done.err
+    for name, (_, reason) in broken.items():
+        assert f"{name}: what came from {server.url}/{name} {reason}" in done.err
+    assert f"missing: {' '.join(broken)} (" in done.err
     assert checkout.files() == set()
+
+
+def test_name_given_twice_is_fetched_once(checkout, server):
+    server.files[CHECKPOINT] = File(checkpoint())
+    done = checkout.run(CHECKPOINT, "256x256_diffusion", REPAINT_MIRROR=server.url)
+    assert (done.returncode, done.err) == (0, "")
+    assert done.out.count(f"{CHECKPOINT}: ok") == 1
 
 
 def test_broken_file_that_is_here_is_moved_aside(checkout, server):
@@ -579,45 +592,76 @@ def test_wrong_command_is_one_line_and_status_2(checkout, words, environment, me
     assert checkout.files() == set()
 
 
-@pytest.fixture(scope="module")
-def light_checkpoint(tmp_path_factory):
+def light_checkpoint(golden):
     """All keys and shapes of a published network in a few kilobytes: one number for each tensor."""
     import torch
 
-    def make(golden):
-        listed = json.loads((ROOT / "tests/golden" / golden).read_text())
-        pairs = listed.items() if isinstance(listed, dict) else listed
-        path = tmp_path_factory.mktemp("light") / "file.pt"
-        torch.save({key: torch.zeros(1).expand(shape) for key, shape in pairs}, path)
-        return path.read_bytes()
+    shapes = json.loads((ROOT / "tests/golden" / golden).read_text())
+    buffer = io.BytesIO()
+    torch.save({key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}, buffer)
+    return buffer.getvalue()
 
-    return make
+
+def test_keys_are_those_of_the_architecture(tmp_path, server):
+    checkout = Checkout(tmp_path, torch=True)
+    listed = {
+        "256x256_classifier.pt": "classifier256_keys.json",
+        "places256_300000.pt": "inet256_keys.json",  # another network
+    }
+    server.files = {name: File(light_checkpoint(golden)) for name, golden in listed.items()}
+    done = checkout.run(*listed, REPAINT_MIRROR=server.url)
+    assert done.returncode == 1
+    assert "torch is not installed" not in done.out
+    assert (
+        f"places256_300000.pt: what came from {server.url}/places256_300000.pt is another network: "
+        "1 keys differ, such as label_emb.weight (expected None, found (1000, 1024))"
+    ) in done.err
+    assert checkout.files() == {"pretrained/256x256_classifier.pt"}
 
 
 @pytest.mark.parametrize(
-    ("name", "golden"),
+    ("name", "width", "deepest", "labels"),
     [
-        ("celeba256_250000.pt", "celeba256_keys.json"),
-        ("256x256_diffusion.pt", "inet256_keys.json"),
-        ("256x256_classifier.pt", "classifier256_keys.json"),
+        ("places256_300000", 256, 1024, None),
+        ("256x256_diffusion", 256, 1024, 1000),
+        ("256x256_classifier", 128, 512, None),
+        ("256x256_diffusion_uncond", 256, 1024, None),
+        ("lsun_bedroom", 256, 1024, None),
+        ("lsun_cat", 256, 1024, None),
+        ("lsun_horse", 256, 1024, None),
+        ("lsun_horse_nodropout", 256, 1024, None),
+        ("512x512_diffusion", 128, 1024, 1000),
+        ("512x512_classifier", 64, 512, None),
+        ("64x64_diffusion", 192, 768, 1000),
+        ("64x64_classifier", 128, 512, None),
+        ("128x128_diffusion", 256, 1024, 1000),
+        ("128x128_classifier", 128, 512, None),
     ],
 )
-def test_keys_are_those_of_the_architecture(tmp_path, server, light_checkpoint, name, golden):
-    checkout = Checkout(tmp_path, torch=True)
-    server.files[name] = File(light_checkpoint(golden))
-    done = checkout.run(name, REPAINT_MIRROR=server.url)
-    assert (done.returncode, done.err) == (0, "")
-    assert "torch is not installed" not in done.out
-    assert checkout.run(name).out.startswith(f"{name}: is here")
+def test_every_checkpoint_has_its_architecture(name, width, deepest, labels):
+    """The network that a file is compared with can be built, and is of the published widths."""
+    import torch
 
+    from guided_diffusion import conf, script_util
 
-def test_another_network_is_refused(tmp_path, server, light_checkpoint):
-    checkout = Checkout(tmp_path, torch=True)
-    server.files["celeba256_250000.pt"] = File(light_checkpoint("inet256_keys.json"))
-    done = checkout.run("celeba256_250000", REPAINT_MIRROR=server.url)
-    assert done.returncode == 1
-    assert "is another network: 1 keys differ, such as label_emb.weight (expected None" in done.err
-    assert checkout.files() == set()
+    row = re.search(rf"^{name}\.pt\|.*$", (ROOT / "download.sh").read_text(), re.MULTILINE)
+    _, _, _, network, yml, *_ = row[0].split("|")
+    loaded = conf.load_conf(ROOT / "confs" / f"{yml}.yml")
+    used_there = {"model": loaded.model_path, "classifier": loaded.classifier_path}[network]
+    assert used_there == f"./data/pretrained/{name}.pt"
+    create = {"model": script_util.create_model, "classifier": script_util.create_classifier}
+    with torch.device("meta"):
+        built = create[network](loaded)
+    shapes = {key: tuple(tensor.shape) for key, tensor in built.state_dict().items()}
+    assert network == ("classifier" if name.endswith("classifier") else "model")
+    assert shapes["input_blocks.0.0.weight"][0] == width
+    assert shapes["middle_block.0.in_layers.2.weight"][0] == deepest
+    assert shapes.get("label_emb.weight", (None,))[0] == labels
+    # 64x64: three blocks a level, or four in the classifier; everywhere else two.
+    blocks = {"64x64_diffusion": 3, "64x64_classifier": 4}.get(name, 2)
+    levels = {"512": 7, "256": 6, "128": 5, "64x": 4}.get(name[:3], 6)
+    last = max(int(key.split(".")[1]) for key in shapes if key.startswith("input_blocks."))
+    assert last == levels * (blocks + 1) - 1
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
