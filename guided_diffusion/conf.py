@@ -35,6 +35,11 @@ from guided_diffusion.schema import (
 )
 
 __all__ = [
+    "CHANNEL_MULT_BY_SIZE",
+    "CLASSIFIER_CLASSES",
+    "CLASSIFIER_HEAD_CHANNELS",
+    "IGNORED_KEYS",
+    "MASK_FAMILIES",
     "DataConf",
     "InpaintConf",
     "JumpParams",
