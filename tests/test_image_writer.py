@@ -182,7 +182,11 @@ def test_every_level_survives_the_way_through_the_model_range():
 def test_values_outside_are_clamped():
     x = torch.tensor([-9.0, -1.001, 1.001, 9.0]).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
     assert writer.to_uint8(x)[0, :, :, 0].tolist() == [[0, 0], [255, 255]]
-    assert writer.to_uint8(x.bfloat16()).dtype == np.uint8
+
+
+def test_half_precision_is_rounded_once():
+    x = torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8).bfloat16()
+    assert np.array_equal(writer.to_uint8(x), writer.to_uint8(x.float()))
 
 
 def test_masked_picture_is_the_formula_for_every_pair_of_levels():
@@ -272,6 +276,7 @@ def test_the_sheet_grows_and_stays_within_bounds():
     sizes = [writer.overview([row(side=256)] * count).size for count in (1, 4, 8, 9, 100)]
     assert sizes[0][0] < sizes[1][0] * 2
     assert max(sizes[-1]) < 5000
+    assert sizes[3][0] * sizes[3][1] < sizes[2][0] * sizes[2][1]  # nine tiles are smaller
     assert 0.5 < sizes[-1][0] / sizes[-1][1] < 2
     many = writer.overview([row(samples=50, side=64)])
     assert len([c for c in colours(many) if c[0] == c[2] == 0]) == 8
@@ -292,7 +297,13 @@ def test_rows_are_read_back_from_disk(folders):
     writer.write_result(folders, "b.png", sample, gt, mask, sample_name="b_2.png")
     Path(folders["srs"], "bad.png").write_text("no picture")
     Path(folders["lrs"], "bad.png").write_text("no picture")
-    results = [("absent.png", ["absent.png"]), ("bad.png", ["bad.png"]), ("a.png", ["a.png"])]
+    Path(folders["srs"], "half.png").write_bytes(Path(folders["srs"], "a.png").read_bytes())
+    results = [
+        ("half.png", ["half.png"]),
+        ("absent.png", ["absent.png"]),
+        ("bad.png", ["bad.png"]),
+        ("a.png", ["a.png"]),
+    ]
     rows = list(writer.finished_rows(folders, [*results, ("b.png", ["b_1.png", "b_2.png"])]))
     assert [row.name for row in rows] == ["a.png", "b.png"]
     assert np.array_equal(rows[0].masked, writer.masked_u8(gt, mask))
@@ -321,6 +332,12 @@ def test_film_strip_puts_noise_above_and_prediction_below():
         assert x[:, 0].max() < pred[:, 0].min()
         assert x[:, 1].min() == pred[:, 1].min()
     assert np.argwhere((strip == (200, 0, 2)).all(-1))[0, 1] == 0  # the noisiest comes first
+
+
+def test_small_pictures_grow_by_whole_pixels():
+    pixels = noise(8, 8, 3)
+    strip = np.asarray(writer.film_strip([writer.ProcessFrame(0, pixels, pixels)], tile=20))
+    assert np.array_equal(strip[:16], pixels.repeat(2, 0).repeat(2, 1))
 
 
 def test_long_strips_are_wrapped(tmp_path):
