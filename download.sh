@@ -440,10 +440,10 @@ finish() {
   case $status in
     0) if [ "$file" = data.zip ]; then rm -f "$part"; fi ;;
     3)
-      complain "$file: what came from $1 $(cat "$work/reason")"
+      complain "$file: what came from $1 $(tail -n 1 "$work/reason")"
       rm -f "$part"
       ;;
-    *) complain "$file: could not be checked: $(cat "$work/reason")" ;;
+    *) complain "$file: could not be checked: $(tail -n 1 "$work/reason")" ;;
   esac
   return $status
 }
@@ -479,10 +479,10 @@ is_here() {
   status=$?
   if [ $status = 0 ]; then return 0; fi
   if [ $status != 3 ]; then
-    complain "$file: is here and could not be checked: $(cat "$work/reason")"
+    complain "$file: is here and could not be checked: $(tail -n 1 "$work/reason")"
     return 2
   fi
-  complain "$file: $final $(cat "$work/reason"); moved to $final.broken"
+  complain "$file: $final $(tail -n 1 "$work/reason"); moved to $final.broken"
   mv "$final" "$final.broken"
   return 1
 }

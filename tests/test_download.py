@@ -361,6 +361,18 @@ def test_name_given_twice_is_fetched_once(checkout, server):
     assert done.out.count(f"{CHECKPOINT}: ok") == 1
 
 
+def test_file_that_could_not_be_checked_is_kept_as_a_part(checkout, server, tmp_path):
+    (tmp_path / "without/torch.py").write_text("")  # there, but the package beside it is not
+    server.files[CHECKPOINT] = File(checkpoint())
+    done = checkout.run(CHECKPOINT, REPAINT_MIRROR=server.url)
+    assert done.returncode == 1
+    assert "could not be checked: ModuleNotFoundError: No module named 'guided_diffusion'" in (
+        done.err
+    )
+    assert checkout.files() == {f"pretrained/{CHECKPOINT}.part"}
+    assert checkout.path(CHECKPOINT + ".part").read_bytes() == checkpoint()
+
+
 def test_broken_file_that_is_here_is_moved_aside(checkout, server):
     server.files[CHECKPOINT] = File(checkpoint())
     checkout.path("x").parent.mkdir(parents=True)
