@@ -3,11 +3,26 @@
 RePaint does not only denoise: it jumps back up by adding noise and comes down again, so that the
 generated part can settle with the known one. The walk is a plain list of times, made once before
 anything is sampled; every consecutive pair is one transition, down (a network call) or up (an
-undo). Run as a program, this module plots it.
+undo). Run as a program, this module plots it and says what it costs:
+
+    python guided_diffusion/scheduler.py --conf_path confs/face_example.yml --out schedule.pdf
 """
 
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:  # sampling needs none of these
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from guided_diffusion.conf import InpaintConf
 
 MAX_TRANSITIONS = 10_000_000  # days of work on any machine: a typing error, not a wish
 
@@ -87,3 +102,221 @@ def count_steps(times: list[int]) -> tuple[int, int]:
     """Return (network calls, undos): how many transitions of ``times`` go down, how many up."""
     ups = sum(after > before for before, after in pairwise(times))
     return len(times) - 1 - ups, ups
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+_WALK, _CLIMB = "#1f4e79", "#e07b39"
+_COMPARED = ("#1f4e79", "#e07b39", "#3a8f5c", "#a34a86", "#b59a1e", "#4aa3c7", "#777777")
+_STYLE = {
+    "axes.linewidth": 0.6,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "axes.xmargin": 0.01,
+    "font.size": 9,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.8,
+    "pdf.fonttype": 42,  # text that journals accept and readers can search
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+}
+_CROWDED = 600  # from so many transitions on, only an inset shows single climbs
+_INSET = (20, 100)  # transitions before and after the first climb
+_TIMED_CALLS = 5
+
+
+def plot_schedules(schedules: dict[str, list[int]]) -> "Figure":
+    """Draw the walks by their labels: one with its climbs shaded, several over one another."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7, 3.2), dpi=300, layout="constrained")
+        axes = figure.add_subplot(xlabel="transition", ylabel="diffusion time t")
+        if len(schedules) == 1:
+            ((label, times),) = schedules.items()
+            axes.set_title("{}: {:,} network calls, {:,} undos".format(label, *count_steps(times)))
+            _draw_walk(axes, times)
+        else:
+            for number, (label, times) in enumerate(schedules.items()):
+                color = _COMPARED[number % len(_COMPARED)]
+                legend = f"{label}: {count_steps(times)[0]:,} network calls"
+                axes.plot(times, color=color, linewidth=0.8, label=legend)
+        axes.set_ylim(bottom=_floor(*schedules.values()))
+        # The walk leaves the upper right free: for the inset, with the legend beside it.
+        beside = {"loc": "upper left", "bbox_to_anchor": (0.14, 1.02)}
+        legend = axes.legend(**beside if axes.child_axes else {"loc": "upper right"})
+        for line in legend.get_lines():
+            line.set_linewidth(1.5)
+    return figure
+
+
+def _draw_walk(axes: "Axes", times: list[int]) -> None:
+    crowded = len(times) > _CROWDED
+    _draw_panel(axes, times, linewidth=0.4 if crowded else 1.1)
+    ups = [i for i, (t, t_next) in enumerate(pairwise(times)) if t_next > t]
+    if crowded and ups:
+        start, stop = max(0, ups[0] - _INSET[0]), ups[0] + _INSET[1]
+        window = times[start : stop + 1]
+        inset = axes.inset_axes((0.6, 0.5, 0.4, 0.5))
+        _draw_panel(inset, times, linewidth=1.0)
+        inset.set(xlim=(start, stop), ylim=(min(window) - 1, max(window) + 1))
+        inset.spines[:].set_visible(True)
+        inset.tick_params(labelsize=7)
+        axes.indicate_inset(inset.viewLim.bounds, edgecolor="black", alpha=0.8, linewidth=0.6)
+
+
+def _draw_panel(axes: "Axes", times: list[int], linewidth: float) -> None:
+    x, y = [], []  # of the climbs alone, each ended by a gap
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        if t_next > t:
+            x += [i, i + 1]
+            y += [t, t_next]
+        elif x and x[-1] == i:
+            x.append(math.nan)
+            y.append(math.nan)
+    axes.plot(times, color=_WALK, linewidth=linewidth, label="denoise: one network call a step")
+    axes.plot(x, y, color=_CLIMB, linewidth=linewidth, label="undo: noise is added again")
+    axes.fill_between(x, y, _floor(times), color=_CLIMB, alpha=0.2, linewidth=0)
+
+
+def _floor(*walks: list[int]) -> float:
+    return -1 - 0.03 * max(map(max, walks))
+
+
+def measure_call(conf: "InpaintConf") -> tuple[float, str]:
+    """Return the seconds that one network call takes for one picture, and the device's name.
+
+    A network of random weights walks a few steps in batches of the configuration's size, with
+    classifier, conditioning and precision as in a run but never compiled.
+    """
+    import torch
+
+    from guided_diffusion.dist_util import get_device
+    from guided_diffusion.gaussian_diffusion import classifier_gradient
+    from guided_diffusion.script_util import (
+        create_classifier,
+        create_gaussian_diffusion,
+        create_model,
+    )
+
+    device, diffusion = get_device(conf.device), create_gaussian_diffusion(conf)
+    torch.set_float32_matmul_precision("high" if conf.precision == "tf32" else "highest")
+    model = create_model(conf).to(device).eval().requires_grad_(False)
+    if device.type == "cuda" and (conf.use_fp16 or conf.precision in ("float16", "bfloat16")):
+        model.convert_trunk(torch.bfloat16 if conf.precision == "bfloat16" else torch.float16)
+    size = (conf.data.batch_size, 3, conf.image_size, conf.image_size)
+    labels = torch.zeros(size[0], dtype=torch.int64, device=device)
+    cond_fn = None
+    if conf.guided:
+        classifier = create_classifier(conf).to(device).eval().requires_grad_(False)
+        if device.type == "cuda" and conf.classifier_use_fp16:
+            classifier.convert_trunk(torch.float16)
+        cond_fn = classifier_gradient(classifier, labels, conf.classifier_scale)
+    steps = diffusion.repaint(
+        lambda x, t: model(x, t, labels if conf.class_cond else None),
+        torch.zeros(size, device=device),
+        torch.ones(size, device=device),
+        list(range(min(_TIMED_CALLS, diffusion.num_timesteps - 1), -2, -1)),
+        lambda: torch.randn(size, device=device),
+        cond_fn=cond_fn,
+    )
+    with torch.inference_mode():
+        next(steps).x.sum().item()  # warm-up; reading a number waits for the device
+        started = time.perf_counter()
+        calls = [step.x.sum().item() for step in steps]
+    seconds = (time.perf_counter() - started) / len(calls)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return seconds / size[0], name
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one line like every other of this program."""
+
+    def error(self, message: str) -> NoReturn:
+        from guided_diffusion import UserError
+
+        raise UserError(message)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    from guided_diffusion import UserError
+
+    parser = _Parser(description="Plot a schedule and print what it costs.")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--conf_path", metavar="YML", help="whose schedule to plot (default: the paper's)"
+    )
+    source.add_argument(
+        "--compare", nargs="+", metavar="YML", help="schedules to plot over one another"
+    )
+    parser.add_argument(
+        "--out",
+        default="schedule.png",
+        metavar="FILE",
+        help="the plot, .png or .pdf (default: schedule.png)",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="time a few network calls as well, without the checkpoint's weights, and print the "
+        "seconds an image would take",
+    )
+    options = parser.parse_args(argv)
+    options.confs = options.compare or [options.conf_path][: options.conf_path is not None]
+    if Path(options.out).suffix.lower() not in (".png", ".pdf"):
+        raise UserError(key="--out", expected="a name ending in .png or .pdf", got=options.out)
+    if options.measure and not options.confs:
+        raise UserError("needs --conf_path, for the network to measure", key="--measure")
+    return options
+
+
+def _schedule_of(conf: "InpaintConf", path: str) -> list[int]:
+    from guided_diffusion import UserError
+
+    try:
+        return get_schedule_jump(**vars(conf.schedule_jump_params))
+    except ValueError as error:
+        raise UserError(str(error), path=path, key="schedule_jump_params") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plot the schedules that the command line asks for, and print one line of costs for each.
+
+    Raises:
+        UserError: an option or a YAML is wrong, or the plot cannot be written.
+    """
+    from guided_diffusion.conf import load_conf
+
+    options = _parse(argv)
+    confs = {path: load_conf(path) for path in options.confs}
+    stems = [Path(path).stem for path in confs]
+    labels = stems if len(set(stems)) == len(stems) else list(confs)
+    schedules = {} if confs else {"default": get_schedule_jump(t_T=250)}
+    for label, (path, conf) in zip(labels, confs.items(), strict=True):
+        schedules[label] = _schedule_of(conf, path)
+
+    from guided_diffusion.image_writer import atomic_path
+
+    figure = plot_schedules(schedules)
+    with atomic_path(options.out) as temporary:
+        figure.savefig(temporary, format=Path(options.out).suffix[1:].lower())
+    for label, times in schedules.items():
+        calls, undos = count_steps(times)
+        print(f"{label}: {calls + undos:,} transitions, {calls:,} network calls, {undos:,} undos")
+    print(f"plot: {options.out}", flush=True)
+    if options.measure:
+        for label, conf in zip(labels, confs.values(), strict=True):
+            seconds, device = measure_call(conf)
+            whole = seconds * count_steps(schedules[label])[0]
+            print(f"{label}: {whole:,.1f} s an image on {device}, {seconds:.3g} s a network call")
+    return 0
+
+
+if __name__ == "__main__":
+    # As a script this file's own folder comes first on the path; the package lies one above it.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from guided_diffusion import command_line
+
+    command_line(main)

@@ -1,0 +1,306 @@
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from guided_diffusion import UserError, scheduler
+from guided_diffusion.scheduler import count_steps, get_schedule_jump
+
+ROOT = Path(scheduler.__file__).resolve().parent.parent
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "schedules.json").read_text())
+
+
+# --- the walk ------------------------------------------------------------------------------------
+
+
+def naive_schedule(
+    t_T,
+    n_sample=1,
+    jump_length=10,
+    jump_n_sample=10,
+    jump2_length=1,
+    jump2_n_sample=1,
+    jump3_length=1,
+    jump3_n_sample=1,
+    start_resampling=100_000_000,
+):
+    """The walk as it is described in words, kept apart from the code that is tested."""
+
+    def full(length, count):
+        return {j: count - 1 for j in range(t_T) if j % length == 0 and j < t_T - length}
+
+    left1 = full(jump_length, jump_n_sample)
+    left2 = full(jump2_length, jump2_n_sample)
+    left3 = full(jump3_length, jump3_n_sample)
+    position, walked = t_T, []
+
+    def go(step):
+        nonlocal position
+        position += step
+        walked.append(position)
+
+    while position > 0:
+        go(-1)
+        if n_sample > 1 and position + 1 < t_T - 1 and position <= start_resampling:
+            for _ in range(n_sample - 1):
+                go(+1)
+                go(-1)
+        if left3.get(position, 0) > 0 and position <= start_resampling - jump3_length:
+            left3[position] -= 1
+            for _ in range(jump3_length):
+                go(+1)
+        if left2.get(position, 0) > 0 and position <= start_resampling - jump2_length:
+            left2[position] -= 1
+            for _ in range(jump2_length):
+                go(+1)
+            left3 = full(jump3_length, jump3_n_sample)
+        if left1.get(position, 0) > 0 and position <= start_resampling - jump_length:
+            left1[position] -= 1
+            for _ in range(jump_length):
+                go(+1)
+            left2 = full(jump2_length, jump2_n_sample)
+            left3 = full(jump3_length, jump3_n_sample)
+    go(-1)
+    return walked
+
+
+@pytest.mark.parametrize(
+    "case", GOLDEN, ids=lambda case: "-".join(map(str, case["params"].values()))
+)
+def test_golden(case):
+    assert get_schedule_jump(**case["params"]) == case["times"]
+
+
+def test_the_default_walk_has_the_published_cost():
+    times = get_schedule_jump(250)
+    assert len(times) == 4571
+    assert count_steps(times) == (2410, 2160)
+    assert times == get_schedule_jump(250, 1, 10, 10)
+
+
+def test_a_small_walk_by_hand():
+    # Multiples of 2 below 5 - 2 are 0 and 2; each is left upwards once.
+    walk = [4, 3, 2, 3, 4, 3, 2, 1, 0, 1, 2, 1, 0, -1]
+    assert get_schedule_jump(5, jump_length=2, jump_n_sample=2) == walk
+    assert get_schedule_jump(4, n_sample=2, jump_n_sample=1) == [3, 2, 1, 2, 1, 0, 1, 0, -1]
+    assert get_schedule_jump(1) == [0, -1]
+
+
+def test_one_visit_may_take_several_jumps():
+    # Towards the end, the third level climbs from 0 to 2 and the second, just refilled, on to 3.
+    walk = "3 2 3 2 1 2 1 0 1 2 1 0 1 0 1 2 1 0 1 2 1 2 1 0 1 2 3 2 1 0 1 2 1 0 1 0 1 2 1 0 -1"
+    assert get_schedule_jump(4, 1, 2, 2, 1, 2, 2, 2) == [int(t) for t in walk.split()]
+
+
+@st.composite
+def walks(draw):
+    length = st.integers(1, 9)
+    count = st.integers(1, 3)
+    return {
+        "t_T": draw(st.integers(1, 24)),
+        "n_sample": draw(count),
+        "jump_length": draw(length),
+        "jump_n_sample": draw(count),
+        "jump2_length": draw(length),
+        "jump2_n_sample": draw(count),
+        "jump3_length": draw(length),
+        "jump3_n_sample": draw(count),
+        "start_resampling": draw(st.sampled_from([0, 3, 7, 12, 100_000_000])),
+    }
+
+
+@settings(max_examples=150, deadline=None)
+@given(walks())
+def test_equals_the_description(params):
+    assert get_schedule_jump(**params) == naive_schedule(**params)
+
+
+@settings(max_examples=150, deadline=None)
+@given(walks())
+def test_walk_properties(params):
+    times = get_schedule_jump(**params)
+    t_T, start = params["t_T"], params["start_resampling"]
+    assert times[0] == t_T - 1
+    assert times[-1] == -1
+    assert -1 not in times[:-1]
+    assert all(abs(after - before) == 1 for before, after in pairwise(times))
+    assert max(times) == t_T - 1
+    # Above start_resampling the walk only goes down (n_sample's own step may end just above it).
+    assert all(after <= start + 1 for before, after in pairwise(times) if after > before)
+    calls, undos = count_steps(times)
+    assert calls - undos == t_T
+    assert calls + undos == len(times) - 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 6), st.integers(0, 70))
+def test_count_of_a_single_level(t_T, length, count, start):
+    holders = [j for j in range(0, t_T - length, length) if j <= start - length]
+    climbed = len(holders) * (count - 1) * length
+    times = get_schedule_jump(t_T, jump_length=length, jump_n_sample=count, start_resampling=start)
+    assert count_steps(times) == (t_T + climbed, climbed)
+
+
+@pytest.mark.parametrize("key", list(GOLDEN[-2]["params"])[:-1])
+@pytest.mark.parametrize("value", [0, -1, scheduler.MAX_TRANSITIONS + 1])
+def test_impossible_counts(key, value):
+    with pytest.raises(ValueError, match="between 1 and"):
+        get_schedule_jump(**{"t_T": 10, key: value})
+
+
+def test_endless_walks_are_refused(monkeypatch):
+    monkeypatch.setattr(scheduler, "MAX_TRANSITIONS", 2000)
+    assert len(get_schedule_jump(200, jump_n_sample=5)) < 2000
+    with pytest.raises(ValueError, match="more than 2,000 transitions"):
+        get_schedule_jump(200, 1, 2, 1000, 2, 1000, 2, 1000)
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def run(*words, cwd):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "guided_diffusion" / "scheduler.py"), *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", str(cwd))},
+    )
+
+
+def write_conf(path, **params):
+    lines = "".join(f"  {key}: {value}\n" for key, value in params.items())
+    path.write_text(
+        "name: x\nmodel_path: absent.pt\ntimestep_respacing: '20'\n"
+        f"schedule_jump_params:\n{lines}"
+        "data:\n  eval:\n    set:\n      gt_path: absent\n      mask_path: absent\n"
+    )
+    return path
+
+
+def png_size(path):
+    with Image.open(path) as image:
+        image.load()
+        return image.size
+
+
+def test_program_plots_the_default(tmp_path):
+    result = run(cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    cost, where = result.stdout.splitlines()
+    assert cost == "default: 4,570 transitions, 2,410 network calls, 2,160 undos"
+    assert where == "plot: schedule.png"
+    assert [path.name for path in tmp_path.glob("[!.]*.png")] == ["schedule.png"]
+    assert png_size(tmp_path / "schedule.png") == (2100, 960)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--out", "x.jpg"], ("--out", ".png or .pdf", "x.jpg")),
+        (["--conf_path", "absent.yml"], ("absent.yml",)),
+        (["--no-such-option"], ("--no-such-option",)),
+        (["--conf_path", "a.yml", "--compare", "b.yml"], ("--compare", "--conf_path")),
+        (["--measure"], ("--measure", "--conf_path")),
+        (["--out", "file/x.png"], ("file/x.png", "cannot be written")),
+    ],
+)
+def test_mistakes_are_told_in_one_line(words, told, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("a file where a folder would have to be")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        scheduler.main(words)
+    assert all(part in str(caught.value) for part in told)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_mistake_ends_the_program_with_status_2(tmp_path):
+    (tmp_path / "schedule.png").write_text("from before")
+    result = run("--out", "x.jpg", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: --out:")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_impossible_schedule_names_file_and_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scheduler, "MAX_TRANSITIONS", 1000)
+    path = write_conf(tmp_path / "endless.yml", t_T=20, jump_n_sample=1000)
+    with pytest.raises(UserError, match=r"endless\.yml: schedule_jump_params: .*1,000 transitions"):
+        scheduler.main(["--conf_path", str(path)])
+
+
+def test_plot_of_a_configuration(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = write_conf(tmp_path / "short.yml", t_T=20, jump_length=5, jump_n_sample=2)
+    assert scheduler.main(["--conf_path", str(path), "--out", "plots/short.PDF"]) == 0
+    assert "short: 50 transitions, 35 network calls, 15 undos" in capsys.readouterr().out
+    assert (tmp_path / "plots" / "short.PDF").read_bytes().startswith(b"%PDF-")
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["short.PDF"]
+
+
+def test_comparison_plot(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    paths = []
+    for folder, count in (("one", 1), ("two", 2)):  # the same file name twice
+        (tmp_path / folder).mkdir()
+        name = f"{folder}/same.yml"
+        paths.append(write_conf(tmp_path / name, t_T=20, jump_length=5, jump_n_sample=count))
+    assert scheduler.main(["--compare", *map(str, paths)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{paths[0]}: 20 transitions, 20 network calls, 0 undos"
+    assert lines[1] == f"{paths[1]}: 50 transitions, 35 network calls, 15 undos"
+    assert png_size(tmp_path / "schedule.png") == (2100, 960)
+
+
+def line_through(axes, label):
+    return next(line for line in axes.get_lines() if line.get_label().startswith(label))
+
+
+@pytest.mark.parametrize("params", [{"t_T": 250}, {"t_T": 20, "jump_length": 5}, {"t_T": 9}])
+def test_what_the_plot_of_one_walk_shows(params):
+    times = get_schedule_jump(**params)
+    calls, undos = count_steps(times)
+    figure = scheduler.plot_schedules({"name": times})
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "transition"
+    assert axes.get_ylabel() == "diffusion time t"
+    assert axes.get_title() == f"name: {calls:,} network calls, {undos:,} undos"
+    assert list(line_through(axes, "denoise").get_ydata()) == times
+    low, high = axes.get_ylim()
+    assert low < -1
+    assert times[0] < high < 1.2 * times[0] + 2
+    # The coloured pieces are the climbs, all of them and nothing else.
+    x, y = (np.array(data) for data in line_through(axes, "undo").get_data())
+    inside = ~np.isnan(x[:-1] + x[1:])
+    climbing = [i for i, (t, t_next) in enumerate(pairwise(times)) if t_next > t]
+    assert list(x[:-1][inside & (np.diff(x) == 1)]) == climbing
+    assert [times[int(i)] for i in x[~np.isnan(x)]] == list(y[~np.isnan(y)])
+    assert not (np.diff(y)[inside] < 0).any()
+    assert len(axes.child_axes) == (len(times) > 600)
+
+
+def test_what_a_comparison_shows():
+    walks = {"a": get_schedule_jump(30), "b": get_schedule_jump(20, jump_n_sample=1)}
+    (axes,) = scheduler.plot_schedules(walks).axes
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts == ["a: 210 network calls", "b: 20 network calls"]
+    assert [list(line.get_ydata()) for line in axes.get_lines()] == list(walks.values())
+    assert len({line.get_color() for line in axes.get_lines()}) == 2
+
+
+def test_importing_the_schedule_loads_no_plotting():
+    code = (
+        "import sys, guided_diffusion.scheduler;"
+        "print([m for m in ('matplotlib', 'torch', 'yaml', 'numpy') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]"
