@@ -8,6 +8,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from tqdm import tqdm
+
 
 class UserError(ValueError):
     """A mistake the user can mend, told in one line: where, what was expected, what was found.
@@ -40,13 +42,13 @@ def command_line(main: Callable[[], int | None]) -> None:
     Warnings become one line each as well. Ctrl-C exits with 130; any other exception keeps its
     traceback, because it is a defect of the program and not of its input.
     """
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda text, *_, **__: tqdm.write(f"warning: {text}", file=sys.stderr)
     try:
         status = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {interrupt}".removesuffix(": "), file=sys.stderr)
         status = 130
     sys.exit(status)

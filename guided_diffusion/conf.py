@@ -75,6 +75,7 @@ IGNORED_KEYS = {
     "latex_name": "a label for the tables of a paper",
     "method_name": "a label for the tables of a paper",
     "data.eval.<set>.ds_conf": "the data set is described by its own keys",
+    "record": "what a finished run noted about itself in its run.yml",
 }
 
 
@@ -374,6 +375,14 @@ class InpaintConf(ModelConf):
             )
 
     @property
+    def log_dir(self) -> str:
+        """Folder of the run's record: where the folders of results stand, or ./log/<name>."""
+        folders = {os.path.normpath(path) for path in vars(self.data.paths).values() if path}
+        parents = {os.path.dirname(folder) for folder in folders}  # noqa: PTH120 - text in, text out
+        together = parents.pop() if len(parents) == 1 else ""
+        return together or f"./log/{self.name}"
+
+    @property
     def guided(self) -> bool:
         """Whether a classifier guides the sampling."""
         return self.classifier_path is not None and self.classifier_scale > 0
@@ -400,12 +409,13 @@ class TrainConf(ModelConf):
     microbatch: int = key(-1, "Pictures that a GPU works on at once, to lower if memory runs out; "
                           "-1: its whole share.", low=1, special=-1)
     lr: float = key(1e-4, "Learning rate.", above=0)
-    lr_anneal_steps: int = key(0, "Steps over which the learning rate falls to 0; 0: it stays.",
-                               low=0)
+    lr_anneal_steps: int = key(0, "Last steps of the training, over which the learning rate falls "
+                               "to 0; 0: it stays.", low=0)
     warmup_steps: int = key(0, "Steps over which the learning rate rises from 0.", low=0)
     weight_decay: float = key(0.0, "Weight decay of AdamW.", low=0)
     ema_rate: str = key("0.9999", "Rates of the averaged copies of the weights, with a checkpoint "
-                        "each; a short training wants lower ones, such as '0.999'.", pattern=RATES)
+                        "each, the first for process pictures; a short training wants lower ones, "
+                        "such as '0.999'.", pattern=RATES)
     iterations: int = key(100_000, "Steps to train in all.", low=1)
     log_interval: int = key(100, "Steps between lines of the log.", low=1)
     save_interval: int = key(5_000, "Steps between checkpoints, from which a run goes on.", low=1)
@@ -416,6 +426,8 @@ class TrainConf(ModelConf):
     grad_clip: float = key(0.0, "Largest norm of the gradient; 0: no limit.", low=0)
     random_flip: bool = key(True, "Mirror pictures with probability one half.")
     random_crop: bool = key(False, "Cut pictures at random places instead of the centre.")
+    cache_gb: float = key(4.0, "Memory in GiB of each machine for decoded pictures; those that do "
+                          "not fit are read again every time.", low=0)
     holdout: float = key(0.05, "Share of the pictures kept out of training, to test with.",
                          low=0, below=1)
     precision: str = key("float32", "Arithmetic: on a GPU bfloat16 is fastest, tf32 in between.",

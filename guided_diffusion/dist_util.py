@@ -4,13 +4,22 @@ A checkpoint is somebody else's file: it is mapped into memory, never executed, 
 wrong with it is told in one line.
 """
 
+import contextlib
+import hashlib
 import os
 import pickle
+import zipfile
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 
 from guided_diffusion import UserError
+
+Value = TypeVar("Value")
 
 # How the files begin that people save in a checkpoint's place.
 _IMPOSTORS = (
@@ -64,6 +73,68 @@ def get_device(name: str | None = None) -> torch.device:
     return device
 
 
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that torchrun started, over the network of CPUs; nothing for one alone.
+
+    Only small messages pass: each process computes on its own device. Waiting has no limit worth
+    the name, because a process may be hours behind.
+    """
+    if world_size() == 1:
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def from_main(value: Value) -> Value:
+    """Return the main process's ``value`` in every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def from_all(value: Value) -> list[Value]:
+    """Return every process's ``value``, by rank, in every process."""
+    if world_size() == 1:
+        return [value]
+    values = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class SharedCounter:
+    """A number that all processes count up together, without waiting for one another."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._own = name, 0
+
+    def add(self, amount: int = 0) -> int:
+        """Add and return the sum over all processes."""
+        if world_size() == 1:
+            self._own += amount
+            return self._own
+        return dist.distributed_c10d._get_default_store().add(self._name, amount)
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """Return a short text that changes with a checkpoint's content, without reading all of it.
+
+    It is made of the checksums in a zip archive's table, or of an old file's size.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            table = [(entry.filename, entry.CRC, entry.file_size) for entry in archive.infolist()]
+    except zipfile.BadZipFile:
+        table = [Path(path).stat().st_size]
+    return hashlib.sha256(repr(table).encode()).hexdigest()[:16]
+
+
 def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """Return the tensors of a checkpoint by name, mapped from the file and not copied.
 
@@ -79,7 +150,7 @@ def state_dict_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
 
 
 def _read(path: str | os.PathLike, map_location: str | None) -> dict[str, torch.Tensor]:
-    is_zip = _check_beginning(Path(path))
+    is_zip = check_beginning(path)
     try:
         state = torch.load(
             path, map_location=map_location or "cpu", mmap=is_zip or None, weights_only=True
@@ -100,8 +171,9 @@ def _read(path: str | os.PathLike, map_location: str | None) -> dict[str, torch.
     return state
 
 
-def _check_beginning(path: Path) -> bool:
-    """Refuse what is not a checkpoint by its first bytes; return whether it is a zip archive."""
+def check_beginning(path: str | os.PathLike) -> bool:
+    """Refuse what is no checkpoint by its first bytes; return whether it is a zip archive."""
+    path = Path(path)
     try:
         with path.open("rb") as stream:
             beginning = stream.read(64).lstrip()

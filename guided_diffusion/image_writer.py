@@ -18,10 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from guided_diffusion import UserError
 
 ROWS_PER_PAGE = 100
+_MARK = "repaint"  # the PNG comment that says with which settings a result was made
 _LARGE_PAGE = 8  # from so many images on, the tiles of an overview are small
 _MOST_SAMPLES = 8
 _FRAMES_PER_LINE = 12
@@ -75,11 +77,33 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
         temporary.write_bytes(text.encode("utf-8"))
 
 
-def write_png(path: str | os.PathLike, array_u8: np.ndarray) -> None:
-    """Write a picture, uint8 (H, W, 3), whole or not at all; raises as ``atomic_path``."""
-    image = _as_image(array_u8)
+def write_png(path: str | os.PathLike, array_u8: np.ndarray, *, mark: str | None = None) -> None:
+    """Write a picture, uint8 (H, W, 3), whole or not at all; raises as ``atomic_path``.
+
+    ``mark`` is kept in the file as a comment that ``read_mark`` gives back.
+    """
+    image, notes = _as_image(array_u8), PngInfo()
+    if mark is not None:
+        notes.add_text(_MARK, mark)
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=notes)
+
+
+def read_mark(path: str | os.PathLike) -> str | None:
+    """Return the mark of a PNG, or "" where it has none; None where there is no whole PNG."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.load()
+            return image.info.get(_MARK, "")
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Remove the temporary files that a killed process left in ``folder``."""
+    for leftover in Path(folder).glob(f".{'[0-9a-f]' * 16}.tmp"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
 
 
 def write_checkpoint(path: str | os.PathLike, state: object) -> None:
@@ -148,13 +172,14 @@ def write_result(
     mask_u8: np.ndarray,
     *,
     sample_name: str | None = None,
+    mark: str | None = None,
 ) -> list[Path]:
     """Write one result into its folders and return the paths, the inpainted picture's last.
 
     ``folders`` maps srs (inpainted), lrs (ground truth with its hole), gts (ground truth; may be
     missing or None) and gt_keep_masks. All pictures are uint8 (S, S, 3); ground truth and mask
     are written as they are. ``sample_name`` is the inpainted picture's name where an image has
-    several. The inpainted picture comes last: where it exists, the others do.
+    several, ``mark`` is kept in it. It comes last: where it exists, the others do.
     Raises ``UserError`` as ``atomic_path`` and ``result_path``.
     """
     pictures = [
@@ -166,8 +191,9 @@ def write_result(
     written = [
         (result_path(folder, file_name), pixels) for folder, file_name, pixels in pictures if folder
     ]
-    for path, pixels in written:
+    for path, pixels in written[:-1]:
         write_png(path, pixels)
+    write_png(*written[-1], mark=mark)
     return [path for path, _ in written]
 
 

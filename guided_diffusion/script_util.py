@@ -5,13 +5,14 @@ they are mapped from the file, so that there is never more than one copy in memo
 that does not fit says by its shapes which YAML keys have to change.
 """
 
+import dataclasses
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from guided_diffusion import UserError
 from guided_diffusion.conf import (
@@ -21,8 +22,13 @@ from guided_diffusion.conf import (
     InpaintConf,
     ModelConf,
 )
-from guided_diffusion.dist_util import load_state_dict
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
+from guided_diffusion.dist_util import get_device, load_state_dict
+from guided_diffusion.gaussian_diffusion import (
+    GaussianDiffusion,
+    Step,
+    classifier_gradient,
+    get_named_beta_schedule,
+)
 from guided_diffusion.respace import respaced_betas, space_timesteps
 from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
@@ -183,6 +189,93 @@ def _warn_of_silent_flags(conf: ModelConf) -> None:
             f"{conf.image_size} checkpoint, which needs {keys}; without, results are garbage",
             stacklevel=3,
         )
+
+
+# ---- Running -------------------------------------------------------------------------------------
+
+
+class Inpainter:
+    """The networks on their device, and the walk over ``times`` that makes them inpaint.
+
+    Raises UserError for a device or checkpoint that cannot be used.
+    """
+
+    def __init__(self, conf: InpaintConf, times: list[int]) -> None:
+        self.conf, self.times = conf, times
+        self.device = get_device(conf.device)
+        self.diffusion = create_gaussian_diffusion(conf)
+        self.model = load_model(conf, self.device)
+        self.model.convert_trunk(_trunk_type(conf, self.device))
+        self.classifier = None
+        if conf.guided:
+            self.classifier = load_classifier(conf, self.device)
+            if conf.classifier_use_fp16 and self.device.type == "cuda":
+                self.classifier.convert_trunk(torch.float16)
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether any network computes in less than float32."""
+        networks = [self.model, *([self.classifier] if self.classifier else [])]
+        return any(network.dtype != torch.float32 for network in networks)
+
+    def in_float32(self) -> "Inpainter":
+        """Return the same with every network in float32, loaded anew."""
+        exact = {"precision": "float32", "use_fp16": False, "classifier_use_fp16": False}
+        return Inpainter(dataclasses.replace(self.conf, **exact), self.times)
+
+    def steps(self, gt: Tensor, gt_keep_mask: Tensor, seeds: Sequence[int]) -> Iterator[Step]:
+        """Inpaint ``gt`` where the mask is 0, both (N, 3, S, S) on the device, from N seeds.
+
+        Each image has a generator of its own, so that its result does not depend on the batch. It
+        draws the label first, then noise. Yields a ``Step`` after every transition.
+        """
+        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+        y = self._labels(generators)
+        noise_shape = (1, *gt.shape[1:])
+
+        def draw_noise() -> Tensor:
+            parts = [torch.randn(noise_shape, generator=g, device=g.device) for g in generators]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        def model(x: Tensor, timesteps: Tensor) -> Tensor:
+            return self.model(x, timesteps, y)
+
+        cond_fn = None
+        if self.classifier is not None:
+            cond_fn = classifier_gradient(self.classifier, y, self.conf.classifier_scale)
+        yield from self.diffusion.repaint(
+            model,
+            gt,
+            gt_keep_mask,
+            self.times,
+            draw_noise,
+            cond_fn=cond_fn,
+            use_ddim=self.conf.use_ddim,
+            inpa_inj_sched_prev=self.conf.inpa_inj_sched_prev,
+            inpa_inj_sched_prev_cumnoise=self.conf.inpa_inj_sched_prev_cumnoise,
+            inpa_inj_time_shift=self.conf.inpa_inj_time_shift,
+        )
+
+    def _labels(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return a class label (N,) for each image: ``cond_y``, or drawn."""
+        if self.conf.cond_y is not None:
+            return torch.full((len(generators),), self.conf.cond_y, device=self.device)
+        high = self.conf.num_classes
+        return torch.cat(
+            [torch.randint(0, high, (1,), generator=g, device=g.device) for g in generators]
+        )
+
+
+def _trunk_type(conf: InpaintConf, device: torch.device) -> torch.dtype:
+    """Return the type of the trunk's convolutions, and set how torch multiplies float32."""
+    precision = conf.precision or ("float16" if conf.use_fp16 else None)
+    if precision in ("float32", "tf32"):
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if precision == "float16" and device.type == "cpu":
+        warnings.warn("half precision is for GPUs; on this CPU it runs in float32", stacklevel=3)
+        return torch.float32
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(precision, torch.float32)
 
 
 # ---- What shapes tell ----------------------------------------------------------------------------
