@@ -8,7 +8,8 @@ import dataclasses
 import hashlib
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from guided_diffusion.dist_util import is_main, load_state_dict, world_size
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import TrainingImages, list_images
 from guided_diffusion.image_writer import write_checkpoint
+from guided_diffusion.unet import UNetModel
 
 # What a resumed training may change: how far it goes, how fast and how visibly; not what it learns.
 FREE_KEYS = (
@@ -73,20 +75,6 @@ def run_settings(conf: TrainConf, paths: Sequence[str]) -> dict[str, object]:
     names = "\0".join(path.removeprefix(conf.data_dir) for path in paths)
     digest = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:8]
     return {**kept, "data_dir": f"{len(paths)} pictures (list {digest})"}
-
-
-def check_same_settings(path: Path, then: Mapping, now: Mapping) -> None:
-    """Raise UserError naming every key of which the two settings differ."""
-    changed = [name for name in now if name in then and then[name] != now[name]]
-    if changed:
-        raise UserError(
-            "cannot be resumed with other settings; put them back, or start anew in another "
-            "out_dir, with init_from",
-            path=path,
-            key=" and ".join(changed),
-            expected=", ".join(str(then[name]) for name in changed),
-            got=", ".join(str(now[name]) for name in changed),
-        )
 
 
 def check_disk(conf: TrainConf, parameters: int) -> None:
@@ -144,46 +132,67 @@ def export(conf: TrainConf, path: str) -> str:
     return f"{source} in half precision is {path}, {Path(path).stat().st_size / 1e6:.1f} MB"
 
 
+def load_initial(model: UNetModel, path: str) -> None:
+    """Give ``model`` the weights of a checkpoint; raises UserError where they do not fit."""
+    try:
+        model.load_state_dict(load_state_dict(path))
+    except RuntimeError as error:  # its first line is a title
+        first = " ".join(str(error).splitlines()[1:2])
+        problem = f"does not fit the network: {first.strip()}"
+        raise UserError(problem, path=path, key="init_from") from error
+
+
 # ---- Checks --------------------------------------------------------------------------------------
 
 
-def check_conf(conf: TrainConf) -> None:
-    """Raise UserError where a batch cannot be divided among processes and their parts."""
+def check(conf: TrainConf, device: torch.device, *, resume: bool) -> int:
+    """Find what is wrong before anything is built; return the step to go on from, 0 for the start.
+
+    What a killed training left half-written is removed. Raises UserError where a batch cannot be
+    divided, a new training would mix with an old one, or an old one is to go on with other settings
+    or pictures. Warns of settings without effect on this device.
+    """
+    if not is_main():
+        warnings.simplefilter("ignore")  # one process says it for all
+    if conf.precision != "float32" and device.type != "cuda":
+        warnings.warn(f"precision: {conf.precision} is for GPUs; this is float32", stacklevel=2)
     own, rest = divmod(conf.batch_size, world_size())
     if rest:
-        raise UserError(
-            f"cannot be divided among {world_size()} processes", key="batch_size", got=own
-        )
+        problem = f"cannot be divided among {world_size()} processes"
+        raise UserError(problem, key="batch_size", got=conf.batch_size)
     if conf.microbatch != -1 and own % conf.microbatch:
-        raise UserError(
-            f"cannot be divided into parts of {conf.microbatch} (microbatch)",
-            key="batch_size",
-            got=f"{own} a process",
-        )
-
-
-def start_step(conf: TrainConf, resume: bool) -> int:
-    """Return the step to go on from; 0 is the start.
-
-    What a killed training left half-written is removed. Raises UserError where a new training would
-    mix with an old one, or an old one is to go on with other settings or pictures.
-    """
+        problem = f"{own} pictures a process cannot be divided into parts of {conf.microbatch}"
+        raise UserError(problem, key="batch_size and microbatch")
     newest = newest_step(conf)
     if newest is not None:
-        path = checkpoint_path(conf, "opt", newest)
-        if not resume:
-            raise UserError(
-                f"already holds a training, of {newest} steps; add --resume to go on with it, or "
-                "choose another name or out_dir",
-                path=conf.out_dir,
-            )
-        now = run_settings(conf, list_images(conf.data_dir, key="data_dir"))
-        check_same_settings(path, load_opt(path)["settings"], now)
+        _check_resume(conf, newest, resume)
     if is_main():
         for path in Path(conf.out_dir).glob(".*.tmp"):
             if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name):
                 path.unlink(missing_ok=True)
     return newest or 0
+
+
+def _check_resume(conf: TrainConf, newest: int, resume: bool) -> None:
+    if not resume:
+        raise UserError(
+            f"already holds a training, of {newest} steps; add --resume to go on with it, or "
+            "choose another name or out_dir",
+            path=conf.out_dir,
+        )
+    path = checkpoint_path(conf, "opt", newest)
+    then = load_opt(path)["settings"]
+    now = run_settings(conf, list_images(conf.data_dir, key="data_dir"))
+    changed = [name for name in now if name in then and then[name] != now[name]]
+    if changed:
+        raise UserError(
+            "cannot be resumed with other settings; put them back, or start anew in another "
+            "out_dir, with init_from",
+            path=path,
+            key=" and ".join(changed),
+            expected=", ".join(str(then[name]) for name in changed),
+            got=", ".join(str(now[name]) for name in changed),
+        )
 
 
 def check_classes(conf: TrainConf, images: TrainingImages) -> None:

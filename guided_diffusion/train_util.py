@@ -68,18 +68,20 @@ class TrainingStoppedError(Exception):
 # ---- Processes -----------------------------------------------------------------------------------
 
 
-def join_processes(device: torch.device) -> None:
-    """Meet torchrun's other processes; without torchrun there are none."""
-    if world_size() > 1:
-        # The others wait while the first one saves and makes pictures.
-        patience = datetime.timedelta(hours=3)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=patience)
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun started, GPUs by NCCL; nothing for one alone.
 
-
-def leave_processes() -> None:
-    """Part from the other processes."""
-    if world_size() > 1:
+    The others wait for the first while it saves and makes pictures, hence their patience.
+    """
+    if world_size() == 1:
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=3))
+    try:
+        yield
+    finally:
         torch.distributed.destroy_process_group()
 
 
@@ -150,6 +152,14 @@ def learning_rate(conf: TrainConf, step: int) -> float:
     warm = (step + 1) / conf.warmup_steps if conf.warmup_steps else 1.0
     left = (conf.iterations - step) / conf.lr_anneal_steps if conf.lr_anneal_steps else 1.0
     return conf.lr * min(1.0, warm, max(0.0, left))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from torch's own generator as ``seed`` says, and leave it as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def compiles(conf: TrainConf, device: torch.device) -> bool:
@@ -223,7 +233,9 @@ class Trainer:
         """Learn from this process's part of the next batch (uint8 (n, 3, S, S), labels (n,))."""
         conf, device, mine = self.conf, self.device, share(self.conf.batch_size)
         if conf.dropout:
-            torch.manual_seed(generator(conf.seed, DROPOUT, self.step).integers(2**32) + rank())
+            torch.manual_seed(
+                int(generator(conf.seed, DROPOUT, self.step).integers(2**32)) + rank()
+            )
         x = (images.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         y = None if labels is None else labels.to(device)
         steps = self.diffusion.num_timesteps
@@ -374,6 +386,7 @@ def train(trainer: Trainer, sample_diffusion: GaussianDiffusion) -> None:
     conf, images, folder = trainer.conf, trainer.images, Path(trainer.conf.out_dir)
     observer = None
     if is_main():
+        print(describe(trainer), flush=True)
         observer = Observer(
             conf,
             images,
