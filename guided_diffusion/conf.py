@@ -1,7 +1,8 @@
 """The YAML keys: each with its type, default, range and one sentence.
 
 What the keys need of each other is checked here too, in ``__post_init__``; schema.py does the
-rest. ``python guided_diffusion/conf.py`` writes the JSON Schemas into ``confs/``.
+rest. ``python guided_diffusion/conf.py`` brings the JSON Schemas in ``confs/`` and the READMEs'
+tables up to date.
 """
 
 import dataclasses
@@ -478,11 +479,20 @@ def schema_files() -> dict[str, str]:
     }
 
 
+def with_keys(readme: str) -> str:
+    """Return a README's text with the table of keys brought up to date between its markers."""
+    before, _, rest = readme.partition("<!-- keys -->\n")
+    _, _, after = rest.partition("<!-- /keys -->")
+    return f"{before}<!-- keys -->\n{markdown_table(InpaintConf)}<!-- /keys -->{after}"
+
+
 def main() -> None:
-    """Write the JSON Schemas that the YAML files in ``confs/`` name in their first lines."""
-    folder = Path(__file__).resolve().parent.parent / "confs"
+    """Write what repeats the keys elsewhere: JSON Schemas in ``confs/``, tables in the READMEs."""
+    root = Path(__file__).resolve().parent.parent
     for name, text in schema_files().items():
-        (folder / name).write_text(text, encoding="utf-8")
+        (root / "confs" / name).write_text(text, encoding="utf-8")
+    for readme in root.glob("README*.md"):
+        readme.write_text(with_keys(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
