@@ -154,10 +154,12 @@ class AttentionBlock(nn.Module):
 
 def heads(channels: int, num_heads: int, num_head_channels: int) -> int:
     """Return how many heads attend over ``channels``; ValueError where they do not divide."""
-    width = num_head_channels if num_head_channels != -1 else channels // num_heads
-    if width < 1 or channels % width:
-        raise ValueError(f"{channels} channels cannot be divided into heads of {width}")
-    return channels // width
+    by_number = num_head_channels == -1
+    divisor = num_heads if by_number else num_head_channels
+    if channels % divisor:
+        kind = "heads" if by_number else "channels each"
+        raise ValueError(f"{channels} channels cannot be divided into heads: {divisor} {kind}")
+    return divisor if by_number else channels // divisor
 
 
 class EmbedSequential(nn.Sequential):

@@ -1,0 +1,924 @@
+import itertools
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from guided_diffusion.gaussian_diffusion import (
+    GaussianDiffusion,
+    classifier_gradient,
+    condition,
+    get_named_beta_schedule,
+)
+from guided_diffusion.respace import respaced_betas, space_timesteps
+from guided_diffusion.scheduler import get_schedule_jump
+from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small are slowed down by more, badly so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def chain(respacing="12", noise_schedule="linear", steps=1000, **flags):
+    kept = space_timesteps(steps, respacing)
+    betas = respaced_betas(get_named_beta_schedule(noise_schedule, steps), kept)
+    return GaussianDiffusion(betas, kept, **flags)
+
+
+def noise_source(shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(shape, generator=generator)
+
+
+def last(steps):
+    with torch.inference_mode():
+        *_, step = steps
+    assert step.t == -1
+    return step.x
+
+
+# --- betas and tables ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [25, 1000, 4000])
+def test_linear_betas(steps):
+    betas = get_named_beta_schedule("linear", steps)
+    scale = 1000 / steps
+    assert betas.dtype == np.float64
+    assert len(betas) == steps
+    assert betas[0] == pytest.approx(1e-4 * scale, rel=1e-12)
+    assert betas[-1] == pytest.approx(0.02 * scale, rel=1e-12)
+    np.testing.assert_allclose(np.diff(betas), scale * (0.02 - 1e-4) / (steps - 1), rtol=1e-9)
+
+
+def test_cosine_betas():
+    golden = np.load(GOLDEN / "losses.npz")["cosine_betas_1000"]
+    np.testing.assert_allclose(get_named_beta_schedule("cosine", 1000), golden, rtol=0, atol=1e-12)
+
+    def alphabar(u):
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    short = [min(1 - alphabar((i + 1) / 7) / alphabar(i / 7), 0.999) for i in range(7)]
+    np.testing.assert_allclose(get_named_beta_schedule("cosine", 7), short, rtol=1e-12)
+    assert short[-1] == 0.999
+
+
+def test_unknown_schedule():
+    with pytest.raises(ValueError, match="linear or cosine, found 'sqrt'"):
+        get_named_beta_schedule("sqrt", 10)
+
+
+@pytest.mark.parametrize("betas", [[0.1], [], [0.1, 0.0], [0.1, 1.0], [-0.1, 0.1], [0.1, np.nan]])
+def test_impossible_chains(betas):
+    with pytest.raises(ValueError, match=r"at least 2 steps|between 0 and 1"):
+        GaussianDiffusion(np.array(betas))
+
+
+@pytest.mark.parametrize("time_scale", [1.0, 0.25])
+def test_the_network_is_told_original_and_scaled_times(time_scale):
+    diffusion = chain("3", time_scale=time_scale)
+    assert diffusion.timestep_map.tolist() == [0, 500, 999]
+    seen = []
+
+    def model(x, t):
+        seen.append(t.clone())
+        return torch.zeros(2, 6, 4, 4)
+
+    gt = torch.zeros(2, 3, 4, 4)
+    last(diffusion.repaint(model, gt, gt, [2, 1, 0, -1], noise_source(gt.shape)))
+    diffusion.training_losses(model, gt, torch.tensor([2, 1]), gt)
+    expected = [[999.0, 999.0], [500.0, 500.0], [0.0, 0.0], [999.0, 500.0]]
+    assert [(t / time_scale).tolist() for t in seen] == expected
+
+
+# --- golden samples and losses -------------------------------------------------------------------
+
+
+def trunk(conf, prefix=""):
+    return TrunkConfig(
+        image_size=conf["image_size"],
+        model_channels=conf["classifier_width" if prefix else "num_channels"],
+        channel_mult=(1, 2, 3, 4) if prefix else (1, 2),
+        num_res_blocks=conf["classifier_depth" if prefix else "num_res_blocks"],
+        attention_resolutions=(int(conf[f"{prefix}attention_resolutions"]),),
+        num_heads=conf["num_heads"],
+        num_head_channels=64 if prefix else conf["num_head_channels"],
+    )
+
+
+def golden_run(name):
+    conf = yaml.safe_load((GOLDEN / name / "conf.yml").read_text())
+    expect = {k: torch.tensor(v) for k, v in np.load(GOLDEN / name / "expect.npz").items()}
+    model = UNetModel(trunk(conf), 6, 1000 if conf["class_cond"] else None)
+    model.load_state_dict(torch.load(GOLDEN / name / "model.pt", weights_only=True))
+    classifier = None
+    if "classifier_path" in conf:
+        classifier = EncoderUNetModel(trunk(conf, "classifier_"), 1000, conf["classifier_pool"])
+        classifier.load_state_dict(torch.load(GOLDEN / name / "classifier.pt", weights_only=True))
+        classifier.eval()
+    return conf, expect, model.eval(), classifier
+
+
+@pytest.mark.parametrize(
+    ("name", "batch_size"), [("plain", 1), ("plain", 2), ("plain", 3), ("guided", 1), ("guided", 2)]
+)
+def test_golden_samples_for_every_batch_size(name, batch_size):
+    conf, expect, model, classifier = golden_run(name)
+    gt = expect["gt_u8"].permute(0, 3, 1, 2).float() / 127.5 - 1
+    mask = expect["mask_u8"].permute(0, 3, 1, 2).float() / 255
+    diffusion = chain(conf["timestep_respacing"])
+    times = get_schedule_jump(**conf["schedule_jump_params"])
+    for begin in range(0, len(gt), batch_size):
+        batch = range(begin, min(begin + batch_size, len(gt)))
+        generators = [torch.Generator().manual_seed(conf["seed"] + k) for k in batch]
+        y = torch.cat([torch.randint(0, 1000, (1,), generator=g) for g in generators])
+        assert y.tolist() == expect["y"][batch].tolist()
+        cond_fn = classifier and classifier_gradient(classifier, y, conf["classifier_scale"])
+        sample = last(
+            diffusion.repaint(
+                lambda x, t, y=y: model(x, t, y),
+                gt[batch],
+                mask[batch],
+                times,
+                lambda gs=generators: torch.cat(
+                    [torch.randn((1, *gt.shape[1:]), generator=g) for g in gs]
+                ),
+                cond_fn=cond_fn,
+            )
+        )
+        torch.testing.assert_close(sample, expect["sample"][batch], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("respacing", ["1000", "250"])
+def test_golden_losses(respacing):
+    golden = np.load(GOLDEN / "losses.npz")
+    x_start, t, noise, x_t, output, mse, vb, loss = (
+        torch.tensor(golden[f"{respacing}/{key}"])
+        for key in ("x_start", "t", "noise", "x_t", "model_output", "mse", "vb", "loss")
+    )
+    assert (t == 0).any()
+    assert (t > 0).any()
+    diffusion = chain(respacing, rescale_learned_sigmas=True)
+    torch.testing.assert_close(diffusion.q_sample(x_start, t, noise), x_t, rtol=0, atol=1e-6)
+    got = diffusion.training_losses(lambda x, t: output, x_start, t, noise)
+    for key, expected in (("mse", mse), ("vb", vb), ("loss", loss)):
+        torch.testing.assert_close(got[key], expected, rtol=1e-4, atol=1e-7)
+    unscaled = chain(respacing).training_losses(lambda x, t: output, x_start, t, noise)
+    torch.testing.assert_close(unscaled["vb"], vb * 1000 / int(respacing), rtol=1e-4, atol=1e-7)
+    whole = chain(respacing, use_kl=True).training_losses(lambda x, t: output, x_start, t, noise)
+    torch.testing.assert_close(whole["loss"], vb * 1000, rtol=1e-4, atol=1e-4)
+    assert set(whole) == {"loss", "vb"}
+
+
+# --- the loop against a second, naive one --------------------------------------------------------
+
+
+def naive_repaint(network, gradient, gt, mask, times, draw, betas, kept, flags):
+    """The loop in words turned into float64 numpy, apart from the code that is tested."""
+    original = np.cumprod(1 - betas)
+    abar = original[kept]
+    beta = np.array([1 - abar[i] / (abar[i - 1] if i else 1) for i in range(len(kept))])
+    abar_before = [1.0, *abar[:-1]]
+    variance = [beta[i] * (1 - abar_before[i]) / (1 - abar[i]) for i in range(len(kept))]
+
+    def predicted(x, t):
+        out = network(x, kept[t] * flags["time_scale"])
+        if flags["predict_xstart"]:
+            x0 = out[:, :3]
+        else:
+            x0 = x / np.sqrt(abar[t]) - np.sqrt(1 / abar[t] - 1) * out[:, :3]
+        if flags["clip_denoised"]:
+            x0 = np.clip(x0, -1, 1)
+        if flags["learn_sigma"]:
+            f = (out[:, 3:] + 1) / 2
+            log_var = f * np.log(beta[t]) + (1 - f) * np.log(variance[max(t, 1)])
+        else:
+            log_var = np.full_like(x, np.log(beta[t] if t else variance[1]))
+        return x0, log_var
+
+    x = draw()
+    trajectory = []
+    if flags["cumnoise"] and flags["sched_prev"]:
+        z = gt
+        for i in range(len(kept)):
+            z = np.sqrt(1 - beta[i]) * z + np.sqrt(beta[i]) * draw()
+            trajectory.append(z)
+    reverse_steps = 0
+    for t, t_next in pairwise(times):
+        if t_next > t:
+            k = t + flags["time_shift"]
+            x = np.sqrt(1 - beta[k]) * x + np.sqrt(beta[k]) * draw()
+            continue
+        eps1 = draw()
+        reverse_steps += 1
+        if flags["sched_prev"] and reverse_steps > 1:
+            if flags["cumnoise"]:
+                known = trajectory[t]
+            else:
+                known = np.sqrt(abar[t]) * gt + np.sqrt(1 - abar[t]) * draw()
+            x = mask * known + (1 - mask) * x
+        x0, log_var = predicted(x, t)
+        guide = gradient(x, kept[t] * flags["time_scale"]) if flags["guided"] else None
+        if flags["use_ddim"]:
+            if flags["guided"]:
+                eps = (x / np.sqrt(abar[t]) - x0) / np.sqrt(1 / abar[t] - 1)
+                eps = eps - np.sqrt(1 - abar[t]) * guide
+                x0 = x / np.sqrt(abar[t]) - np.sqrt(1 / abar[t] - 1) * eps
+            eps = (x / np.sqrt(abar[t]) - x0) / np.sqrt(1 / abar[t] - 1)
+            x = np.sqrt(abar_before[t]) * x0 + np.sqrt(1 - abar_before[t]) * eps
+        else:
+            coef1 = beta[t] * np.sqrt(abar_before[t]) / (1 - abar[t])
+            coef2 = (1 - abar_before[t]) * np.sqrt(1 - beta[t]) / (1 - abar[t])
+            mean = coef1 * x0 + coef2 * x
+            if flags["guided"]:
+                mean = mean + np.exp(log_var) * guide
+            x = mean + (t != 0) * np.exp(0.5 * log_var) * eps1
+    return x
+
+
+def toy_network(module, flags):
+    """Smooth, dependent on neighbours and on time; the same in numpy and in torch."""
+
+    def network(x, t):
+        if module is torch:
+            t = t.to(x.dtype)[:, None, None, None]
+        beside = module.roll(x, 1, -1) if module is np else torch.roll(x, 1, -1)
+        first = 0.7 * module.sin(x) + 0.2 * module.cos(2 * beside + t / 300)
+        second = module.sin(3 * x + t / 200)  # within [-1, 1], as what is learned mostly is
+        parts = [first, second] if flags["learn_sigma"] else [first]
+        return np.concatenate(parts, 1) if module is np else torch.cat(parts, 1)
+
+    return network
+
+
+def toy_gradient(module):
+    def gradient(x, t):
+        if module is torch:
+            t = t.to(x.dtype)[:, None, None, None]
+        return 0.5 * module.cos(x + t / 100)
+
+    return gradient
+
+
+SWITCHES = (
+    "learn_sigma",
+    "predict_xstart",
+    "clip_denoised",
+    "use_ddim",
+    "sched_prev",
+    "cumnoise",
+    "guided",
+)
+
+
+@pytest.mark.parametrize("time_shift", [0, 1, 2])
+@pytest.mark.parametrize(
+    "values",
+    [v for v in itertools.product([True, False], repeat=len(SWITCHES)) if v[4] or not v[5]],
+    ids=lambda v: "".join("01"[x] for x in v),
+)
+def test_all_combinations_against_a_naive_loop(values, time_shift):
+    flags = dict(zip(SWITCHES, values, strict=True))
+    flags |= {"time_shift": time_shift, "time_scale": 0.5 if time_shift == 2 else 1.0}
+    steps, respacing = (1000, "9") if time_shift else (400, "5,4")
+    betas = get_named_beta_schedule("linear" if time_shift else "cosine", steps)
+    kept = space_timesteps(steps, respacing)
+    times = get_schedule_jump(8, 1, 2, 2)
+    generator = np.random.default_rng(sum(values) + time_shift)
+    shape = (2, 3, 4, 4)
+    noises = generator.normal(size=(60, *shape)).astype(np.float32)
+    gt = generator.uniform(-1, 1, shape).astype(np.float32)
+    mask = generator.choice([0.0, 0.3, 1.0], shape).astype(np.float32)
+
+    drawn = iter(noises.astype(np.float64))
+    expected = naive_repaint(
+        toy_network(np, flags),
+        toy_gradient(np),
+        gt.astype(np.float64),
+        mask.astype(np.float64),
+        times,
+        lambda: next(drawn),
+        betas,
+        kept,
+        flags,
+    )
+    diffusion = GaussianDiffusion(
+        respaced_betas(betas, kept),
+        kept,
+        learn_sigma=flags["learn_sigma"],
+        predict_xstart=flags["predict_xstart"],
+        clip_denoised=flags["clip_denoised"],
+        time_scale=flags["time_scale"],
+    )
+    drawn_by_torch = iter(torch.tensor(noises))
+    got = last(
+        diffusion.repaint(
+            toy_network(torch, flags),
+            torch.tensor(gt),
+            torch.tensor(mask),
+            times,
+            lambda: next(drawn_by_torch),
+            cond_fn=toy_gradient(torch) if flags["guided"] else None,
+            use_ddim=flags["use_ddim"],
+            inpa_inj_sched_prev=flags["sched_prev"],
+            inpa_inj_sched_prev_cumnoise=flags["cumnoise"],
+            inpa_inj_time_shift=time_shift,
+        )
+    )
+    assert len(list(drawn_by_torch)) == len(list(drawn)) > 0
+    error = np.abs(got.numpy() - expected).max() / max(1.0, np.abs(expected).max())
+    assert error < 1e-5
+
+
+# --- noise: what is drawn, and when --------------------------------------------------------------
+
+
+class Recorder:
+    """Counts: the k-th draw is noise of its own (k), and draws and network calls are noted."""
+
+    def __init__(self, shape):
+        self.shape, self.draws, self.events, self.seen = shape, [], [], []
+
+    def draw(self):
+        generator = torch.Generator().manual_seed(len(self.draws))
+        self.draws.append(torch.randn(self.shape, generator=generator))
+        self.events.append("draw")
+        return self.draws[-1]
+
+    def model(self, x, t):
+        self.events.append("model")
+        self.seen.append(x)
+        return torch.zeros(self.shape[0], 6, *self.shape[2:])
+
+
+WALK = [2, 1, 2, 1, 0, -1]  # down, up, down, down, down
+
+
+@pytest.mark.parametrize("use_ddim", [False, True])
+@pytest.mark.parametrize(
+    ("flags", "order"),
+    [
+        ({}, "x  1 m  u  1 2 m  1 2 m  1 2 m"),
+        ({"inpa_inj_sched_prev": False}, "x  1 m  u  1 m  1 m  1 m"),
+        # One noise for each of the chain's five steps, whatever the walk needs of them.
+        ({"inpa_inj_sched_prev_cumnoise": True}, "x z z z z z  1 m  u  1 m  1 m  1 m"),
+    ],
+    ids=["conditioned", "unconditioned", "cumulative"],
+)
+def test_order_of_draws(flags, order, use_ddim):
+    record = Recorder((1, 3, 2, 2))
+    gt = torch.zeros(record.shape)
+    last(chain("5").repaint(record.model, gt, gt, WALK, record.draw, use_ddim=use_ddim, **flags))
+    assert record.events == ["model" if word == "m" else "draw" for word in order.split()]
+
+
+def test_denoising_noise_is_drawn_before_conditioning_noise():
+    record, diffusion = Recorder((1, 3, 2, 2)), chain("5")
+    gt, mask = torch.full(record.shape, 0.4), torch.ones(record.shape)
+    steps = list(diffusion.repaint(record.model, gt, mask, WALK, record.draw))
+    x_T, eps1_first, undo_noise, eps1, eps2 = record.draws[:5]
+    assert torch.equal(record.seen[0], x_T)  # the first step down is not conditioned
+    mean = diffusion.q_posterior_mean((x_T / diffusion.sqrt_alphas_cumprod[2]).clamp(-1, 1), x_T, 2)
+    deviation = math.exp(
+        0.25 * (diffusion.log_betas[2] + diffusion.posterior_log_variance_clipped[2])
+    )
+    torch.testing.assert_close(steps[0].x, (mean + deviation * eps1_first).float())
+    beta = diffusion.betas[2]
+    undone = math.sqrt(1 - beta) * steps[0].x + math.sqrt(beta) * undo_noise
+    torch.testing.assert_close(steps[1].x, undone)
+    torch.testing.assert_close(record.seen[1], diffusion.q_sample(gt, 2, eps2))
+    assert not torch.allclose(record.seen[1], diffusion.q_sample(gt, 2, eps1), atol=0.1)
+
+
+def test_steps_tell_where_they_are():
+    record = Recorder((1, 3, 2, 2))
+    gt = torch.zeros(record.shape)
+    steps = list(chain("5").repaint(record.model, gt, gt, WALK, record.draw))
+    assert [step.t for step in steps] == WALK[1:]
+    assert [step.pred_xstart is None for step in steps] == [False, True, False, False, False]
+
+
+def test_cumulative_noise_is_one_trajectory():
+    record, diffusion = Recorder((1, 3, 2, 2)), chain("5")
+    gt, mask = torch.full(record.shape, 0.4), torch.ones(record.shape)
+    last(
+        diffusion.repaint(
+            record.model, gt, mask, WALK, record.draw, inpa_inj_sched_prev_cumnoise=True
+        )
+    )
+    z, levels = gt, []
+    for t in range(3):
+        beta = diffusion.betas[t]
+        z = math.sqrt(1 - beta) * z + math.sqrt(beta) * record.draws[1 + t]
+        levels.append(z)
+    # Both visits at level 2 see the same known pixels; the very first is not conditioned.
+    for seen, level in zip(record.seen[1:], (2, 1, 0), strict=True):
+        torch.testing.assert_close(seen, levels[level])
+
+
+# --- identities of conditioning ------------------------------------------------------------------
+
+
+def bounded_network(x, t):
+    return torch.cat([torch.sin(x), torch.cos(3 * x + t[:, None, None, None] / 200)], dim=1)
+
+
+@pytest.mark.parametrize("use_ddim", [False, True])
+def test_all_unknown_is_plain_sampling(use_ddim):
+    gt, times = torch.rand(2, 3, 4, 4) * 2 - 1, get_schedule_jump(9, 1, 3, 2)
+    drawn = []
+
+    def run(draw, **flags):
+        mask = torch.zeros_like(gt)
+        return last(
+            chain().repaint(bounded_network, gt, mask, times, draw, use_ddim=use_ddim, **flags)
+        )
+
+    source = noise_source(gt.shape)
+    with_condition = run(lambda: (drawn.append(source()), drawn[-1])[1])
+    kept, is_first, position = [drawn[0]], True, 1
+    for t, t_next in pairwise(times):
+        kept.append(drawn[position])
+        position += 1 if t_next > t or is_first else 2  # eps2 is drawn and has no effect
+        is_first = is_first and t_next > t
+    assert position == len(drawn)
+    remaining = iter(kept)
+    assert torch.equal(with_condition, run(lambda: next(remaining), inpa_inj_sched_prev=False))
+
+
+def test_all_known_returns_the_picture_up_to_the_last_noise():
+    diffusion, gt = chain(), torch.rand(2, 3, 4, 4) * 1.6 - 0.8
+    times, mask, drawn = get_schedule_jump(12, 1, 3, 2), torch.ones(2, 3, 4, 4), []
+    source = noise_source(gt.shape)
+
+    def draw():
+        drawn.append(source())
+        return drawn[-1]
+
+    def run(eps_of):
+        def model(x, t):
+            return torch.cat([eps_of(x, t), torch.zeros_like(x)], 1)
+
+        return last(diffusion.repaint(model, gt, mask, times, draw))
+
+    # A network that knows the noise gives back the picture, whatever happened before.
+    def true_noise(x, t):
+        level = diffusion.timestep_map.tolist().index(int(t[0]))
+        return diffusion.eps_from_xstart(x, level, gt)
+
+    torch.testing.assert_close(run(true_noise), gt, rtol=0, atol=1e-5)
+    # One that sees none leaves exactly the noise with which level 0 was conditioned.
+    left = math.sqrt(1 / diffusion.alphas_cumprod[0] - 1)
+    result = run(lambda x, t: torch.zeros_like(x))
+    torch.testing.assert_close(result, (gt + left * drawn[-1]).clamp(-1, 1))
+
+
+def test_condition_mixes_by_the_mask():
+    x, known = torch.tensor([1.0, 1.0, 1.0, 0.1]), torch.tensor([3.0, 3.0, 3.0, 0.3])
+    mask = torch.tensor([0.0, 0.25, 1.0, 1.0])
+    assert condition(x, known, mask).tolist() == torch.tensor([1.0, 1.5, 3.0, 0.3]).tolist()
+
+
+def test_results_do_not_depend_on_the_batch():
+    diffusion, times = chain(), get_schedule_jump(12, 1, 4, 2)
+    gt = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    mask = (gt > 0).float()
+
+    def run(rows):
+        sources = [noise_source((1, 3, 4, 4), seed=row) for row in rows]
+        draw = lambda: torch.cat([source() for source in sources])  # noqa: E731
+        return last(diffusion.repaint(bounded_network, gt[rows], mask[rows], times, draw))
+
+    torch.testing.assert_close(run([0, 1, 2]), torch.cat([run([2]), run([0]), run([1])])[[1, 2, 0]])
+
+
+# --- closed forms: where the exact answer is known -----------------------------------------------
+
+
+def gaussian_denoiser(diffusion, mu, s):
+    """The exact eps and variance of a picture whose pixels are independent N(mu, s²)."""
+
+    def model(x, t):
+        level = diffusion.timestep_map.tolist().index(int(t[0]))
+        abar, beta = diffusion.alphas_cumprod[level], diffusion.betas[level]
+        marginal = abar * s**2 + 1 - abar
+        eps = math.sqrt(1 - abar) * (x - math.sqrt(abar) * mu) / marginal
+        # Var(x_{t-1} given x_t) = the posterior's + coef1² · Var(x_0 given x_t), as a fraction f of
+        # the way between the two learnable bounds.
+        exact = diffusion.posterior_variance[level] + (
+            diffusion.posterior_mean_coef1[level] ** 2 * s**2 * (1 - abar) / marginal
+        )
+        lower = diffusion.posterior_log_variance_clipped[level]
+        f = (math.log(exact) - lower) / (math.log(beta) - lower)
+        return torch.cat([eps, torch.full_like(x, 2 * f - 1)], 1)
+
+    return model
+
+
+@pytest.mark.parametrize("use_ddim", [False, True])
+@pytest.mark.parametrize(("mu", "s"), [(0.3, 0.5), (-0.6, 0.1)])
+def test_sampling_reproduces_a_gaussian(mu, s, use_ddim):
+    diffusion = chain("1000", clip_denoised=False)
+    gt = torch.zeros(4, 3, 40, 40)  # 19,200 independent samples
+    sample = last(
+        diffusion.repaint(
+            gaussian_denoiser(diffusion, mu, s),
+            gt,
+            gt,
+            list(range(999, -2, -1)),
+            noise_source(gt.shape),
+            use_ddim=use_ddim,
+            inpa_inj_sched_prev=False,
+        )
+    )
+    n = sample.numel()
+    assert sample.mean().item() == pytest.approx(mu, abs=4 * s / math.sqrt(n) + 0.005)
+    assert sample.std().item() == pytest.approx(s, rel=4 / math.sqrt(2 * n) + 0.01)
+    z = (sample - mu) / s
+    assert (z**3).mean().item() == pytest.approx(0, abs=0.1)
+    assert (z**4).mean().item() == pytest.approx(3, abs=0.2)
+
+
+def test_wide_jumps_keep_a_gaussian():
+    # Climbing and coming down again must not change the distribution.
+    diffusion, mu, s = chain("250", clip_denoised=False), 0.3, 0.5
+    gt = torch.zeros(4, 3, 40, 40)
+    sample = last(
+        diffusion.repaint(
+            gaussian_denoiser(diffusion, mu, s),
+            gt,
+            gt,
+            get_schedule_jump(250, 1, 50, 3),
+            noise_source(gt.shape),
+            inpa_inj_sched_prev=False,
+        )
+    )
+    assert sample.mean().item() == pytest.approx(mu, abs=0.02)
+    assert sample.std().item() == pytest.approx(s, rel=0.03)
+
+
+RHO, SPREAD = 0.8, 0.5
+
+
+def pair_denoiser(diffusion):
+    """The exact eps of pixels that come in pairs (left, right), N(0, SPREAD²), correlated RHO."""
+
+    def model(x, t):
+        level = diffusion.timestep_map.tolist().index(int(t[0]))
+        abar = diffusion.alphas_cumprod[level]
+        own, shared = abar * SPREAD**2 + 1 - abar, abar * SPREAD**2 * RHO
+        scale = math.sqrt(1 - abar) / (own**2 - shared**2)
+        eps = scale * (own * x - shared * x.flip(-1))
+        return torch.cat([eps, torch.zeros_like(x)], 1)
+
+    return model
+
+
+def posterior_of_pairs(jump_n_sample, seed=0):
+    """Slope of the generated right pixel over the known left, and the deviation around it."""
+    diffusion = chain("250", clip_denoised=False)
+    shape = (4, 3, 400, 2)
+    gt = SPREAD * noise_source(shape, seed=100 + seed)()
+    mask = torch.zeros(shape)
+    mask[..., 0] = 1
+    sample = last(
+        diffusion.repaint(
+            pair_denoiser(diffusion),
+            gt,
+            mask,
+            get_schedule_jump(250, 1, 10, jump_n_sample),
+            noise_source(shape, seed=seed),
+        )
+    )
+    known, generated = gt[..., 0], sample[..., 1]
+    slope = (known * generated).sum() / known.square().sum()
+    return slope.item(), (generated - slope * known).std().item()
+
+
+def test_resampling_brings_the_posterior_nearer():
+    exact_slope, exact_deviation = RHO, SPREAD * math.sqrt(1 - RHO**2)
+    (slope_1, deviation_1), (slope_10, deviation_10) = map(posterior_of_pairs, (1, 10))
+    # Without resampling the generated pixel follows the known one too little, but follows it.
+    assert 0.2 * exact_slope < slope_1 < 0.75 * exact_slope
+    assert abs(slope_10 - exact_slope) < 0.3 * abs(slope_1 - exact_slope)
+    assert abs(deviation_10 - exact_deviation) < 0.3 * abs(deviation_1 - exact_deviation)
+
+
+# --- one step ------------------------------------------------------------------------------------
+
+
+def step_inputs(channels=6):
+    generator = torch.Generator().manual_seed(1)
+    x, noise, gradient = torch.randn(3, 2, 3, 4, 4, generator=generator)
+    return torch.randn(2, channels, 4, 4, generator=generator) * 0.5, x, noise, gradient
+
+
+@pytest.mark.parametrize("t", [0, 1, 7])
+def test_guidance_shifts_the_mean_by_the_variance(t):
+    output, x, noise, gradient = step_inputs()
+    diffusion = chain()
+    plain, x_start = diffusion.denoise(output, x, t, noise)
+    guided, same_x_start = diffusion.denoise(output, x, t, noise, gradient)
+    variance = diffusion.pred_log_variance(output, t).exp()
+    torch.testing.assert_close(guided - plain, variance * gradient, rtol=1e-4, atol=1e-6)
+    assert torch.equal(x_start, same_x_start)
+
+
+def test_last_step_adds_no_noise():
+    output, x, noise, _ = step_inputs()
+    diffusion = chain()
+    sample, x_start = diffusion.denoise(output, x, 0, noise)
+    assert torch.equal(sample, diffusion.denoise(output, x, 0, 0 * noise)[0])
+    torch.testing.assert_close(sample, x_start)  # coef1 is 1 and coef2 0 there
+    assert not torch.equal(
+        diffusion.denoise(output, x, 1, noise)[0], diffusion.denoise(output, x, 1, 0 * noise)[0]
+    )
+
+
+def test_variances_that_are_not_learned():
+    diffusion = chain(learn_sigma=False)
+    output, *_ = step_inputs(channels=3)
+    variances = [math.exp(diffusion.pred_log_variance(output, t)) for t in range(12)]
+    expected = [diffusion.posterior_variance[1], *diffusion.betas[1:]]
+    np.testing.assert_allclose(variances, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("t", [0, 5])
+def test_learned_variances_lie_between_their_bounds(t):
+    diffusion = chain()
+    low, middle, high = (
+        diffusion.pred_log_variance(torch.full((1, 6, 1, 1), v), t)[0, 0, 0, 0].item()
+        for v in (-1.0, 0.0, 1.0)
+    )
+    assert low == pytest.approx(math.log(diffusion.posterior_variance[max(t, 1)]))
+    assert high == pytest.approx(math.log(diffusion.betas[t]))
+    assert middle == pytest.approx((low + high) / 2)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("predict_xstart", [True, False])
+def test_pred_xstart(predict_xstart, clip):
+    diffusion = chain(predict_xstart=predict_xstart)
+    output, x, *_ = step_inputs()
+    abar = diffusion.alphas_cumprod[6]
+    expected = 4 * output[:, :3]
+    if not predict_xstart:
+        expected = (x - math.sqrt(1 - abar) * expected) / math.sqrt(abar)
+    assert expected.abs().max() > 1
+    got = diffusion.pred_xstart(4 * output, x, 6, clip=clip)
+    torch.testing.assert_close(got, expected.clamp(-1, 1) if clip else expected)
+
+
+def test_tables_take_one_step_or_a_batch_of_them():
+    diffusion = chain()
+    _, x, noise, _ = step_inputs()
+    both = diffusion.q_sample(x, torch.tensor([3, 9]), noise)
+    for i, t in enumerate((3, 9)):
+        abar = diffusion.alphas_cumprod[t]
+        expected = math.sqrt(abar) * x[i] + math.sqrt(1 - abar) * noise[i]
+        torch.testing.assert_close(both[i], expected)
+        torch.testing.assert_close(diffusion.q_sample(x, t, noise)[i], expected)
+
+
+@pytest.mark.parametrize("t", [0, 4, 11])
+def test_eps_and_xstart_are_inverse(t):
+    diffusion = chain()
+    _, x, eps, _ = step_inputs()
+    x_start = diffusion.xstart_from_eps(x, t, eps)
+    torch.testing.assert_close(diffusion.q_sample(x_start, t, eps), x, rtol=1e-4, atol=1e-4)
+    back = diffusion.eps_from_xstart(x, t, x_start)
+    torch.testing.assert_close(back, eps, rtol=1e-3, atol=1e-3)
+
+
+def test_undo_is_one_forward_step():
+    diffusion = chain()
+    _, x, noise, _ = step_inputs()
+    beta = diffusion.betas[4]
+    expected = math.sqrt(1 - beta) * x + math.sqrt(beta) * noise
+    torch.testing.assert_close(diffusion.undo(x, 4, noise), expected)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 3])
+def test_time_shift_in_the_loop(shift):
+    record, diffusion = Recorder((1, 3, 2, 2)), chain("9")
+    gt = torch.zeros(record.shape)
+    steps = list(
+        diffusion.repaint(
+            record.model, gt, gt, [3, 2, 1, 2, 1, 0, -1], record.draw, inpa_inj_time_shift=shift
+        )
+    )
+    beta = diffusion.betas[1 + shift]
+    expected = math.sqrt(1 - beta) * steps[1].x + math.sqrt(beta) * record.draws[4]
+    torch.testing.assert_close(steps[2].x, expected)
+
+
+@pytest.mark.parametrize("t", [0, 6])
+@pytest.mark.parametrize("clip_denoised", [True, False])
+@pytest.mark.parametrize("guided", [True, False])
+def test_ddim_step(t, clip_denoised, guided):
+    diffusion = chain(clip_denoised=clip_denoised)
+    output, x, _, gradient = step_inputs()
+    abar, before = diffusion.alphas_cumprod[t], diffusion.alphas_cumprod[t - 1] if t else 1.0
+    x_start = (x - math.sqrt(1 - abar) * output[:, :3]) / math.sqrt(abar)
+    if clip_denoised:
+        assert x_start.abs().max() > 1
+        x_start = x_start.clamp(-1, 1)
+    eps = (x - math.sqrt(abar) * x_start) / math.sqrt(1 - abar)
+    if guided:
+        eps = eps - math.sqrt(1 - abar) * gradient
+        x_start = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)  # not clipped again
+    expected = math.sqrt(before) * x_start + math.sqrt(1 - before) * eps
+    sample, got = diffusion.denoise_ddim(output, x, t, gradient if guided else None)
+    torch.testing.assert_close(sample, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, x_start, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_classifier_gradient(inference):
+    weight = torch.randn(5, 3 * 4 * 4, generator=torch.Generator().manual_seed(2))
+
+    def classifier(x, t):
+        return torch.tanh(x.flatten(1)) @ weight.T + t[:, None].float() / 500
+
+    x, t, y = step_inputs()[1], torch.tensor([10, 700]), torch.tensor([4, 1])
+    # By hand: d/dx_j log softmax(z)_y = (W_yj - Σ_c p_c W_cj) · (1 - tanh²(x_j)).
+    p = torch.softmax(classifier(x, t), dim=-1)
+    expected = (weight[y] - p @ weight) * (1 - torch.tanh(x.flatten(1)) ** 2)
+    cond_fn = classifier_gradient(classifier, y, scale=2.5)
+    with torch.inference_mode(inference):
+        # As in the loop, all tensors come from the same mode.
+        got = cond_fn(x.clone(), t.clone())
+    torch.testing.assert_close(got, 2.5 * expected.view_as(x), rtol=1e-4, atol=1e-5)
+    assert not got.requires_grad
+
+
+def test_classifier_gradient_through_a_frozen_network_in_inference_mode():
+    classifier = EncoderUNetModel(TrunkConfig(16, 32, (1, 2), 1, (8,), 1, 16), 4, "attention")
+    classifier.eval().requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in classifier.parameters():
+        parameter.normal_(std=0.1)
+    x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([10, 700]), torch.tensor([3, 1])
+    with torch.inference_mode():
+        got = classifier_gradient(classifier, y, 1.0)(x.clone(), t.clone())
+    source = x.clone().requires_grad_()
+    log_p = torch.log_softmax(classifier(source, t), -1)
+    (log_p[0, 3] + log_p[1, 1]).backward()
+    assert source.grad.abs().max() > 0
+    torch.testing.assert_close(got, source.grad)
+
+
+# --- walks that do not fit -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("times", "shift", "problem"),
+    [
+        ([5, 4, 3, 2, 1, 0, -1], 1, "starts above a chain of 5 steps"),
+        ([4, 3, 4, 3, 2, 1, 0, -1], 2, "undo would use steps 5 to 5"),
+        ([4, 3, 4, 3, 2, 1, 2, 1, 0, -1], 2, "undo would use steps 3 to 5"),
+        ([2, 1, 0, 1, 0, -1], -1, "undo would use steps -1 to -1"),
+    ],
+)
+def test_walks_that_leave_the_chain(times, shift, problem):
+    diffusion, gt = chain("5"), torch.zeros(1, 3, 2, 2)
+    with pytest.raises(ValueError, match=problem):
+        diffusion.check_times(times, shift)
+    calls = []
+    steps = diffusion.repaint(
+        lambda x, t: calls.append(x),
+        gt,
+        gt,
+        times,
+        lambda: calls.append(gt),
+        inpa_inj_time_shift=shift,
+    )
+    with pytest.raises(ValueError, match=problem):
+        next(steps)
+    assert not calls  # found before anything is drawn or called
+
+
+def test_walks_that_fit():
+    chain("5").check_times([4, 3, 4, 3, 2, 1, 0, -1], 1)
+    chain("5").check_times([4, 3, 4, 3, 2, 1, 0, -1], -3)
+    chain("5").check_times([4, 3, 2, 1, 0, -1], 100)  # without undos a shift has no effect
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def exact_kl(mean1, var1, mean2, var2):
+    return 0.5 * (np.log(var2 / var1) + (var1 + (mean1 - mean2) ** 2) / var2 - 1)
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+@pytest.mark.parametrize("predict_xstart", [True, False])
+def test_variational_term_is_the_divergence(learn_sigma, predict_xstart):
+    diffusion = chain(learn_sigma=learn_sigma, predict_xstart=predict_xstart)
+    output, x_start, noise, _ = step_inputs(6 if learn_sigma else 3)
+    x_start = x_start.clamp(-1, 1)
+    t = torch.tensor([1, 8])
+    x = diffusion.q_sample(x_start, t, noise)
+    got = diffusion.vb_terms_bits(output, x_start, x, t).numpy()
+    for i, level in enumerate(t.tolist()):
+        abar, beta = diffusion.alphas_cumprod[level], diffusion.betas[level]
+        before = diffusion.alphas_cumprod[level - 1]
+        coef1 = math.sqrt(before) * beta / (1 - abar)
+        coef2 = math.sqrt(1 - beta) * (1 - before) / (1 - abar)
+        variance = beta * (1 - before) / (1 - abar)
+        out, xi = output[i].double().numpy(), x[i].double().numpy()
+        x0 = out[:3]  # not clipped
+        if not predict_xstart:
+            x0 = (xi - math.sqrt(1 - abar) * out[:3]) / math.sqrt(abar)
+        var = np.full(xi.shape, beta)
+        if learn_sigma:
+            f = (out[3:] + 1) / 2
+            var = beta**f * variance ** (1 - f)
+        means = [coef1 * v + coef2 * xi for v in (x_start[i].double().numpy(), x0)]
+        expected = exact_kl(means[0], variance, means[1], var).mean() / math.log(2)
+        assert got[i] == pytest.approx(expected, rel=1e-4)
+
+
+def test_perfect_prediction_costs_nothing_above_level_0():
+    diffusion = chain()
+    _, x_start, noise, _ = step_inputs()
+    t = torch.tensor([2, 11])
+    lower = torch.cat([noise, -torch.ones_like(noise)], 1)  # the posterior's own variance
+    losses = diffusion.training_losses(lambda x, t: lower, x_start.clamp(-1, 1), t, noise)
+    torch.testing.assert_close(losses["vb"], torch.zeros(2), rtol=0, atol=1e-6)
+    assert losses["mse"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("mean", [-0.97, 0.0, 0.4, 1.0])
+@pytest.mark.parametrize("v", [-1.0, 1.0, 6.0])
+def test_probabilities_of_all_values_sum_to_one(mean, v):
+    # At level 0 the prediction's mean is its x_0, and the loss -log2 P(value).
+    diffusion = chain("250", predict_xstart=True)
+    x_start = (torch.arange(256.0) / 127.5 - 1).view(256, 1, 1, 1).expand(256, 3, 1, 1)
+    output = torch.full((256, 6, 1, 1), mean)
+    output[:, 3:] = v
+    x = torch.zeros_like(x_start)
+    bits = diffusion.vb_terms_bits(output, x_start, x, torch.zeros(256, dtype=torch.int64))
+    assert (bits >= 0).all()
+    assert bits.max() <= -math.log2(1e-12) + 1e-3
+    assert (2.0 ** -bits.double()).sum().item() == pytest.approx(1, abs=1e-4)
+    deviation = math.exp(0.5 * diffusion.pred_log_variance(output, 0)[0, 0, 0, 0].item())
+    # And a bin well inside holds what the normal distribution says, to Page's 1e-3.
+    value = x_start[100, 0, 0, 0].item()
+    sides = [0.5 * math.erf((value + d / 255 - mean) / deviation / math.sqrt(2)) for d in (1, -1)]
+    assert 2.0 ** -bits[100].item() == pytest.approx(sides[0] - sides[1], abs=1e-3)
+
+
+def losses_of(diffusion, channels=6):
+    output, x_start, noise, _ = step_inputs(channels)
+    output.requires_grad_()
+    t = torch.tensor([0, 5])
+    losses = diffusion.training_losses(lambda x, t: output, x_start.clamp(-1, 1), t, noise)
+    (gradient,) = torch.autograd.grad(losses["loss"].sum(), output)
+    return losses, gradient, output, x_start.clamp(-1, 1), noise
+
+
+@pytest.mark.parametrize("predict_xstart", [True, False])
+def test_hybrid_loss(predict_xstart):
+    losses, gradient, output, x_start, noise = losses_of(chain(predict_xstart=predict_xstart))
+    target = x_start if predict_xstart else noise
+    mse = ((output[:, :3] - target) ** 2).mean((1, 2, 3))
+    torch.testing.assert_close(losses["mse"], mse)
+    torch.testing.assert_close(losses["loss"], losses["mse"] + losses["vb"])
+    # The variational term teaches the variance alone.
+    expected = 2 * (output[:, :3] - target) / (3 * 4 * 4)
+    torch.testing.assert_close(gradient[:, :3], expected)
+    assert (gradient[:, 3:] != 0).any()
+
+
+def test_weights_of_the_variational_term():
+    plain, *_ = losses_of(chain())
+    rescaled, *_ = losses_of(chain(rescale_learned_sigmas=True))
+    torch.testing.assert_close(rescaled["vb"], plain["vb"] * 12 / 1000)
+    torch.testing.assert_close(rescaled["loss"], plain["mse"] + plain["vb"] * 12 / 1000)
+    whole, gradient, *_ = losses_of(chain(use_kl=True, rescale_learned_sigmas=True))
+    assert set(whole) == {"loss", "vb"}
+    torch.testing.assert_close(whole["loss"], plain["vb"] * 12)
+    # Alone it teaches the prediction as well.
+    assert (gradient[:, :3] != 0).any()
+
+
+def test_loss_without_a_learned_variance():
+    losses, _, output, _, noise = losses_of(chain(learn_sigma=False), channels=3)
+    assert set(losses) == {"loss", "mse"}
+    assert torch.equal(losses["loss"], losses["mse"])
+    torch.testing.assert_close(losses["mse"], ((output - noise) ** 2).mean((1, 2, 3)))
+    whole, *_ = losses_of(chain(learn_sigma=False, use_kl=True), channels=3)
+    assert whole["loss"].shape == (2,)
+    assert torch.isfinite(whole["loss"]).all()
