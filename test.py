@@ -2,8 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 
-from guided_diffusion import command_line
+from guided_diffusion import OptionParser, UserError, command_line
 from guided_diffusion.conf import InpaintConf, help_text, load_conf
 
 RESULT_FOLDERS = {
@@ -14,9 +15,9 @@ RESULT_FOLDERS = {
 }
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ``--help`` explains every YAML key too."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         description="Inpaint pictures by RePaint. In a mask white is known, black is generated.",
         epilog="keys of the YAML file:\n" + help_text(InpaintConf).replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -30,7 +31,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="any key, dotted, as in YAML; repeatable")  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="skip results that are finished")
-    return parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.out == "":
+        raise UserError("the path is empty", key="--out")
+    return args
 
 
 def overrides_of(args: argparse.Namespace) -> list[str]:
@@ -40,25 +44,29 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
         values |= {
             f"data.paths.{key}": f"{args.out}/{name}" for key, name in RESULT_FOLDERS.items()
         }
-    quoted = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    quoted = [
+        f"{key}={json.dumps(value, ensure_ascii=False)}"
+        for key, value in values.items()
+        if value is not None
+    ]
     return [*quoted, *["invert_mask=true"] * args.invert_mask, *args.overrides]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, build, run; return the exit status: 0, or 1 where a result failed."""
-    args = parse_args()
+    args = parse_args(argv)
     conf = load_conf(args.conf_path, InpaintConf, overrides_of(args))
     # Only a configuration without mistakes is worth the seconds that torch takes to import.
-    from guided_diffusion import dist_util, inpaint_util
-    from guided_diffusion.script_util import Inpainter
+    from guided_diffusion import dist_util, inpaint_plan, inpaint_util
 
-    with dist_util.process_group():
-        plan = inpaint_util.plan_run(conf, resume=args.resume)
-        summary = inpaint_util.Summary()
-        if plan.todo:
-            summary = inpaint_util.run(plan, Inpainter(plan.conf, plan.times))
-    if dist_util.is_main():
-        print(inpaint_util.describe(plan, summary))
+    team = dist_util.Team()
+    plan = inpaint_plan.plan_run(conf, team, resume=args.resume)
+    summary = inpaint_plan.Summary()
+    if plan.todo:
+        inpainter = inpaint_util.build(plan)
+        summary = inpaint_util.run(plan, inpainter, team)
+    if team.is_main:
+        print(inpaint_util.conclude(plan, summary))
     return 1 if summary.failures else 0
 
 

@@ -4,9 +4,14 @@ Every module stands alone under its stage's name; this root holds only what all 
 the one exception for mistakes a user can mend, and how a command line reports it.
 """
 
+import argparse
+import contextlib
+import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -36,19 +41,60 @@ class UserError(ValueError):
         super().__init__(" ".join(": ".join([*where, what]).split()))
 
 
+class OptionParser(argparse.ArgumentParser):
+    """A parser whose complaint is one line like every other of these programs."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError instead of printing how the program is used."""
+        raise UserError(f"{message} (--help lists the options)")
+
+
+class _Outliving:
+    """A stream that may break while the program goes on: a closed terminal ends no night's work."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def command_line(main: Callable[[], int | None]) -> None:
     """Run ``main`` as a program: exit status 2 and one line on stderr for a ``UserError``.
 
     Warnings become one line each as well. Ctrl-C exits with 130; any other exception keeps its
-    traceback, because it is a defect of the program and not of its input.
+    traceback, because it is a defect of the program and not of its input. Of several processes
+    that torchrun started, the first speaks for all.
     """
-    warnings.showwarning = lambda text, *_, **__: tqdm.write(f"warning: {text}", file=sys.stderr)
-    try:
-        status = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt as interrupt:
-        print(f"interrupted: {interrupt}".removesuffix(": "), file=sys.stderr)
-        status = 130
+    is_main = os.environ.get("RANK", "0") == "0"
+
+    def show(text: object, *_: object, **__: object) -> None:
+        if is_main:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
+
+    out, err = _Outliving(sys.stdout), _Outliving(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        warnings.showwarning = show
+        try:
+            status = main()
+        except UserError as error:
+            if not is_main:
+                time.sleep(10)  # if the first met it too, torchrun ends this one meanwhile
+            tqdm.write(f"error: {error}", file=sys.stderr)
+            status = 2
+        except KeyboardInterrupt as interrupt:
+            if is_main or str(interrupt):
+                line = f"interrupted: {interrupt}".removesuffix(": ")
+                tqdm.write(line, file=sys.stderr)
+            status = 130
+        out.flush()
     sys.exit(status)

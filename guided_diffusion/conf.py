@@ -293,9 +293,11 @@ class InpaintConf(ModelConf):
     classifier_use_fp16: bool = key(False, "As use_fp16, for the classifier.")
     device: str | None = key(None, "cpu, cuda, cuda:1 and so on; absent: a GPU if there is one.")
     show_progress: bool = key(True, "Show a progress bar.")
-    seed: int | None = key(None, "Makes each result repeatable, whatever the batch size; absent: "
+    seed: int | None = key(None, "Makes each result repeatable, whatever the batch size: the "
+                           "picture at place k of the sorted list, from 0, uses seed + k; absent: "
                            "other results in every run.", low=0, high=2**31 - 1)
-    samples_per_image: int = key(1, "Different results to make of each picture.", low=1)
+    samples_per_image: int = key(1, "Different results to make of each picture: number j, from 0, "
+                                 "uses seed + k + j * 1000003.", low=1, high=1_000_000)
     precision: str | None = key(None, "Arithmetic: tf32, float16 and bfloat16 are faster on a GPU "
                                 "and less exact; absent: float32, with use_fp16 float16.",
                                 choices=("float32", "tf32", "float16", "bfloat16"))
@@ -312,6 +314,11 @@ class InpaintConf(ModelConf):
     def __post_init__(self) -> None:
         """Check the keys one by one, then those that have to fit each other."""
         super().__post_init__()
+        require(
+            ".." not in Path(self.name).parts and not Path(self.name).is_absolute(),
+            "name",
+            "would lead out of the folder ./log/",
+        )
         require(
             self.cond_y is None or self.cond_y < self.num_classes,
             "cond_y and num_classes",

@@ -1,4 +1,4 @@
-"""Device, ranks and the reading of checkpoints.
+"""Device, processes and signals, and the reading of checkpoints.
 
 A checkpoint is somebody else's file: it is mapped into memory, never executed, and whatever is
 wrong with it is told in one line.
@@ -6,13 +6,16 @@ wrong with it is told in one line.
 
 import contextlib
 import hashlib
+import json
 import os
 import pickle
+import signal
+import threading
+import time
 import zipfile
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -73,66 +76,140 @@ def get_device(name: str | None = None) -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def process_group() -> Iterator[None]:
-    """Join the processes that torchrun started, over the network of CPUs; nothing for one alone.
+class Team:
+    """The processes that torchrun started, or this one alone, and the few words they exchange.
 
-    Only small messages pass: each process computes on its own device. Waiting has no limit worth
-    the name, because a process may be hours behind.
+    Words go through torchrun's key-value store and not through collectives: nobody is ever stuck
+    in a call that a signal cannot end, and a process that is done need not wait for the others.
+    Values are what JSON can hold. Raises UserError where torchrun's addresses are missing, and
+    when the store is gone, because torchrun or the main process is.
     """
-    if world_size() == 1:
-        yield
-        return
-    dist.init_process_group("gloo", timeout=timedelta(days=30))
+
+    def __init__(self) -> None:
+        self.rank, self.size, self._own = rank(), world_size(), {}
+        self.is_main = is_main()
+        self._store = self._join() if self.size > 1 else None
+        # After a restart by torchrun the store still holds the words of the attempt before.
+        self._prefix = f"repaint/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/"
+
+    def _join(self) -> dist.TCPStore:
+        host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        if not host or not port.isdigit():
+            problem = "is above 1 without MASTER_ADDR and MASTER_PORT: start with torchrun"
+            raise UserError(problem, key="WORLD_SIZE")
+        hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        with _told_of_lost_store():
+            return dist.TCPStore(
+                host, int(port), is_master=self.is_main and not hosted, wait_for_workers=False
+            )
+
+    def from_main(self, name: str, value: Value) -> Value:
+        """Return the main process's ``value`` in every process; the others wait for it."""
+        if self._store is None:
+            return value
+        if self.is_main:
+            self.say(name, value)
+            return value
+        while not self._said(name):
+            time.sleep(0.05)
+        return self._hear(name)
+
+    def say(self, name: str, value: Any) -> None:
+        """Leave ``value`` for the others."""
+        with _told_of_lost_store():
+            self._store.set(self._prefix + name, json.dumps(value))
+
+    def from_all(self, name: str, value: Value) -> list[Value] | None:
+        """Leave ``value``, and return every process's by rank, or None while some are missing."""
+        if self._store is None:
+            return [value]
+        self.say(f"{name}/{self.rank}", value)
+        names = [f"{name}/{number}" for number in range(self.size)]
+        return [self._hear(each) for each in names] if self._said(*names) else None
+
+    def count(self, name: str, amount: int = 0) -> int:
+        """Add ``amount`` to a number that all processes count up, and return the sum so far."""
+        if self._store is None:
+            self._own[name] = self._own.get(name, 0) + amount
+            return self._own[name]
+        with _told_of_lost_store():
+            return self._store.add(self._prefix + name, amount)
+
+    def _said(self, *names: str) -> bool:
+        with _told_of_lost_store():
+            return self._store.check([self._prefix + name for name in names])
+
+    def _hear(self, name: str) -> Any:
+        with _told_of_lost_store():
+            return json.loads(self._store.get(self._prefix + name))
+
+
+@contextlib.contextmanager
+def _told_of_lost_store() -> Iterator[None]:
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:  # DistNetworkError and its kin
+        raise UserError(
+            "no connection to the other processes; what they finished is kept, and the same "
+            "command with --resume goes on"
+        ) from error
 
 
-def from_main(value: Value) -> Value:
-    """Return the main process's ``value`` in every process."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+class Interrupts:
+    """Ctrl-C, SIGTERM and a closed terminal, put off to where the program may end.
+
+    Within the ``with`` block a first signal is only noted, and ``check()`` raises
+    KeyboardInterrupt for it; a second one acts at once. Signals that this process was started to
+    ignore (nohup, a shell's &) stay ignored. In a thread other than the main one it does nothing.
+    """
+
+    def __enter__(self) -> "Interrupts":
+        self._arrived, self._earlier = False, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)):
+                if number and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._earlier[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+        self._earlier = {}
+
+    def _note(self, *_: object) -> None:
+        self._arrived = True
+        self.__exit__()
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if a signal has arrived."""
+        if self._arrived:
+            raise KeyboardInterrupt
 
 
-def from_all(value: Value) -> list[Value]:
-    """Return every process's ``value``, by rank, in every process."""
-    if world_size() == 1:
-        return [value]
-    values = [value] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-class SharedCounter:
-    """A number that all processes count up together, without waiting for one another."""
-
-    def __init__(self, name: str) -> None:
-        self._name, self._own = name, 0
-
-    def add(self, amount: int = 0) -> int:
-        """Add and return the sum over all processes."""
-        if world_size() == 1:
-            self._own += amount
-            return self._own
-        return dist.distributed_c10d._get_default_store().add(self._name, amount)
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether this is how torch, on any device, or Python says that memory is full."""
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
 def fingerprint(path: str | os.PathLike) -> str:
     """Return a short text that changes with a checkpoint's content, without reading all of it.
 
-    It is made of the checksums in a zip archive's table, or of an old file's size.
+    It is made of the checksums in a zip archive's table, of the size and of samples.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            table = [(entry.filename, entry.CRC, entry.file_size) for entry in archive.infolist()]
-    except zipfile.BadZipFile:
-        table = [Path(path).stat().st_size]
-    return hashlib.sha256(repr(table).encode()).hexdigest()[:16]
+    path, table = Path(path), []
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        table = [(entry.filename, entry.CRC, entry.file_size) for entry in archive.infolist()]
+    size = path.stat().st_size
+    digest = hashlib.sha256(repr((size, table)).encode())
+    with path.open("rb") as stream:
+        for place in range(0, size, max(4096, size // 256)):
+            stream.seek(place)
+            digest.update(stream.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -155,15 +232,17 @@ def _read(path: str | os.PathLike, map_location: str | None) -> dict[str, torch.
         state = torch.load(
             path, map_location=map_location or "cpu", mmap=is_zip or None, weights_only=True
         )
-    except pickle.UnpicklingError as error:
-        if "weights" in str(error).lower():
+    except MemoryError:
+        raise
+    except Exception as error:  # of damaged files torch tells by a dozen types
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             problem = "holds pickled code, which is never run: save model.state_dict() instead"
             raise UserError(problem, path=path) from error
-        raise UserError("is not a checkpoint", path=path) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
         raise UserError("is damaged or incomplete: download it again", path=path) from error
-    tensors = isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values())
-    if not tensors or not state:
+    is_named = isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    )
+    if not is_named or not state:
         got = type(state).__name__
         if isinstance(state, dict):
             got = f"a dictionary of {', '.join(str(name) for name in list(state)[:4]) or 'nothing'}"

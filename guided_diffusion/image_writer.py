@@ -7,10 +7,13 @@ finds a file finds all of it. Pictures are uint8 (H, W, 3).
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import math
 import os
+import platform
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -47,7 +50,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     when the system refuses (disk full, no permission, read-only).
     """
     path = Path(path)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(_temporary_name())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -61,6 +64,15 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _temporary_name() -> str:
+    """Name a file by 16 hexadecimal digits: machine, process, and chance."""
+    return f".{_machine()}{os.getpid() & 0xFFFFFF:06x}{secrets.token_hex(3)}.tmp"
+
+
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:4]
 
 
 def _sync(path: Path, flags: int) -> None:
@@ -100,10 +112,30 @@ def read_mark(path: str | os.PathLike) -> str | None:
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Remove the temporary files that a killed process left in ``folder``."""
+    """Remove the temporary files that killed processes left in ``folder``.
+
+    Those of a process that lives, or of another machine within a day, belong to a run beside this
+    one.
+    """
     for leftover in Path(folder).glob(f".{'[0-9a-f]' * 16}.tmp"):
+        machine, process = leftover.name[1:5], int(leftover.name[5:11], 16)
         with contextlib.suppress(OSError):
-            leftover.unlink()
+            is_old = time.time() - leftover.stat().st_mtime > 24 * 3600
+            if is_old or (machine == _machine() and not _is_other_alive(process)):
+                leftover.unlink()
+
+
+def _is_other_alive(process: int) -> bool:
+    """Whether another process of this number runs: this one has no files underway yet."""
+    if process == os.getpid() & 0xFFFFFF:
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def write_checkpoint(path: str | os.PathLike, state: object) -> None:
@@ -182,19 +214,40 @@ def write_result(
     several, ``mark`` is kept in it. It comes last: where it exists, the others do.
     Raises ``UserError`` as ``atomic_path`` and ``result_path``.
     """
-    pictures = [
-        (folders["gt_keep_masks"], name, mask_u8),
-        (folders.get("gts"), name, gt_u8),
-        (folders["lrs"], name, masked_u8(gt_u8, mask_u8)),
-        (folders["srs"], sample_name or name, sample),
-    ]
-    written = [
-        (result_path(folder, file_name), pixels) for folder, file_name, pixels in pictures if folder
-    ]
-    for path, pixels in written[:-1]:
+    inputs = _input_pictures(folders, name, gt_u8, mask_u8)
+    inpainted = result_path(folders["srs"], sample_name or name)
+    for path, pixels in inputs:
         write_png(path, pixels)
-    write_png(*written[-1], mark=mark)
-    return [path for path, _ in written]
+    write_png(inpainted, sample, mark=mark)
+    return [*(path for path, _ in inputs), inpainted]
+
+
+def is_written(
+    folders: Mapping[str, str | None],
+    name: str,
+    gt_u8: np.ndarray,
+    mask_u8: np.ndarray,
+    *,
+    sample_name: str | None = None,
+    mark: str,
+) -> bool:
+    """Return whether ``write_result`` has written all files of a result, with this mark."""
+    inputs = _input_pictures(folders, name, gt_u8, mask_u8)
+    return read_mark(result_path(folders["srs"], sample_name or name)) == mark and all(
+        np.array_equal(_read_back(path), pixels) for path, pixels in inputs
+    )
+
+
+def _input_pictures(
+    folders: Mapping[str, str | None], name: str, gt_u8: np.ndarray, mask_u8: np.ndarray
+) -> list[tuple[Path, np.ndarray]]:
+    """List the files beside a result, which are the same for all samples of an image."""
+    pictures = [
+        (folders["gt_keep_masks"], mask_u8),
+        (folders.get("gts"), gt_u8),
+        (folders["lrs"], masked_u8(gt_u8, mask_u8)),
+    ]
+    return [(result_path(folder, name), pixels) for folder, pixels in pictures if folder]
 
 
 # ---- overview ----------------------------------------------------------------------------------
@@ -218,18 +271,20 @@ def finished_rows(
     ``results`` gives (name, names of its samples); what is not there (yet) is passed over.
     """
     for name, names in results:
-        masked = _read_back(folders["lrs"], name)
-        samples = [_read_back(folders["srs"], sample) for sample in names[:_MOST_SAMPLES]]
+        masked = _read_back(result_path(folders["lrs"], name))
+        samples = [
+            _read_back(result_path(folders["srs"], sample)) for sample in names[:_MOST_SAMPLES]
+        ]
         samples = [sample for sample in samples if sample is not None]
+        truth = folders.get("gts")
+        gt = _read_back(result_path(truth, name)) if truth else None
         if masked is not None and samples:
-            yield OverviewRow(name, masked, samples, _read_back(folders.get("gts"), name))
+            yield OverviewRow(name, masked, samples, gt)
 
 
-def _read_back(folder: str | None, name: str) -> np.ndarray | None:
-    if not folder:
-        return None
+def _read_back(path: Path) -> np.ndarray | None:
     try:
-        with Image.open(result_path(folder, name), formats=("PNG",)) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError):  # absent, or somebody else's file under this name
         return None
