@@ -20,7 +20,7 @@ from guided_diffusion.conf import ModelConf, TrainConf, conf_to_dict
 from guided_diffusion.dist_util import is_main, load_state_dict, world_size
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import TrainingImages, list_images
-from guided_diffusion.image_writer import write_checkpoint
+from guided_diffusion.image_writer import remove_leftovers, write_checkpoint
 from guided_diffusion.unet import UNetModel
 
 # What a resumed training may change: how far it goes, how fast and how visibly; not what it learns.
@@ -167,9 +167,7 @@ def check(conf: TrainConf, device: torch.device, *, resume: bool) -> int:
     if newest is not None:
         _check_resume(conf, newest, resume)
     if is_main():
-        for path in Path(conf.out_dir).glob(".*.tmp"):
-            if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name):
-                path.unlink(missing_ok=True)
+        remove_leftovers(conf.out_dir)
     return newest or 0
 
 

@@ -2,11 +2,32 @@
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 
 from guided_diffusion.conf import TrainConf, conf_from_dict
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 from guided_diffusion.train_util import Trainer, load_images, seeded
+
+TINY = """
+name: tiny
+device: cpu
+image_size: 8
+num_channels: 32
+channel_mult: '1'
+num_res_blocks: 1
+attention_resolutions: '4'
+num_head_channels: 32
+holdout: 0.25
+batch_size: 4
+lr: 1e-3
+iterations: 6
+log_interval: 1
+save_interval: 3
+sample_interval: 0
+sample_count: 2
+sample_respacing: '2'
+"""
 
 
 def write_pictures(folder, count=12, side=16, blocks=2):
@@ -25,13 +46,8 @@ def tiny_tree(tmp_path, **changes):
     folder = tmp_path / "pictures"
     if not folder.exists():
         write_pictures(folder)
-    tree = {
-        **{"name": "tiny", "data_dir": str(folder), "out_dir": str(tmp_path / "out")},
-        **{"image_size": 8, "num_channels": 32, "channel_mult": "1", "num_res_blocks": 1},
-        **{"attention_resolutions": "4", "num_head_channels": 32, "holdout": 0.25},
-        **{"batch_size": 4, "iterations": 6, "lr": 1e-3, "device": "cpu", "sample_respacing": "2"},
-        **{"log_interval": 1, "save_interval": 3, "sample_interval": 0, "sample_count": 2},
-    }
+    tree = yaml.safe_load(TINY)
+    tree |= {"data_dir": str(folder), "out_dir": str(tmp_path / "out")}
     return {**tree, **changes}
 
 
