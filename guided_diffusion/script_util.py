@@ -5,10 +5,12 @@ they are mapped from the file, so that there is never more than one copy in memo
 that does not fit says by its shapes which YAML keys have to change.
 """
 
+import copy
 import dataclasses
+import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -145,37 +147,46 @@ def load_model(conf: InpaintConf, device: torch.device) -> UNetModel:
 
     Raises UserError as ``dist_util.load_state_dict``, and where the weights do not fit.
     """
-    state = load_state_dict(conf.model_path)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    path = conf.model_path
+    state = load_state_dict(path)
+    shapes = _shapes(state)
     with torch.device("meta"):
         model = create_model(conf)
-    if not _fits(model, shapes):
-        raise _misfit(conf.model_path, model, shapes, conf, model_flags(shapes, conf.image_size))
+    if _shapes(model.state_dict()) != shapes:
+        if _has_any(shapes, "middle_block") and not _has_any(shapes, "output_blocks"):
+            raise UserError("holds a classifier, which belongs in classifier_path", path=path)
+        mult = conf.channel_mult_list if conf.channel_mult else None
+        flags = model_flags(shapes, conf.image_size, mult)
+        raise _misfit(path, create_model, shapes, conf, flags)
     _warn_of_silent_flags(conf)
-    return _filled(model, state, device)
+    return _filled(path, model, state, device)
 
 
 def load_classifier(conf: InpaintConf, device: torch.device) -> EncoderUNetModel:
     """Return the classifier with the weights of ``classifier_path``, as ``load_model``."""
-    state = load_state_dict(conf.classifier_path)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    path = conf.classifier_path
+    state = load_state_dict(path)
+    shapes = _shapes(state)
     with torch.device("meta"):
         classifier = create_classifier(conf)
-    if not _fits(classifier, shapes):
+    if _shapes(classifier.state_dict()) != shapes:
+        if _has_any(shapes, "output_blocks"):
+            raise UserError("holds a diffusion network, which belongs in model_path", path=path)
         flags = classifier_flags(shapes, conf.image_size)
-        raise _misfit(conf.classifier_path, classifier, shapes, conf, flags)
-    return _filled(classifier, state, device)
+        raise _misfit(path, create_classifier, shapes, conf, flags)
+    return _filled(path, classifier, state, device)
 
 
-def _filled(model: nn.Module, state: Mapping[str, torch.Tensor], device: torch.device) -> Any:
+def _filled(path: str, model: nn.Module, state: Mapping[str, Tensor], device: torch.device) -> Any:
     """Give an empty network its weights; half precision on disk becomes float32."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            raise UserError(
+                path=path, expected=f"{name} as plain floating-point numbers", got=tensor.dtype
+            )
     tensors = {name: tensor.to(device).float() for name, tensor in state.items()}
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
-
-
-def _fits(model: nn.Module, shapes: Shapes) -> bool:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == shapes
 
 
 def _warn_of_silent_flags(conf: ModelConf) -> None:
@@ -183,10 +194,10 @@ def _warn_of_silent_flags(conf: ModelConf) -> None:
     published = _SILENT_FLAGS.get(shape, {})
     wrong = {key: value for key, value in published.items() if getattr(conf, key) != value}
     if wrong and conf.class_cond and conf.learn_sigma:
-        keys = ", ".join(f"{key}: {_yaml(value)}" for key, value in wrong.items())
         warnings.warn(
             f"{conf.model_path}: has the shapes of the published {conf.image_size}x"
-            f"{conf.image_size} checkpoint, which needs {keys}; without, results are garbage",
+            f"{conf.image_size} checkpoint, which needs {_quoted(wrong)}; without, results are "
+            "garbage",
             stacklevel=3,
         )
 
@@ -220,7 +231,8 @@ class Inpainter:
 
     def in_float32(self) -> "Inpainter":
         """Return the same with every network in float32, loaded anew."""
-        exact = {"precision": "float32", "use_fp16": False, "classifier_use_fp16": False}
+        # No precision is stated, as that would change how the other network multiplies float32.
+        exact = {"precision": None, "use_fp16": False, "classifier_use_fp16": False}
         return Inpainter(dataclasses.replace(self.conf, **exact), self.times)
 
     def steps(self, gt: Tensor, gt_keep_mask: Tensor, seeds: Sequence[int]) -> Iterator[Step]:
@@ -281,80 +293,108 @@ def _trunk_type(conf: InpaintConf, device: torch.device) -> torch.dtype:
 # ---- What shapes tell ----------------------------------------------------------------------------
 
 
-def model_flags(shapes: Shapes, image_size: int) -> dict[str, Any]:
+def model_flags(
+    shapes: Shapes, image_size: int, channel_mult: Sequence[float] | None = None
+) -> dict[str, Any]:
     """Return the YAML keys of the network whose ``state_dict`` has these shapes.
 
-    ``image_size`` says which side each level has; where the widths are those of another size in the
-    published table, that one is meant and named. Empty where this is no such network.
+    ``image_size`` says which side each level has. Where it is a published size, but the widths are
+    those of another one and not those of ``channel_mult``, that one is meant and named. Empty where
+    this is no such network, or an incomplete one.
     """
     up = _resizing_outputs(shapes)
-    blocks = _count(shapes, "output_blocks")
-    levels = len(up) + 1
-    if "time_embed.0.weight" not in shapes or not blocks or blocks % levels:
+    blocks, levels = _count(shapes, "output_blocks"), len(up) + 1
+    if blocks < 2 * levels or blocks % levels:
         return {}
-    width, per_level = shapes["time_embed.0.weight"][1], blocks // levels
+    per_level = blocks // levels
     starts = range(blocks - per_level, -1, -per_level)  # of each level's blocks, from the top
     first = [f"output_blocks.{start}" for start in starts]
-    mult = tuple(shapes[f"{name}.0.out_layers.3.weight"][0] / width for name in first)
-    sizes = [size for size, table in CHANNEL_MULT_BY_SIZE.items() if table == mult]
-    side = sizes[0] if sizes else image_size
+    try:
+        width = shapes["time_embed.0.weight"][1]
+        widths = [shapes[f"{name}.0.out_layers.3.weight"][0] for name in first]
+        out_channels = shapes["out.2.weight"][0]
+        num_classes = shapes.get("label_emb.weight", (None,))[0]
+        has_scale_shift = _has_scale_shift(shapes)
+        mult = tuple(_multiplier(level_width, width) for level_width in widths)
+    except (KeyError, IndexError, ZeroDivisionError):
+        return {}
+    if not (width and all(widths) and num_classes != 0):
+        return {}
+    if channel_mult and [int(m * width) for m in channel_mult] == widths:
+        mult = tuple(channel_mult)
+    elif image_size in CHANNEL_MULT_BY_SIZE:
+        sizes = [size for size, table in CHANNEL_MULT_BY_SIZE.items() if table == mult]
+        image_size = sizes[0] if sizes else image_size
     attends = [f"{name}.1.qkv.weight" in shapes for name in first]
     flags = {
-        "image_size": side,
+        "image_size": image_size,
         "num_channels": width,
         "num_res_blocks": per_level - 1,
-        "channel_mult_list": mult,
-        "attention_sides": {side >> i for i, attending in enumerate(attends) if attending},
-        "learn_sigma": shapes["out.2.weight"][0] == 6,
-        "class_cond": "label_emb.weight" in shapes,
-        "use_scale_shift_norm": _has_scale_shift(shapes),
+        "channel_mult": mult,
+        "attention_resolutions": {
+            image_size >> i for i, attending in enumerate(attends) if attending
+        },
+        "learn_sigma": out_channels == 6,
+        "class_cond": num_classes is not None,
+        "use_scale_shift_norm": has_scale_shift,
     }
-    if flags["class_cond"]:
-        flags["num_classes"] = shapes["label_emb.weight"][0]
+    if num_classes is not None:
+        flags["num_classes"] = num_classes
     if up:
         flags["resblock_updown"] = any("in_layers" in name for name in up)
     return flags
 
 
 def classifier_flags(shapes: Shapes, image_size: int) -> dict[str, Any]:
-    """Return the YAML keys of the classifier whose ``state_dict`` has these shapes, or nothing."""
-    levels = len(CHANNEL_MULT_BY_SIZE[image_size])
+    """Return the YAML keys of the classifier whose ``state_dict`` has these shapes, or nothing.
+
+    Its widths are always those of the published table; ``image_size`` is named first if it fits.
+    """
     blocks = _count(shapes, "input_blocks")
-    if "time_embed.0.weight" not in shapes or _count(shapes, "output_blocks") or blocks < levels:
+    for size in (image_size, *CHANNEL_MULT_BY_SIZE):
+        table = CHANNEL_MULT_BY_SIZE.get(size, ())
+        if blocks < 2 * len(table) or not table or blocks % len(table):
+            continue
+        depth = blocks // len(table) - 1
+        first = [f"input_blocks.{1 + level * (depth + 1)}" for level in range(len(table))]
+        try:
+            width = shapes["time_embed.0.weight"][1]
+            convs = [shapes.get(f"{name}.0.out_layers.3.weight", (0,)) for name in first]
+            widths = [conv[0] for conv in convs]
+            has_scale_shift = _has_scale_shift(shapes)
+        except (KeyError, IndexError):
+            return {}
+        if width and widths == [int(mult * width) for mult in table]:
+            break
+    else:
         return {}
-    if "out.2.positional_embedding" in shapes:
-        tokens = shapes["out.2.positional_embedding"][1] - 1
-        sizes = [s for s, t in CHANNEL_MULT_BY_SIZE.items() if (s >> (len(t) - 1)) ** 2 == tokens]
-        image_size = image_size if image_size in sizes or not sizes else sizes[0]
-        levels = len(CHANNEL_MULT_BY_SIZE[image_size])
-    depth = blocks // levels - 1
-    level_starts = [1 + level * (depth + 1) for level in range(levels)]
-    attends = [f"input_blocks.{start}.1.qkv.weight" in shapes for start in level_starts]
     if "out.2.positional_embedding" in shapes:
         pool = "attention"
     elif len(shapes.get("out.3.weight", ())) == 4:
         pool = "adaptive"
     else:
         pool = "spatial_v2" if "out.3.weight" in shapes else "spatial"
-    flags = {
-        "image_size": image_size,
-        "classifier_width": shapes["time_embed.0.weight"][1],
+    attends = [f"{name}.1.qkv.weight" in shapes for name in first]
+    return {
+        "image_size": size,
+        "classifier_width": width,
         "classifier_depth": depth,
-        "classifier_attention_sides": {
-            image_size >> level for level, attending in enumerate(attends) if attending
-        },
-        "classifier_use_scale_shift_norm": _has_scale_shift(shapes),
+        "classifier_attention_resolutions": {size >> i for i, is_on in enumerate(attends) if is_on},
+        "classifier_use_scale_shift_norm": has_scale_shift,
+        "classifier_resblock_updown": f"input_blocks.{depth + 1}.0.op.weight" not in shapes,
         "classifier_pool": pool,
     }
-    if levels > 1:
-        op = f"input_blocks.{level_starts[1] - 1}.0.op.weight"
-        flags["classifier_resblock_updown"] = op not in shapes
-    return flags
+
+
+def _has_any(shapes: Shapes, list_name: str) -> bool:
+    return any(name.startswith(f"{list_name}.") for name in shapes)
 
 
 def _count(shapes: Shapes, list_name: str) -> int:
-    numbers = [re.match(rf"{list_name}\.(\d+)\.", name) for name in shapes]
-    return max((int(match[1]) + 1 for match in numbers if match), default=0)
+    """Return how many blocks a list has, 0 where one is missing."""
+    found = [re.match(rf"{list_name}\.(\d{{1,4}})\.", name) for name in shapes]
+    numbers = {int(match[1]) for match in found if match}
+    return len(numbers) if numbers == set(range(len(numbers))) else 0
 
 
 def _resizing_outputs(shapes: Shapes) -> list[str]:
@@ -369,49 +409,76 @@ def _has_scale_shift(shapes: Shapes) -> bool:
     return shapes[f"{block}.emb_layers.1.weight"][0] == 2 * out
 
 
+def _multiplier(level_width: int, width: int) -> float:
+    """Return the shortest number whose product with ``width`` has this whole part."""
+    exact = level_width / width
+    rounded = [math.ceil(exact * 10**digits) / 10**digits for digits in range(8)]
+    return next((mult for mult in rounded if int(mult * width) == level_width), exact)
+
+
 def _misfit(
-    path: str, model: nn.Module, shapes: Shapes, conf: InpaintConf, flags: dict[str, Any]
+    path: str,
+    create: Callable[[Any], nn.Module],
+    shapes: Shapes,
+    conf: InpaintConf,
+    flags: Mapping[str, Any],
 ) -> UserError:
-    """Say which YAML keys make the checkpoint fit, or how it differs where none does."""
-    wanted = [
-        f"{_YAML_NAMES.get(key, key)}: {_yaml(value)}"
-        for key, value in flags.items()
-        if _comparable(getattr(conf, key), value, conf.image_size) != value
-    ]
-    if wanted:
-        return UserError(f"does not fit the configuration; set {', '.join(wanted)}", path=path)
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in own:
-        if own[name] != shapes.get(name):
+    """Say which YAML keys make the checkpoint fit, or how it differs where none does.
+
+    ``create`` builds the network that was asked for; ``flags`` is what the shapes tell of it. A key
+    is named only where a network that is built with it fits, and one without it does not.
+    """
+    changes = {key: _text(value) for key, value in flags.items()}
+    changes = {key: value for key, value in changes.items() if getattr(conf, key) != value}
+    closest = _empty_shapes(create, conf, changes) or _empty_shapes(create, conf, {})
+    if closest == shapes:
+        for key in reversed(list(changes)):
+            fewer = {name: value for name, value in changes.items() if name != key}
+            if _empty_shapes(create, conf, fewer) == shapes:
+                changes = fewer
+        return UserError(f"does not fit the configuration; set {_quoted(changes)}", path=path)
+    for name, shape in closest.items():
+        if shape != shapes.get(name):
             return UserError(
-                f"is not a checkpoint of this kind of network ({type(model).__name__})",
+                "is damaged, or not a checkpoint of this kind of network",
                 path=path,
-                expected=f"{name} of shape {own[name]}",
+                expected=f"{name} of shape {shape}",
                 got=shapes.get(name, "no such tensor"),
             )
-    extra = next(name for name in shapes if name not in own)
+    extra = next(name for name in shapes if name not in closest)
     return UserError("holds a tensor that the network does not have", path=path, got=extra)
 
 
-def _comparable(current: Any, value: Any, image_size: int) -> Any:
-    """Leave out of listed sides what no level has, as the network does."""
-    if not isinstance(value, set):
-        return current
-    return {image_size >> level for level in range(image_size.bit_length())} & set(current)
+def _empty_shapes(
+    create: Callable[[Any], nn.Module], conf: InpaintConf, changes: Mapping[str, Any]
+) -> Shapes | None:
+    """Return the shapes of the network of the changed configuration; None if it cannot be."""
+    changed = copy.copy(conf)
+    # Heads leave no trace in shapes, and with one channel each they are possible in any width.
+    vars(changed).update({**changes, "num_head_channels": 1})
+    try:
+        with torch.device("meta"):
+            return _shapes(create(changed).state_dict())
+    except (ValueError, RuntimeError, KeyError):
+        return None
 
 
-_YAML_NAMES = {
-    "channel_mult_list": "channel_mult",
-    "attention_sides": "attention_resolutions",
-    "classifier_attention_sides": "classifier_attention_resolutions",
-}
+def _shapes(state: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _yaml(value: Any) -> str:
-    """Write a flag as a YAML file would."""
-    if isinstance(value, bool):
-        return str(value).lower()
+def _text(value: Any) -> Any:
+    """Write several numbers as a configuration holds them; anything else stays."""
     if isinstance(value, set | tuple):
         items = sorted(value, reverse=True) if isinstance(value, set) else value
-        return "'" + ",".join(f"{item:g}" for item in items) + "'"
-    return str(value)
+        return ",".join(f"{item:.10g}" for item in items)
+    return value
+
+
+def _quoted(flags: Mapping[str, Any]) -> str:
+    """Write flags as in a YAML file, with commas between them."""
+    is_list = ("channel_mult", "attention_resolutions", "classifier_attention_resolutions")
+    values = {
+        key: f"'{value}'" if key in is_list else str(value).lower() for key, value in flags.items()
+    }
+    return ", ".join(f"{key}: {value}" for key, value in values.items())
