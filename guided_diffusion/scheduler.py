@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -123,7 +123,7 @@ _STYLE = {
 }
 _CROWDED = 600  # from so many transitions on, only an inset shows single climbs
 _INSET = (20, 100)  # transitions before and after the first climb
-_TIMED_CALLS = 5
+_WARM_UP, _TIMED = 2, 8  # transitions for --measure
 
 
 def plot_schedules(schedules: dict[str, list[int]]) -> "Figure":
@@ -185,50 +185,31 @@ def _floor(*walks: list[int]) -> float:
     return -1 - 0.03 * max(map(max, walks))
 
 
-def measure_call(conf: "InpaintConf") -> tuple[float, str]:
-    """Return the seconds that one network call takes for one picture, and the device's name.
+def measure_call(conf: "InpaintConf", times: list[int]) -> tuple[float, str]:
+    """Return the seconds that a network call takes for one picture, and the device's name.
 
-    A network of random weights walks a few steps in batches of the configuration's size, with
-    classifier, conditioning and precision as in a run but never compiled.
+    The first transitions of the walk ``times`` are run as in a real run, in batches of the
+    configuration's size. Raises UserError for a device or checkpoint that cannot be used.
     """
     import torch
 
-    from guided_diffusion.dist_util import get_device
-    from guided_diffusion.gaussian_diffusion import classifier_gradient
-    from guided_diffusion.script_util import (
-        create_classifier,
-        create_gaussian_diffusion,
-        create_model,
-    )
+    from guided_diffusion.script_util import Inpainter
 
-    device, diffusion = get_device(conf.device), create_gaussian_diffusion(conf)
-    torch.set_float32_matmul_precision("high" if conf.precision == "tf32" else "highest")
-    model = create_model(conf).to(device).eval().requires_grad_(False)
-    if device.type == "cuda" and (conf.use_fp16 or conf.precision in ("float16", "bfloat16")):
-        model.convert_trunk(torch.bfloat16 if conf.precision == "bfloat16" else torch.float16)
-    size = (conf.data.batch_size, 3, conf.image_size, conf.image_size)
-    labels = torch.zeros(size[0], dtype=torch.int64, device=device)
-    cond_fn = None
-    if conf.guided:
-        classifier = create_classifier(conf).to(device).eval().requires_grad_(False)
-        if device.type == "cuda" and conf.classifier_use_fp16:
-            classifier.convert_trunk(torch.float16)
-        cond_fn = classifier_gradient(classifier, labels, conf.classifier_scale)
-    steps = diffusion.repaint(
-        lambda x, t: model(x, t, labels if conf.class_cond else None),
-        torch.zeros(size, device=device),
-        torch.ones(size, device=device),
-        list(range(min(_TIMED_CALLS, diffusion.num_timesteps - 1), -2, -1)),
-        lambda: torch.randn(size, device=device),
-        cond_fn=cond_fn,
-    )
-    with torch.inference_mode():
-        next(steps).x.sum().item()  # warm-up; reading a number waits for the device
-        started = time.perf_counter()
-        calls = [step.x.sum().item() for step in steps]
-    seconds = (time.perf_counter() - started) / len(calls)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return seconds / size[0], name
+    inpainter, n = Inpainter(conf, times), conf.data.batch_size
+    gt = torch.zeros((n, 3, conf.image_size, conf.image_size), device=inpainter.device)
+
+    def run(transitions: int) -> int:
+        with torch.inference_mode():
+            steps = list(islice(inpainter.steps(gt, torch.ones_like(gt), range(n)), transitions))
+            steps[-1].x.sum().item()  # reading a number waits for the device
+        return sum(step.pred_xstart is not None for step in steps)
+
+    run(_WARM_UP)
+    started = time.perf_counter()
+    calls = run(_TIMED)
+    seconds = (time.perf_counter() - started) / calls / n
+    device = inpainter.device
+    return seconds, torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 class _Parser(argparse.ArgumentParser):
@@ -260,8 +241,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--measure",
         action="store_true",
-        help="time a few network calls as well, without the checkpoint's weights, and print the "
-        "seconds an image would take",
+        help="load the checkpoint, time a few network calls and print the seconds an image takes",
     )
     options = parser.parse_args(argv)
     options.confs = options.compare or [options.conf_path][: options.conf_path is not None]
@@ -274,11 +254,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _schedule_of(conf: "InpaintConf", path: str) -> list[int]:
     from guided_diffusion import UserError
+    from guided_diffusion.script_util import create_gaussian_diffusion, create_schedule
 
     try:
-        return get_schedule_jump(**vars(conf.schedule_jump_params))
-    except ValueError as error:
-        raise UserError(str(error), path=path, key="schedule_jump_params") from error
+        return create_schedule(conf, create_gaussian_diffusion(conf))
+    except UserError as error:
+        raise UserError(str(error), path=path) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -308,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"plot: {options.out}", flush=True)
     if options.measure:
         for label, conf in zip(labels, confs.values(), strict=True):
-            seconds, device = measure_call(conf)
+            seconds, device = measure_call(conf, schedules[label])
             whole = seconds * count_steps(schedules[label])[0]
             print(f"{label}: {whole:,.1f} s an image on {device}, {seconds:.3g} s a network call")
     return 0

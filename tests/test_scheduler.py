@@ -238,6 +238,33 @@ def test_an_impossible_schedule_names_file_and_key(tmp_path, monkeypatch):
         scheduler.main(["--conf_path", str(path)])
 
 
+def test_a_walk_that_does_not_fit_its_chain_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_conf(tmp_path / "high.yml", t_T=21)
+    with pytest.raises(UserError, match=r"high\.yml: .*t_T.*at most 20"):
+        scheduler.main(["--conf_path", str(path)])
+    path = write_conf(tmp_path / "low.yml", t_T=19)
+    with pytest.warns(UserWarning, match="t_T: 19"):
+        scheduler.main(["--conf_path", str(path)])
+
+
+def test_measure(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = Path(__file__).parent / "golden" / "plain" / "model.pt"
+    path = write_conf(tmp_path / "tiny.yml", t_T=20, jump_length=2, jump_n_sample=2)
+    path.write_text(
+        path.read_text().replace("absent.pt", str(model))
+        + "image_size: 32\nnum_channels: 32\nchannel_mult: '1,2'\nnum_res_blocks: 1\n"
+        "attention_resolutions: '16'\nnum_head_channels: 16\ndevice: cpu\n"
+    )
+    # A clock that adds 1 s a look: the timed transitions take 1 s together.
+    monkeypatch.setattr(scheduler.time, "perf_counter", iter(range(9)).__next__)
+    assert scheduler.main(["--conf_path", str(path), "--measure"]) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    # 19 18 17 16 17 18 17 16 15: eight transitions with six calls, of 38 that an image takes.
+    assert line == "tiny: 6.3 s an image on cpu, 0.167 s a network call"
+
+
 def test_plot_of_a_configuration(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = write_conf(tmp_path / "short.yml", t_T=20, jump_length=5, jump_n_sample=2)
