@@ -136,19 +136,20 @@ def plot_schedules(schedules: dict[str, list[int]]) -> "Figure":
         axes = figure.add_subplot(xlabel="transition", ylabel="diffusion time t")
         if len(schedules) == 1:
             ((label, times),) = schedules.items()
-            axes.set_title("{}: {:,} network calls, {:,} undos".format(label, *count_steps(times)))
+            title = "{}: {:,} network calls, {:,} undos".format(label, *count_steps(times))
+            axes.set_title(title, loc="left", parse_math=False)
             _draw_walk(axes, times)
+            legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0.2)
         else:
             for number, (label, times) in enumerate(schedules.items()):
                 color = _COMPARED[number % len(_COMPARED)]
-                legend = f"{label}: {count_steps(times)[0]:,} network calls"
-                axes.plot(times, color=color, linewidth=0.8, label=legend)
+                text = f"{count_steps(times)[0]:,} network calls: {label}"
+                axes.plot(times, color=color, linewidth=0.8, label=text)
+            legend = axes.legend(loc="upper right")
         axes.set_ylim(bottom=_floor(*schedules.values()))
-        # The walk leaves the upper right free: for the inset, with the legend beside it.
-        beside = {"loc": "upper left", "bbox_to_anchor": (0.14, 1.02)}
-        legend = axes.legend(**beside if axes.child_axes else {"loc": "upper right"})
-        for line in legend.get_lines():
+        for line, text in zip(legend.get_lines(), legend.get_texts(), strict=True):
             line.set_linewidth(1.5)
+            text.set_parse_math(False)
     return figure
 
 
@@ -156,7 +157,8 @@ def _draw_walk(axes: "Axes", times: list[int]) -> None:
     crowded = len(times) > _CROWDED
     _draw_panel(axes, times, linewidth=0.4 if crowded else 1.1)
     ups = [i for i, (t, t_next) in enumerate(pairwise(times)) if t_next > t]
-    if crowded and ups:
+    upper_right = times[int(0.57 * len(times)) :]
+    if crowded and ups and max(upper_right) < 0.5 * max(times):
         start, stop = max(0, ups[0] - _INSET[0]), ups[0] + _INSET[1]
         window = times[start : stop + 1]
         inset = axes.inset_axes((0.6, 0.5, 0.4, 0.5))
@@ -176,8 +178,8 @@ def _draw_panel(axes: "Axes", times: list[int], linewidth: float) -> None:
         elif x and x[-1] == i:
             x.append(math.nan)
             y.append(math.nan)
-    axes.plot(times, color=_WALK, linewidth=linewidth, label="denoise: one network call a step")
-    axes.plot(x, y, color=_CLIMB, linewidth=linewidth, label="undo: noise is added again")
+    axes.plot(times, color=_WALK, linewidth=linewidth, label="denoise")
+    axes.plot(x, y, color=_CLIMB, linewidth=linewidth, label="undo")
     axes.fill_between(x, y, _floor(times), color=_CLIMB, alpha=0.2, linewidth=0)
 
 

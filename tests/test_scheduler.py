@@ -300,7 +300,7 @@ def test_what_the_plot_of_one_walk_shows(params):
     (axes,) = figure.axes
     assert axes.get_xlabel() == "transition"
     assert axes.get_ylabel() == "diffusion time t"
-    assert axes.get_title() == f"name: {calls:,} network calls, {undos:,} undos"
+    assert axes.get_title(loc="left") == f"name: {calls:,} network calls, {undos:,} undos"
     assert list(line_through(axes, "denoise").get_ydata()) == times
     low, high = axes.get_ylim()
     assert low < -1
@@ -316,10 +316,10 @@ def test_what_the_plot_of_one_walk_shows(params):
 
 
 def test_what_a_comparison_shows():
-    walks = {"a": get_schedule_jump(30), "b": get_schedule_jump(20, jump_n_sample=1)}
+    walks = {"$a_$": get_schedule_jump(30), "_b": get_schedule_jump(20, jump_n_sample=1)}
     (axes,) = scheduler.plot_schedules(walks).axes
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert texts == ["a: 210 network calls", "b: 20 network calls"]
+    assert texts == ["210 network calls: $a_$", "20 network calls: _b"]
     assert [list(line.get_ydata()) for line in axes.get_lines()] == list(walks.values())
     assert len({line.get_color() for line in axes.get_lines()}) == 2
 
