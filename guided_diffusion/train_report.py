@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from guided_diffusion import UserError
 from guided_diffusion.conf import TrainConf
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import (
@@ -70,9 +71,12 @@ def restart_log(path: Path, step: int) -> None:
 
 
 def append_log(path: Path, row: Row) -> None:
-    """Add one row in a single write."""
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(_csv_line(row))
+    """Add one row in a single write; raises UserError where the system refuses."""
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(_csv_line(row))
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", path=path) from error
 
 
 def write_loss_plot(path: Path, rows: list[Row]) -> None:

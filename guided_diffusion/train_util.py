@@ -398,7 +398,8 @@ def train(trainer: Trainer, sample_diffusion: GaussianDiffusion) -> None:
         )
         restart_log(folder / "log.csv", trainer.step)
         held_out = "".join(f"{images.paths[i]}\n" for i in images.held_out)
-        write_text_atomic(folder / "held_out.txt", held_out)
+        readable = held_out.encode("utf-8", "replace").decode()  # names may be any bytes
+        write_text_atomic(folder / "held_out.txt", readable)
     steps = range(trainer.step, conf.iterations)
     pause = 0.2 if sys.stderr.isatty() else 30  # a log file does not want a line each time
     with tqdm(

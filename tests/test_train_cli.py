@@ -98,6 +98,19 @@ def test_a_training_starts_from_another_ones_weights(tmp_path):
     assert all(torch.allclose(first[name], later[name], atol=1e-6) for name in first)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_trains_compiled_in_bfloat16_and_goes_on(tmp_path):
+    changes = {"device": "cuda", "precision": "bfloat16", "compile": True, "sample_interval": 3}
+    conf = write_conf(tmp_path, **changes)
+    assert train.main(["--conf_path", conf, "--set", "iterations=3"]) == 0
+    assert train.main(["--conf_path", conf, "--resume"]) == 0
+    rows = read_log(tmp_path / "out" / "log.csv")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert {value.dtype for value in states(tiny_conf(tmp_path), 6)[0].values()} == {torch.float32}
+
+
 # ---- what is wrong is told -----------------------------------------------------------------------
 
 

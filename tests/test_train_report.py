@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from train_cases import sample_diffusion, tiny_conf
 
+from guided_diffusion import UserError
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.train_report import (
     COLUMNS,
@@ -80,6 +81,12 @@ def test_the_log_is_cut_back_to_the_step_from_which_a_training_goes_on(tmp_path)
         stream.write("5,0.1,0.")  # the power went here
     restart_log(path, 3)
     assert path.read_text().splitlines() == before[:4]
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "log.csv").mkdir()
+    with pytest.raises(UserError, match=r"log.csv: cannot be written"):
+        append_log(tmp_path / "log.csv", {"step": 1})
 
 
 def test_a_log_of_nothing_is_no_rows(tmp_path):
