@@ -3,7 +3,7 @@
 ``python tests/benchmarks/quality.py --conf_path confs/demo.yml --pictures DIR --count 16``
 
 For each family of masks, the same pictures, masks and seeds are inpainted three times: going
-straight down (``jump_n_sample`` 1), resampling (``jump_n_sample`` 10 at the same ``t_T``), and going
+straight down (``jump_n_sample`` 1), resampling (``jump_n_sample`` 10, same ``t_T``), and going
 straight down in as many steps as the second has network calls: the paper's control, which asks
 whether it is the resampling that helps or only the time (RePaint, section 5.5). Two errors, both on
 pixels in [0, 1]: the mean square in the hole, and that of the steps from known pixels to their
