@@ -233,9 +233,20 @@ def is_written(
 ) -> bool:
     """Return whether ``write_result`` has written all files of a result, with this mark."""
     inputs = _input_pictures(folders, name, gt_u8, mask_u8)
-    return read_mark(result_path(folders["srs"], sample_name or name)) == mark and all(
-        np.array_equal(_read_back(path), pixels) for path, pixels in inputs
+    inpainted = result_path(folders["srs"], sample_name or name)
+    return (
+        all(_has_end(path) for path in (inpainted, *(path for path, _ in inputs)))
+        and read_mark(inpainted) == mark
+        and all(np.array_equal(_read_back(path), pixels) for path, pixels in inputs)
     )
+
+
+def _has_end(path: Path) -> bool:
+    """Whether a PNG has its last chunk, which Pillow does not miss."""
+    try:
+        return path.read_bytes().endswith(b"IEND\xaeB`\x82")
+    except OSError:
+        return False
 
 
 def _input_pictures(

@@ -97,11 +97,12 @@ def conclude(plan: Plan, summary: Summary) -> str:
     if earlier:
         parts.append(f"{earlier} finished earlier")
     if summary.failures:
-        parts.append(f"{len(summary.failures)} failed ({', '.join(summary.failures)})")
+        some = ", ".join(list(summary.failures)[:5]) + ", …" * (len(summary.failures) > 5)
+        parts.append(f"{len(summary.failures)} failed ({some}), which --resume tries again")
     if summary.finished:
         calls = count_steps(plan.times)[0]
         each = summary.seconds / summary.finished
-        parts.append(f"{calls} network calls and {each:.1f} s an image")
+        parts.append(f"{calls} network calls and {each:.3g} s an image")
     return " ".join(f"{plan.conf.log_dir}: {', '.join(parts)}".split())
 
 
@@ -239,12 +240,15 @@ class _Worker:
             stem = Path(self.conf.log_dir) / "process" / Path(job.name).stem
             write_film_strip(f"{stem}.png", one.frames)
             write_gif(f"{stem}.gif", one.frames)
-        folders, mark = (
+        write_result(
             result_folders(self.conf),
-            result_mark(self.plan.settings, job, gt_u8, mask_u8),
+            job.pair.name,
+            one.sample,
+            gt_u8,
+            mask_u8,
+            sample_name=job.name,
+            mark=result_mark(self.plan.settings, job, gt_u8, mask_u8),
         )
-        pictures = (one.sample, gt_u8, mask_u8)
-        write_result(folders, job.pair.name, *pictures, sample_name=job.name, mark=mark)
         self.summary.finished += 1
         self.team.count("written", 1)
 

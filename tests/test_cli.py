@@ -1,0 +1,301 @@
+"""test.py from outside: what it writes, what it says, and the published program's own results."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from run_cases import (
+    FOLDERS,
+    GOLDEN,
+    TINY_CALLS,
+    assert_same,
+    command,
+    load_yaml,
+    pixels,
+    results,
+    run_apart,
+    run_here,
+    snapshot,
+    write_golden,
+    write_run,
+)
+
+from guided_diffusion.conf import InpaintConf, describe
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Run test.py in ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *options: run_here(capsys, *options)
+
+
+def assert_golden(case, folder):
+    expect = np.load(GOLDEN / case / "expect.npz")
+    rounded = np.rint((expect["sample"].astype(np.float64) + 1) * 127.5).clip(0, 255)
+    found = results(folder)
+    assert len(found) == len(rounded)
+    for name, sample in zip(found, rounded.transpose(0, 2, 3, 1), strict=True):
+        assert np.abs(found[name] - sample).max() <= 1
+    assert_same(results(folder, "gt"), dict(zip(found, expect["gt_u8"].astype(int), strict=True)))
+    masks = dict(zip(found, expect["mask_u8"].astype(int), strict=True))
+    assert_same(results(folder, "gt_keep_mask"), masks)
+
+
+# ---- what the published program computed ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "batch_size"), [("plain", 1), ("plain", 2), ("plain", 3), ("guided", 1), ("guided", 3)]
+)
+def test_golden_runs_for_every_batch_size(here, tmp_path, case, batch_size):
+    options = write_golden(tmp_path, case, batch_size=batch_size)
+    assert here(*options).status == 0
+    assert_golden(case, tmp_path / "log" / case)
+
+
+def test_golden_run_in_a_process_of_its_own(tmp_path):
+    ended = run_apart(tmp_path, *write_golden(tmp_path, "plain", batch_size=3))
+    assert ended.status == 0
+    assert_golden("plain", tmp_path / "log" / "plain")
+    assert ended.out.splitlines() == [
+        "3 images, 25.0% of their pixels to generate, seed 10",
+        ended.out.splitlines()[1],
+    ]
+    last = r"log/plain: 3 images, 28 network calls and [0-9.]+ s an image"
+    assert re.fullmatch(last, ended.out.splitlines()[1])
+    assert ended.lines == []  # nothing but bars on stderr
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def test_four_files_an_image_a_record_and_an_overview(here, tmp_path):
+    here(*write_run(tmp_path, overview=True))
+    log = tmp_path / "log" / "run"
+    names = {"00.png", "01.png", "02.png"}
+    assert {path.name for path in log.iterdir()} == {*FOLDERS, "run.yml", "overview.png"}
+    for kind in FOLDERS:
+        assert {path.name for path in (log / kind).iterdir()} == names
+    for name in names:
+        gt, mask = pixels(log / "gt" / name), pixels(log / "gt_keep_mask" / name)
+        assert (gt == pixels(tmp_path / "gt" / name)).all()
+        assert (mask == pixels(tmp_path / "mask" / name)).all()
+        assert (pixels(log / "gt_masked" / name) == gt * (mask == 255)).all()
+
+
+def test_ground_truth_is_written_only_where_asked_for(here, tmp_path):
+    paths = {"srs": "o/a", "lrs": "o/b", "gt_keep_masks": "o/c"}
+    here(*write_run(tmp_path, data={"paths": paths}))
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["a", "b", "c", "run.yml"]
+    assert not (tmp_path / "log").exists()
+
+
+def test_several_results_an_image(here, tmp_path):
+    options = write_run(tmp_path, 2, samples_per_image=3)
+    ended = here(*options)
+    assert f"log/run: 6 images, {TINY_CALLS} network calls" in ended.out
+    found = results("log/run")
+    names = [f"0{image}_{sample}.png" for image in (0, 1) for sample in (1, 2, 3)]
+    assert list(found) == names
+    assert set(results("log/run", "gt")) == {"00.png", "01.png"}
+    assert (found["00_1.png"] != found["00_2.png"]).any()
+    # Sample j of image k has the seed of a run by itself: seed + k + j · 1000003.
+    record = load_yaml("log/run/run.yml")["record"]
+    expected = [5, 5 + 1_000_003, 5 + 2_000_006, 6, 6 + 1_000_003, 6 + 2_000_006]
+    assert record["seeds"] == dict(zip(names, expected, strict=True))
+    here(*options, "--out", "alone", "--set", "samples_per_image=1", "--set", f"seed={5 + 1000003}")
+    assert (results("alone")["00.png"] == found["00_2.png"]).all()
+
+
+def test_offset_max_len_shuffling_and_dropping_leave_results_as_they_are(here, tmp_path):
+    options = write_run(tmp_path, 5)
+    here(*options)
+    whole = results("log/run")
+
+    def part(name, **data):
+        changes = [arg for key, value in data.items() for arg in ("--set", f"data.{key}={value}")]
+        here(*options, "--out", name, *changes)
+        return results(name)
+
+    cut = part("cut", offset=1, max_len=2)
+    assert list(cut) == ["01.png", "02.png"]
+    assert_same(cut, {name: whole[name] for name in cut})
+    assert_same(part("shuffled", deterministic="false"), whole)
+    dropped = part("dropped", drop_last="true", batch_size=2)
+    assert_same(dropped, {name: whole[name] for name in list(whole)[:4]}, levels=1)
+
+
+def test_random_flip_mirrors_picture_and_mask_by_the_seed_alone(here, tmp_path):
+    options = write_run(tmp_path, 6, data={"random_flip": True})
+    here(*options, "--out", "one")
+    here(*options, "--out", "two", "--set", "data.batch_size=4")
+    assert_same(results("one"), results("two"), levels=1)
+    flipped = 0
+    for name, gt in results("one", "gt").items():
+        own, mask = pixels(tmp_path / "gt" / name), pixels(tmp_path / "mask" / name)
+        is_flipped = (gt == own[:, ::-1]).all()
+        expected = mask[:, ::-1] if is_flipped else mask
+        assert is_flipped or (gt == own).all()
+        assert (pixels(f"one/gt_keep_mask/{name}") == expected).all()
+        flipped += is_flipped
+    assert 0 < flipped < 6
+
+
+def test_known_pixels_are_pasted_back_only_when_asked_for(here, tmp_path):
+    options = write_run(tmp_path, 1)
+    here(*options, "--out", "a")
+    here(*options, "--out", "b", "--set", "paste_known=true")
+    gt, raw, pasted = results("a", "gt"), results("a"), results("b")
+    assert (pasted["00.png"][:, :4] == gt["00.png"][:, :4]).all()
+    assert (pasted["00.png"][:, 4:] == raw["00.png"][:, 4:]).all()
+    assert (raw["00.png"][:, :4] != gt["00.png"][:, :4]).any()
+
+
+def test_process_pictures_show_the_result_last(here, tmp_path):
+    here(*write_run(tmp_path, 1, save_process=4))
+    process = tmp_path / "log" / "run" / "process"
+    assert {path.name for path in process.iterdir()} == {"00.png", "00.gif"}
+    with Image.open(process / "00.gif") as film:
+        assert film.n_frames == 4
+    final = np.kron(results("log/run")["00.png"], np.ones((16, 16, 1)))
+    assert (pixels(process / "00.png")[:128, -128:] == final).all()
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def test_help_has_every_key_with_its_sentence_and_is_quick(tmp_path):
+    start = time.perf_counter()
+    ended = run_apart(tmp_path, "--help")
+    assert time.perf_counter() - start < 2
+    assert ended.status == 0
+    assert ended.err == ""
+    words = " ".join(ended.out.split())
+    for doc in describe(InpaintConf):
+        assert f" {doc.key} (" in words
+        assert doc.text in words
+
+
+def test_help_does_not_import_torch(tmp_path):
+    code = (
+        "import runpy, sys, atexit; sys.argv = sys.argv[1:]\n"
+        "atexit.register(lambda: print('torch' in sys.modules, 'yaml' in sys.modules))\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    script = command("--help")[1:]
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *script], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert ended.stdout.splitlines()[-1] == "False True"
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "with space", "a=b", "é", "名前", "😀", "#x", "[x]", "a: b", "it's", '"q"']
+)
+def test_values_of_options_are_taken_as_they_are(here, tmp_path, name):
+    options = write_run(tmp_path, 1)
+    for folder in ("gt", "mask"):
+        (tmp_path / folder).rename(tmp_path / f"{name}-{folder}")
+    picture, mask = f"{name}-gt/00.png", f"{name}-mask/00.png"
+    ended = here(*options, "--gt", picture, "--mask", mask, "--out", f"{name}-out")
+    assert (ended.status, ended.lines) == (0, [])
+    assert list(results(f"{name}-out")) == ["00.png"]
+    assert {path.name for path in (tmp_path / f"{name}-out").iterdir()} == {*FOLDERS, "run.yml"}
+    assert not (tmp_path / "log").exists()
+
+
+def test_one_mask_serves_all_and_a_family_needs_no_file(here, tmp_path):
+    options = write_run(tmp_path)
+    here(*options, "--mask", "mask/01.png", "--out", "one")
+    here(*options, "--mask", "genhalf", "--out", "drawn")
+    assert_same(results("one"), results("drawn"))
+
+
+def test_inverted_masks(here, tmp_path):
+    options = write_run(tmp_path, 1)
+    here(*options, "--out", "a")
+    mask = pixels(tmp_path / "mask" / "00.png").astype(np.uint8)
+    Image.fromarray(255 - mask).save(tmp_path / "mask" / "00.png")
+    here(*options, "--out", "b", "--invert_mask")
+    assert_same(results("a"), results("b"))
+    assert_same(results("a", "gt_keep_mask"), results("b", "gt_keep_mask"))
+
+
+def test_the_last_of_equal_settings_wins_and_set_comes_last(here, tmp_path):
+    options = write_run(tmp_path, 1)
+    changes = ["seed=1", "seed=7", "data.gt_path=gt"]
+    ended = here(*options, *[f"--set={change}" for change in changes], "--gt", "no")
+    assert ended.status == 0
+    assert "seed 7" in ended.out
+
+
+# ---- what is said --------------------------------------------------------------------------------
+
+
+def test_a_warning_is_one_line_and_comes_once_past_the_bars(here, tmp_path):
+    options = write_run(tmp_path, 2, timestep_respacing="9")
+    ended = here(*options)
+    assert ended.status == 0
+    assert ended.lines == [
+        "warning: schedule_jump_params.t_T: 4 starts the walk below the top of the 9 kept steps, "
+        "where a picture is not yet pure noise; write timestep_respacing: '4' with it"
+    ]
+    assert "%|" in ended.err
+    assert here(*options, "--set", "show_progress=false").err.count("%|") == 0
+
+
+@pytest.mark.parametrize(("value", "words"), [(255, "nothing to generate"), (0, "nothing known")])
+def test_masks_without_a_hole_or_without_a_picture_are_warned_of(here, tmp_path, value, words):
+    options = write_run(tmp_path, 2)
+    Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / "all.png")
+    ended = here(*options, "--mask", "all.png")
+    assert ended.status == 0
+    assert len(ended.lines) == 1
+    assert words in ended.lines[0]
+    assert "all.png" in ended.lines[0]
+
+
+def test_soft_masks_and_masks_of_another_size_are_used_as_they_are(here, tmp_path):
+    options = write_run(tmp_path, 1)
+    soft = np.linspace(0, 255, 32, dtype=np.uint8)
+    Image.fromarray(np.tile(soft, (32, 1))).save(tmp_path / "soft.png")
+    assert here(*options, "--mask", "soft.png").status == 0
+    written = results("log/run", "gt_keep_mask")["00.png"]
+    assert len(np.unique(written)) == 8
+    expected = np.rint(results("log/run", "gt")["00.png"] * written / 255)
+    assert (results("log/run", "gt_masked")["00.png"] == expected).all()
+
+
+def test_home_may_be_missing_and_stdout_closed(tmp_path):
+    options = write_run(tmp_path, 1)
+    quiet = f"exec {' '.join(command(*options))} 2>&1 | true"
+    environment = {"HOME": "/nonexistent", "TMPDIR": "/nonexistent", "LC_ALL": "C"}
+    ended = run_apart(tmp_path, *options, **environment)
+    assert (ended.status, ended.lines) == (0, [])
+    first = results(tmp_path / "log" / "run")
+    for path in (tmp_path / "log" / "run" / "inpainted").iterdir():
+        path.unlink()
+    os.system(f"cd {tmp_path} && {quiet}")
+    for _ in range(100):  # `true` has ended long ago, and the run goes on without anybody
+        if (tmp_path / "log" / "run" / "inpainted" / "00.png").exists():
+            break
+        time.sleep(0.1)
+    assert_same(first, results(tmp_path / "log" / "run"))
+
+
+def test_a_second_run_overwrites_without_asking(here, tmp_path):
+    options = write_run(tmp_path, 1)
+    here(*options)
+    first, files = results("log/run"), snapshot("log")
+    here(*options, "--set", "seed=6")
+    second = results("log/run")
+    assert (first["00.png"] != second["00.png"]).any()
+    assert snapshot("log").keys() == files.keys()
+    here(*options)
+    assert_same(results("log/run"), first)
