@@ -12,6 +12,7 @@ import pickle
 import signal
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -229,9 +230,11 @@ def state_dict_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
 def _read(path: str | os.PathLike, map_location: str | None) -> dict[str, torch.Tensor]:
     is_zip = check_beginning(path)
     try:
-        state = torch.load(
-            path, map_location=map_location or "cpu", mmap=is_zip or None, weights_only=True
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch warns of before it fails says no more
+            state = torch.load(
+                path, map_location=map_location or "cpu", mmap=is_zip or None, weights_only=True
+            )
     except MemoryError:
         raise
     except Exception as error:  # of damaged files torch tells by a dozen types
