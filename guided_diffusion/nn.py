@@ -31,6 +31,11 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
     return F.pad(embedding, (0, dim % 2))
 
 
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """Apply x · sigmoid(x), in place where no gradient is recorded: ``x`` is the caller's own."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 def zero_module(module: nn.Module) -> nn.Module:
     """Set all parameters of ``module`` to zero, so that its branch starts as the identity."""
     for parameter in module.parameters():

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from guided_diffusion.nn import (
     GroupNorm32,
     downsample,
+    silu,
     timestep_embedding,
     upsample,
     zero_module,
@@ -97,35 +98,36 @@ class ResBlock(nn.Module):
         return self._forward(x, emb)
 
     def _forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        norm, act, conv = self.in_layers
-        h = conv(self.resize(act(norm(x))))  # (N, out, H', W')
+        norm, _, conv = self.in_layers
+        h = conv(self.resize(silu(norm(x))))  # (N, out, H', W')
         emb = self.emb_layers(emb).type(h.dtype)[:, :, None, None]  # (N, out or 2·out, 1, 1)
+        norm, _, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:
-            norm, *rest = self.out_layers
             scale, shift = emb.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
-            for layer in rest:
-                h = layer(h)
+            h = torch.addcmul(shift, norm(h), 1 + scale)
         else:
-            h = self.out_layers(h + emb)
-        return self.skip_connection(self.resize(x)) + h
+            h = norm(h + emb)
+        h = conv(dropout(silu(h)))
+        return _add(h, self.skip_connection(self.resize(x)))
+
+
+def _add(own: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Add ``x`` to the caller's own tensor, in place where no gradient is recorded."""
+    return own + x if torch.is_grad_enabled() else own.add_(x)
 
 
 def attend(qkv: torch.Tensor, num_heads: int, new_order: bool) -> torch.Tensor:
     """Softmax attention over positions: (N, 3·C, L) → (N, C, L).
 
     The legacy order splits the channels into heads first and each head's 3·d rows into q, k, v;
-    the new order splits q, k, v first. Scores are scaled by 1/sqrt(d).
+    the new order splits q, k, v first. Scores are scaled by 1/sqrt(d). Fast where the channels of a
+    position are neighbours in memory.
     """
-    n, width, length = qkv.shape
-    d = width // (3 * num_heads)
-    if new_order:
-        q, k, v = qkv.view(n, 3, num_heads, d, length).unbind(1)
-    else:
-        q, k, v = qkv.view(n, num_heads, 3, d, length).unbind(2)
-    q, k, v = (part.transpose(-1, -2) for part in (q, k, v))  # (N, heads, L, d)
+    parts, which = ((3, num_heads), 2) if new_order else ((num_heads, 3), 3)
+    split = qkv.transpose(1, 2).unflatten(2, (*parts, -1))  # (N, L, heads, 3, d) or …, 3, heads, d)
+    q, k, v = (part.transpose(1, 2) for part in split.unbind(which))  # (N, heads, L, d)
     out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(-1, -2).reshape(n, -1, length)
+    return out.transpose(1, 2).flatten(2).transpose(1, 2)
 
 
 class AttentionBlock(nn.Module):
@@ -147,9 +149,11 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.flatten(2)  # (N, C, L)
-        h = attend(self.qkv(self.norm(flat)), self.num_heads, self.new_order)
-        return (flat + self.proj_out(h)).view(x.shape)
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, L, C): what attention is fast with
+        qkv = F.linear(tokens, self.qkv.weight[:, :, 0], self.qkv.bias)  # (N, L, 3·C)
+        h = attend(qkv.transpose(1, 2), self.num_heads, self.new_order).transpose(1, 2)
+        h = F.linear(h, self.proj_out.weight[:, :, 0], self.proj_out.bias)  # (N, L, C)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 def heads(channels: int, num_heads: int, num_head_channels: int) -> int:
@@ -179,6 +183,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.dtype = torch.float32  # of the convolutions, see convert_trunk
+        self.memory_format = torch.contiguous_format  # of the feature maps, see script_util
         width = cfg.model_channels
         self.time_embed = nn.Sequential(
             nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width)
@@ -219,7 +224,7 @@ class Trunk(nn.Module):
 
     def encode(self, x: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return the middle's output and every input block's, all of the trunk's type."""
-        h, skips = x.type(self.dtype), []
+        h, skips = x.to(self.dtype, memory_format=self.memory_format), []
         for block in self.input_blocks:
             h = block(h, emb)
             skips.append(h)
@@ -277,7 +282,7 @@ class UNetModel(Trunk):
         h, skips = self.encode(x, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h.type(x.dtype))
+        return self.out(h.type(x.dtype)).contiguous()
 
 
 class AttentionPool(nn.Module):
