@@ -7,13 +7,13 @@ torchrun's own options. The result runs at once: ``python test.py --conf_path <o
 import argparse
 import sys
 
-from guided_diffusion import command_line
+from guided_diffusion import OptionParser, command_line
 from guided_diffusion.conf import TrainConf, help_text, load_conf
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; ``--help`` explains every YAML key too."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         description="Train a network on a folder of pictures, for inpainting with test.py.",
         epilog="keys of the YAML file:\n" + help_text(TrainConf).replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -175,19 +174,10 @@ def _contact_sheet(masks: Sequence[np.ndarray]) -> np.ndarray:
     return np.array(sheet)
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line like every other of this program."""
-
-    def error(self, message: str) -> NoReturn:
-        from guided_diffusion import UserError
-
-        raise UserError(message)
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from guided_diffusion import UserError
+    from guided_diffusion import OptionParser, UserError
 
-    parser = _Parser(
+    parser = OptionParser(
         description="Write a folder of inpainting masks of one of the paper's six families.",
         epilog="Polarity: in a mask white (255) is known and kept, black (0) is generated. "
         "A run that finds its masks the wrong way round can turn them with invert_mask: true.",

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # sampling needs none of these
     from matplotlib.axes import Axes
@@ -214,19 +214,10 @@ def measure_call(conf: "InpaintConf", times: list[int]) -> tuple[float, str]:
     return seconds, torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line like every other of this program."""
-
-    def error(self, message: str) -> NoReturn:
-        from guided_diffusion import UserError
-
-        raise UserError(message)
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from guided_diffusion import UserError
+    from guided_diffusion import OptionParser, UserError
 
-    parser = _Parser(description="Plot a schedule and print what it costs.")
+    parser = OptionParser(description="Plot a schedule and print what it costs.")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--conf_path", metavar="YML", help="whose schedule to plot (default: the paper's)"
