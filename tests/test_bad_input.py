@@ -241,9 +241,9 @@ CASES = {
         "inpa_inj_sched_prev_cumnoise and inpa_inj_sched_prev: ",
     ),
     "half and double": (keys(use_fp16=True, precision="bfloat16"), "use_fp16 and precision: "),
-    "no full batch": (data(drop_last=True, batch_size=9), "drop_last and data.eval.tiny.batch_size"),
+    "no full batch": (data(drop_last=True, batch_size=9), "drop_last and data.eval.tiny.batch"),
     "results over inputs": (data(paths={"srs": "gt"}), "gt_path and data.eval.tiny.paths.srs: "),
-    "results over results": (data(paths={"srs": "o", "lrs": "o"}), "paths.srs and data.eval.tiny.p"),
+    "results over results": (data(paths={"srs": "o", "lrs": "o"}), "paths.srs and data.eval.tiny."),
     # options
     "unknown option": (options("--rezume"), "unrecognized arguments: --rezume"),
     "option without a value": (options("--gt"), "argument --gt: expected one argument"),
@@ -256,19 +256,19 @@ CASES = {
     # paths
     "no pictures' folder": (options("--gt", "none"), "none: gt_path: no such file or folder"),
     "no masks' folder": (options("--mask", "none"), "none: mask_path: no such file or folder"),
-    "no picture in the folder": (both(write("e/a.txt", b"a"), options("--gt", "e")), "e: gt_path: no"),
+    "no picture in the folder": (both(write("e/a.txt", b"a"), options("--gt", "e")), "e: gt_pa"),
     "a null in a path": (options("--set", 'data.gt_path="a\\0b"'), "gt_path: expected text"),
     "a remote path": (options("--gt", "nowhere://x"), "nowhere://x"),
     "out is a file": (both(write("f", b""), options("--out", "f")), "f: results cannot be written"),
     "out below a file": (both(write("f", b""), options("--out", "f/g")), "f: results cannot be wr"),
-    "out is a dangling link": (both(link("no", "l"), options("--out", "l")), "l: results cannot be"),
+    "out is a dangling link": (both(link("no", "l"), options("--out", "l")), "l: results cannot"),
     "a folder in a result's place": (
         both(write("o/inpainted/01.png/x", b""), options("--out", "o")),
         "o/inpainted/01.png: a folder is in the place of a result",
     ),
     "offset too large": (data(offset=3), "offset: expected 0 to 2"),
     # pictures and masks
-    "more pictures than masks": (copy("gt/00.png", "gt/09.png"), "mask: mask_path: images and masks"),
+    "more pictures than masks": (copy("gt/00.png", "gt/09.png"), "mask: mask_path: images"),
     "more masks than pictures": (copy("gt/00.png", "mask/09.png"), "mask: mask_path: images and"),
     "names that collide": (
         both(copy("gt/00.png", "gt/x/00.png"), copy("mask/00.png", "mask/x/00.png")),
@@ -293,7 +293,7 @@ CASES = {
     "web page as a mask": (write("mask/02.png", b"<html></html>"), "mask/02.png: not a picture"),
     "a folder as a picture": (folder_for("gt/01.png"), "gt/01.png: is a folder"),
     "a pipe as a picture": (pipe("gt/01.png"), "gt/01.png: is no regular file"),
-    "a link to nothing": (link("nothing", "gt/01.png"), "gt/01.png: a link to a file that does not"),
+    "a link to nothing": (link("nothing", "gt/01.png"), "gt/01.png: a link to a file that"),
     "a link to itself": (link("01.png", "gt/01.png"), "gt/01.png: "),
     "a bomb": (write("gt/01.png", bomb(60_000, 60_000)), "gt/01.png: "),
     "a bomb as a mask": (write("mask/01.png", bomb(30_000, 30_000)), "mask/01.png: "),
@@ -315,12 +315,12 @@ CASES = {
     "pickled code": (saved(Evil()), "model.pt: holds pickled code"),
     "code in a plain pickle": (write("model.pt", pickle.dumps(Evil())), "model.pt: "),
     "a whole network": (saved(torch.nn.Linear(1, 1)), "model.pt: holds pickled code"),
-    "a list": (saved([torch.zeros(1)]), "model.pt: expected a state_dict"),
-    "a training's checkpoint": (saved({"model": {}, "step": 1}), "model.pt: expected a state_dict"),
+    "a list of tensors": (saved([torch.zeros(1)]), "model.pt: expected a state_dict"),
+    "a training's checkpoint": (saved({"model": {}, "step": 1}), "model.pt: expected a state"),
     "another network": (saved({"weight": torch.zeros(1)}), "model.pt: "),
-    "other width": (keys(num_channels=64), "model.pt: does not fit the configuration; set num_chan"),
-    "other output": (keys(learn_sigma=False), "model.pt: does not fit the configuration; set learn"),
-    "labels": (other_architecture, "model.pt: does not fit the configuration; set class_cond: true"),
+    "other width": (keys(num_channels=64), "model.pt: does not fit the configuration; set num_ch"),
+    "other output": (keys(learn_sigma=False), "model.pt: does not fit the configuration; set lea"),
+    "labels": (other_architecture, "model.pt: does not fit the configuration; set class_cond: t"),
     "no classifier": (
         keys(image_size=64, channel_mult=None, classifier_path="none.pt"),
         "none.pt: no such checkpoint",
@@ -370,7 +370,7 @@ def test_there_are_enough_cases():
     assert len(CASES) >= 80
 
 
-APART = ["unknown option", "misspelt key", "half a picture", "pickled code", "out is a file"]
+APART = ["unknown option", "misspelt key", "half a picture", "pickled code"]
 
 
 @pytest.mark.parametrize("name", APART)
@@ -392,21 +392,22 @@ def test_files_that_may_not_be_read_or_folders_written(template, tmp_path, monke
     folder = tmp_path / "run"
     shutil.copytree(template, folder)
     monkeypatch.chdir(folder)
-    opened, closed = Path.open, None
+    opened, closed = Path.open, set()
 
     def refusing(self, *args, **names):
-        if self.name == closed:
+        if self.name in closed:
             raise PermissionError(13, "Permission denied", str(self))
         return opened(self, *args, **names)
 
     monkeypatch.setattr(Path, "open", refusing)
-    for closed, words in (
+    for name, words in (
         ("c.yml", "c.yml: cannot be read: Permission denied"),
         ("01.png", "gt/01.png: cannot be read: Permission denied"),
         ("model.pt", "model.pt: cannot be read: Permission denied"),
     ):
+        closed.add(name)
         check(run_here(capsys, "--conf_path", "c.yml"), words)
-    closed = None
+        closed.clear()
     monkeypatch.setattr(inpaint_plan.os, "access", lambda *_: False)
     check(
         run_here(capsys, "--conf_path", "c.yml"), "results cannot be written there: no permission"

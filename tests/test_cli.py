@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from run_cases import (
+    ENVIRONMENT,
     FOLDERS,
     GOLDEN,
+    ROOT,
     TINY_CALLS,
     assert_same,
     command,
@@ -190,8 +192,9 @@ def test_help_does_not_import_torch(tmp_path):
     )
     script = command("--help")[1:]
     ended = subprocess.run(
-        [sys.executable, "-c", code, *script], capture_output=True, text=True, cwd=tmp_path
-    )
+        [sys.executable, "-c", code, *script],
+        cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
     assert ended.stdout.splitlines()[-1] == "False True"
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import shutil
@@ -153,8 +154,14 @@ def test_resuming_a_finished_run_keeps_what_was_measured(here, tmp_path, calls):
 # ---- resuming ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["inpainted", "gt", "gt_masked", "gt_keep_mask"])
-@pytest.mark.parametrize("damage", ["missing", "cut", "foreign", "empty"])
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        *((kind, "missing") for kind in ("inpainted", "gt", "gt_masked", "gt_keep_mask")),
+        *(("inpainted", damage) for damage in ("cut", "foreign", "empty")),
+        *(("gt_masked", damage) for damage in ("cut", "foreign", "empty")),
+    ],
+)
 def test_resume_makes_again_what_is_not_whole(here, tmp_path, calls, kind, damage):
     options = write_run(tmp_path)
     here(*options)
@@ -350,8 +357,9 @@ def limit_memory(monkeypatch, most, kind="cuda"):
     monkeypatch.setattr(Inpainter, "steps", limited)
 
 
-@pytest.mark.parametrize("kind", ["cuda", "cpu", "python"])
-@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("most", "kind"), [(1, "cuda"), (2, "cuda"), (3, "cuda"), (3, "cpu"), (1, "python")]
+)
 def test_a_batch_that_does_not_fit_is_halved_with_the_same_result(
     here, tmp_path, monkeypatch, kind, most
 ):
@@ -442,8 +450,9 @@ def spoil(monkeypatch, wanted, value=float("nan")):
     monkeypatch.setattr(Inpainter, "steps", spoiling)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("batch_size", "value"), [(1, math.nan), (2, math.inf), (4, -math.inf), (4, math.nan)]
+)
 def test_in_float32_the_image_and_the_step_are_named_and_the_others_go_on(
     here, tmp_path, monkeypatch, batch_size, value
 ):
