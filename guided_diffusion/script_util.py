@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from guided_diffusion import UserError
+from guided_diffusion import UserError, fast
 from guided_diffusion.conf import (
     CHANNEL_MULT_BY_SIZE,
     CLASSIFIER_CLASSES,
@@ -24,7 +25,7 @@ from guided_diffusion.conf import (
     InpaintConf,
     ModelConf,
 )
-from guided_diffusion.dist_util import get_device, load_state_dict
+from guided_diffusion.dist_util import get_device, is_main, load_state_dict
 from guided_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
     Step,
@@ -33,7 +34,7 @@ from guided_diffusion.gaussian_diffusion import (
 )
 from guided_diffusion.respace import respaced_betas, space_timesteps
 from guided_diffusion.scheduler import get_schedule_jump
-from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
+from guided_diffusion.unet import EncoderUNetModel, Trunk, TrunkConfig, UNetModel
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -216,12 +217,33 @@ class Inpainter:
         self.device = get_device(conf.device)
         self.diffusion = create_gaussian_diffusion(conf)
         self.model = load_model(conf, self.device)
-        self.model.convert_trunk(_trunk_type(conf, self.device))
-        self.classifier = None
+        self.model.convert_trunk(fast.set_arithmetic(conf.precision, conf.use_fp16, self.device))
+        self.network = self._accelerated(self.model, self.model)
+        self.classifier = self._gradient = None
         if conf.guided:
             self.classifier = load_classifier(conf, self.device)
             if conf.classifier_use_fp16 and self.device.type == "cuda":
                 self.classifier.convert_trunk(torch.float16)
+            self._gradient = self._accelerated(self._classifier_gradient, self.classifier)
+        self._has_advised = False
+
+    def _accelerated(self, function: Callable[..., Tensor], network: Trunk) -> fast.Accelerated:
+        fast.lay_out(network, self.device)
+        compiled = fast.is_compiled(self.conf.compile, self.device)
+        return fast.Accelerated(function, network, self.device, compiled)
+
+    def _classifier_gradient(self, x: Tensor, timesteps: Tensor, y: Tensor) -> Tensor:
+        return classifier_gradient(self.classifier, y, self.conf.classifier_scale)(x, timesteps)
+
+    def _advise(self, batch_size: int) -> None:
+        """Say once what ``batch_size`` the GPU's memory would allow."""
+        if self._has_advised or self.device.type != "cuda" or not is_main():
+            return
+        self._has_advised = True
+        networks = [self.model, *([self.classifier] if self.classifier else [])]
+        weights = sum(p.nbytes for network in networks for p in network.parameters())
+        most = fast.batch_that_fits(self.device, batch_size, weights)
+        tqdm.write(f"batch_size {batch_size}: the GPU's free memory would hold about {most}")
 
     @property
     def is_reduced(self) -> bool:
@@ -250,23 +272,26 @@ class Inpainter:
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         def model(x: Tensor, timesteps: Tensor) -> Tensor:
-            return self.model(x, timesteps, y)
+            return self.network(x, timesteps, *([y] if self.conf.class_cond else []))
 
-        cond_fn = None
-        if self.classifier is not None:
-            cond_fn = classifier_gradient(self.classifier, y, self.conf.classifier_scale)
-        yield from self.diffusion.repaint(
+        def cond_fn(x: Tensor, timesteps: Tensor) -> Tensor:
+            return self._gradient(x, timesteps, y)
+
+        walk = self.diffusion.repaint(
             model,
             gt,
             gt_keep_mask,
             self.times,
             draw_noise,
-            cond_fn=cond_fn,
+            cond_fn=cond_fn if self.conf.guided else None,
             use_ddim=self.conf.use_ddim,
             inpa_inj_sched_prev=self.conf.inpa_inj_sched_prev,
             inpa_inj_sched_prev_cumnoise=self.conf.inpa_inj_sched_prev_cumnoise,
             inpa_inj_time_shift=self.conf.inpa_inj_time_shift,
         )
+        for step in walk:
+            yield step
+            self._advise(len(gt))
 
     def _labels(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Return a class label (N,) for each image: ``cond_y``, or drawn."""
@@ -276,18 +301,6 @@ class Inpainter:
         return torch.cat(
             [torch.randint(0, high, (1,), generator=g, device=g.device) for g in generators]
         )
-
-
-def _trunk_type(conf: InpaintConf, device: torch.device) -> torch.dtype:
-    """Return the type of the trunk's convolutions, and set how torch multiplies float32."""
-    precision = conf.precision or ("float16" if conf.use_fp16 else None)
-    if precision in ("float32", "tf32"):
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    if precision == "float16" and device.type == "cpu":
-        warnings.warn("half precision is for GPUs; on this CPU it runs in float32", stacklevel=3)
-        return torch.float32
-    return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(precision, torch.float32)
 
 
 # ---- What shapes tell ----------------------------------------------------------------------------

@@ -1,0 +1,142 @@
+"""The yardstick: the network and the loop as a straightforward port writes them.
+
+Eager, in one type, every tensor in its own memory: group normalisation in float32 and cast back,
+scale and shift as separate operations, attention as an explicit softmax; the loop looks its
+coefficients up on the host in float64, makes a tensor of them for every step, and synchronises
+with the device once a step. It takes our modules for their weights alone and calls none of their
+``forward``, so that nothing done to make those fast makes this fast.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.unet import AttentionBlock, Downsample, ResBlock, UNetModel, Upsample
+
+
+def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Normalise in float32."""
+    return F.group_norm(x.float(), 32, norm.weight, norm.bias, norm.eps).type(x.dtype)
+
+
+def res_block(block: ResBlock, x: Tensor, emb: Tensor, resize: str | None) -> Tensor:
+    """(N, C, H, W) → (N, out, H', W')."""
+    h = F.silu(group_norm(block.in_layers[0], x))
+    if resize == "up":
+        h, x = (F.interpolate(part, scale_factor=2, mode="nearest") for part in (h, x))
+    if resize == "down":
+        h, x = (F.avg_pool2d(part, 2) for part in (h, x))
+    h = block.in_layers[2](h)
+    emb_out = block.emb_layers[1](F.silu(emb)).type(h.dtype)[..., None, None]
+    if block.use_scale_shift_norm:
+        scale, shift = torch.chunk(emb_out, 2, dim=1)
+        h = group_norm(block.out_layers[0], h) * (1 + scale) + shift
+    else:
+        h = group_norm(block.out_layers[0], h + emb_out)
+    h = block.out_layers[3](F.silu(h))
+    skip = block.skip_connection
+    return (x if isinstance(skip, nn.Identity) else skip(x)) + h
+
+
+def attention(block: AttentionBlock, x: Tensor) -> Tensor:
+    """(N, C, H, W) → (N, C, H, W)."""
+    n, c, *size = x.shape
+    x = x.reshape(n, c, -1)
+    qkv = block.qkv(group_norm(block.norm, x))
+    heads, d = block.num_heads, c // block.num_heads
+    if block.new_order:
+        q, k, v = (part.reshape(n * heads, d, -1) for part in qkv.chunk(3, dim=1))
+    else:
+        q, k, v = qkv.reshape(n * heads, 3 * d, -1).split(d, dim=1)
+    scale = 1 / math.sqrt(math.sqrt(d))
+    weight = torch.einsum("bct,bcs->bts", q * scale, k * scale)
+    weight = torch.softmax(weight.float(), dim=-1).type(weight.dtype)
+    h = torch.einsum("bts,bcs->bct", weight, v).reshape(n, c, -1)
+    return (x + block.proj_out(h)).reshape(n, c, *size)
+
+
+def layers(block: nn.Sequential, h: Tensor, emb: Tensor, resize: str | None) -> Tensor:
+    """Run one entry of ``input_blocks``, ``middle_block`` or ``output_blocks``."""
+    for i, layer in enumerate(block):
+        if isinstance(layer, ResBlock):
+            is_last = i == len(block) - 1
+            h = res_block(layer, h, emb, resize if is_last else None)
+        elif isinstance(layer, AttentionBlock):
+            h = attention(layer, h)
+        elif isinstance(layer, Upsample):
+            h = layer.conv(F.interpolate(h, scale_factor=2, mode="nearest"))
+        else:
+            h = layer.op(h) if isinstance(layer, Downsample) else layer(h)
+    return h
+
+
+def unet(model: UNetModel, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+    """(N, 3, S, S) → (N, 3 or 6, S, S)."""
+    levels, per_level = len(model.cfg.channel_mult), model.cfg.num_res_blocks + 1
+    half = model.cfg.model_channels // 2
+    rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+    args = timesteps[:, None].float() * rates.to(x.device)[None]
+    emb = model.time_embed(torch.cat([torch.cos(args), torch.sin(args)], dim=-1))
+    if model.label_emb is not None:
+        emb = emb + model.label_emb(y)
+    h, hs = x.type(model.dtype), []
+    for i, block in enumerate(model.input_blocks):
+        is_down = i % per_level == 0 and 0 < i < levels * per_level
+        h = layers(block, h, emb, "down" if is_down else None)
+        hs.append(h)
+    h = layers(model.middle_block, h, emb, None)
+    for i, block in enumerate(model.output_blocks):
+        is_up = len(block) > 1 and (i + 1) % per_level == 0 and i + 1 < levels * per_level
+        h = layers(block, torch.cat([h, hs.pop()], dim=1), emb, "up" if is_up else None)
+    h = h.type(x.dtype)
+    return model.out[2](F.silu(group_norm(model.out[0], h)))
+
+
+def repaint(
+    diffusion: GaussianDiffusion,
+    model: Callable[[Tensor, Tensor], Tensor],
+    gt: Tensor,
+    gt_keep_mask: Tensor,
+    times: list[int],
+    draw_noise: Callable[[], Tensor],
+) -> Iterator[Tensor]:
+    """Walk ``times``; yields x after every transition."""
+    n, device = len(gt), gt.device
+
+    def at(table: np.ndarray, t: Tensor) -> Tensor:
+        values = torch.from_numpy(table).to(device)[t].float()
+        return values[:, None, None, None].expand(gt.shape)
+
+    d = diffusion
+    x, is_first = draw_noise(), True
+    for t_last, t_cur in pairwise(times):
+        t = torch.tensor([t_last] * n, device=device)
+        if t_cur > t_last:
+            beta = at(d.betas, t + 1)
+            x = torch.sqrt(1 - beta) * x + torch.sqrt(beta) * draw_noise()
+            yield x
+            continue
+        noise = draw_noise()
+        if not is_first:
+            weighed_gt = at(d.sqrt_alphas_cumprod, t) * gt
+            weighed_noise = at(d.sqrt_one_minus_alphas_cumprod, t) * draw_noise()
+            x = gt_keep_mask * (weighed_gt + weighed_noise) + (1 - gt_keep_mask) * x
+        is_first = False
+        output = model(x, torch.tensor(d.timestep_map, device=device)[t])
+        eps, values = torch.split(output, x.shape[1], dim=1)
+        low, high = at(d.posterior_log_variance_clipped, t), at(np.log(d.betas), t)
+        fraction = (values + 1) / 2
+        log_variance = fraction * high + (1 - fraction) * low
+        x0 = at(d.sqrt_recip_alphas_cumprod, t) * x - at(d.sqrt_recipm1_alphas_cumprod, t) * eps
+        x0 = x0.clamp(-1, 1)
+        mean = at(d.posterior_mean_coef1, t) * x0 + at(d.posterior_mean_coef2, t) * x
+        nonzero = (t != 0).float().view(-1, 1, 1, 1)
+        x = mean + nonzero * torch.exp(0.5 * log_variance) * noise
+        x.flatten()[0].item()  # as a progress display or a check for NaN does
+        yield x
