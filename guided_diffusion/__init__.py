@@ -89,6 +89,7 @@ def command_line(main: Callable[[], int | None]) -> None:
         except UserError as error:
             if not is_main:
                 time.sleep(10)  # if the first met it too, torchrun ends this one meanwhile
+                err.write("\n")  # off the line of the first one's progress bar
             tqdm.write(f"error: {error}", file=sys.stderr)
             status = 2
         except KeyboardInterrupt as interrupt:

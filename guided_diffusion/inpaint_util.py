@@ -117,8 +117,9 @@ def _way_on(plan: Plan, team: dist_util.Team) -> str:
 
 
 def _say(text: str) -> None:
-    """Write one line to stderr, past the progress bars."""
-    tqdm.write(" ".join(text.split()), file=sys.stderr)
+    """Write one line to stderr, past the progress bars, which are the main process's."""
+    start = "" if dist_util.is_main() else "\n"
+    tqdm.write(start + " ".join(text.split()), file=sys.stderr)
 
 
 @dataclass
@@ -270,8 +271,8 @@ class _Worker:
                 x = step.x
                 if step.pred_xstart is not None:
                     pred, call = step.pred_xstart, call + 1
-                    finite = x.isfinite().flatten(1).all(dim=1)
-                    lost_at = torch.where(finite | (lost_at > 0), lost_at, call)
+                    is_lost = x.isfinite().flatten(1).all(dim=1).logical_not_()
+                    lost_at.add_(is_lost & (lost_at == 0), alpha=call)  # waits for no device
                     bar.update()
                     if call % _LOST_CHECK_INTERVAL == 0 and bool(lost_at.all()):
                         break

@@ -265,7 +265,7 @@ def test_a_fault_of_another_process_than_the_first_is_told_and_ends_all(tmp_path
     script.write_text(
         "import os, runpy, sys\n"
         f"sys.path[0] = {str(ROOT)!r}\n"
-        "from guided_diffusion import image_writer, script_util\n"
+        "from guided_diffusion import image_writer\n"
         "def full(*_): raise OSError(28, 'No space left on device')\n"
         "if os.environ['RANK'] == '1': image_writer._sync = full\n"
         f"runpy.run_path({str(ROOT / 'test.py')!r}, run_name='__main__')\n"

@@ -532,6 +532,25 @@ def test_a_batch_that_is_lost_as_a_whole_is_not_walked_to_the_end(here, tmp_path
     assert "network call 6, at" in ended.lines[0]
 
 
+def test_looking_for_lost_images_reads_nothing_back_in_a_step(here, tmp_path, monkeypatch):
+    options = write_run(tmp_path, 1)
+    reads, counts = [], []
+    for name in ("__bool__", "__float__", "__int__", "item", "tolist", "cpu", "numpy"):
+        method = getattr(torch.Tensor, name)
+
+        def noting(tensor, *rest, method=method, **names):
+            reads.append(method)
+            return method(tensor, *rest, **names)
+
+        monkeypatch.setattr(torch.Tensor, name, noting)
+    for repetitions in (1, 10):
+        reads.clear()
+        changes = set_(schedule_jump_params={"t_T": 4, "n_sample": repetitions})
+        assert here(*options, *changes).status == 0
+        counts.append(len(reads))
+    assert counts[0] == counts[1] > 0
+
+
 # ---- pieces --------------------------------------------------------------------------------------
 
 
