@@ -122,21 +122,21 @@ class GaussianDiffusion:
     def q_sample(self, x_start: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """Return ``x_start`` at noise level ``t`` in one leap (DDPM eq. 4)."""
         signal = self._at("sqrt_alphas_cumprod", t)
-        return signal * x_start + self._at("sqrt_one_minus_alphas_cumprod", t) * noise
+        return _mix(signal, x_start, self._at("sqrt_one_minus_alphas_cumprod", t), noise)
 
     def undo(self, x: Tensor, t: int, noise: Tensor) -> Tensor:
         """Diffuse x_{t-1} forward to x_t again (DDPM eq. 2; RePaint, Algorithm 1 line 10)."""
-        return self._at("sqrt_alphas", t) * x + self._at("sqrt_betas", t) * noise
+        return _mix(self._at("sqrt_alphas", t), x, self._at("sqrt_betas", t), noise)
 
     def q_posterior_mean(self, x_start: Tensor, x: Tensor, t: int | Tensor) -> Tensor:
         """Return the mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
         coef1, coef2 = self._at("posterior_mean_coef1", t), self._at("posterior_mean_coef2", t)
-        return coef1 * x_start + coef2 * x
+        return _mix(coef1, x_start, coef2, x)
 
     def xstart_from_eps(self, x: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
         """Return x_0 of which ``x`` is x_t with noise ``eps`` (DDPM eq. 4 solved for x_0)."""
         scale = self._at("sqrt_recip_alphas_cumprod", t)
-        return scale * x - self._at("sqrt_recipm1_alphas_cumprod", t) * eps
+        return _mix(scale, x, -self._at("sqrt_recipm1_alphas_cumprod", t), eps)
 
     def eps_from_xstart(self, x: Tensor, t: int | Tensor, x_start: Tensor) -> Tensor:
         """Return the noise that leads from ``x_start`` to ``x`` (DDPM eq. 4 solved for eps)."""
@@ -155,9 +155,9 @@ class GaussianDiffusion:
         """Return the log variance of p(x_{t-1} given x_t), learned (IDDPM eq. 15) or fixed."""
         if not self.learn_sigma:
             return self._at("fixed_large_log_variance", t)
-        fraction = (output[:, output.shape[1] // 2 :] + 1) / 2
+        between = output[:, output.shape[1] // 2 :]  # -1: the lower one, 1: the upper one
         upper, lower = self._at("log_betas", t), self._at("posterior_log_variance_clipped", t)
-        return fraction * upper + (1 - fraction) * lower
+        return (upper - lower) / 2 * between + (upper + lower) / 2
 
     # --- sampling --------------------------------------------------------------------------------
 
@@ -175,7 +175,9 @@ class GaussianDiffusion:
             mean = mean + _exp(log_variance) * gradient
         if t == 0:  # the last step adds no noise
             return mean, x_start
-        return mean + _exp(0.5 * log_variance) * noise, x_start
+        if isinstance(log_variance, float):
+            return mean.add_(noise, alpha=math.exp(0.5 * log_variance)), x_start
+        return mean.addcmul_((0.5 * log_variance).exp_(), noise), x_start
 
     def denoise_ddim(
         self, output: Tensor, x: Tensor, t: int, gradient: Tensor | None = None
@@ -323,6 +325,11 @@ def classifier_gradient(
             return torch.autograd.grad(selected.sum(), x_in)[0] * scale
 
     return cond_fn
+
+
+def _mix(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
+    """Return a · x + b · y, with numbers in two passes over memory."""
+    return (a * x).add_(y, alpha=b) if isinstance(b, float) else a * x + b * y
 
 
 def _exp(value: Coefficient) -> Coefficient:

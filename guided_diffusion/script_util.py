@@ -265,11 +265,12 @@ class Inpainter:
         """
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         y = self._labels(generators)
-        noise_shape = (1, *gt.shape[1:])
 
         def draw_noise() -> Tensor:
-            parts = [torch.randn(noise_shape, generator=g, device=g.device) for g in generators]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            noise = torch.empty(gt.shape, device=gt.device)
+            for own, generator in zip(noise.unbind(), generators, strict=True):
+                own.normal_(generator=generator)
+            return noise
 
         def model(x: Tensor, timesteps: Tensor) -> Tensor:
             return self.network(x, timesteps, *([y] if self.conf.class_cond else []))
