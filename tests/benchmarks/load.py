@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve()
 sys.path[0:1] = [str(HERE.parent.parent.parent), str(HERE.parent)]
 
 
-def configuration(path: str, small: bool):  # noqa: ANN201 - torch is imported later
+def configuration(path: str, small: bool):
     from guided_diffusion.conf import DataConf, InpaintConf
 
     sizes = {"image_size": 64, "num_channels": 64, "num_head_channels": 64} if small else {}
@@ -48,9 +48,9 @@ def make_checkpoint(path: str, small: bool) -> float:
 
 def child(mode: str, path: str, started: float, small: bool) -> None:
     """Load, call once, and print what that took as JSON; runs in a process of its own."""
+    import plain
     import torch
 
-    import plain
     from guided_diffusion.script_util import Inpainter, create_model
 
     conf = configuration(path, small)

@@ -21,8 +21,10 @@ from guided_diffusion.unet import AttentionBlock, Downsample, ResBlock, UNetMode
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """Normalise in float32."""
-    return F.group_norm(x.float(), 32, norm.weight, norm.bias, norm.eps).type(x.dtype)
+    """Normalise in the type of the norm's own weights, which is float32."""
+    return F.group_norm(x.type(norm.weight.dtype), 32, norm.weight, norm.bias, norm.eps).type(
+        x.dtype
+    )
 
 
 def res_block(block: ResBlock, x: Tensor, emb: Tensor, resize: str | None) -> Tensor:
@@ -56,7 +58,8 @@ def attention(block: AttentionBlock, x: Tensor) -> Tensor:
         q, k, v = qkv.reshape(n * heads, 3 * d, -1).split(d, dim=1)
     scale = 1 / math.sqrt(math.sqrt(d))
     weight = torch.einsum("bct,bcs->bts", q * scale, k * scale)
-    weight = torch.softmax(weight.float(), dim=-1).type(weight.dtype)
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    weight = torch.softmax(weight.type(exact), dim=-1).type(weight.dtype)
     h = torch.einsum("bts,bcs->bct", weight, v).reshape(n, c, -1)
     return (x + block.proj_out(h)).reshape(n, c, *size)
 
@@ -80,8 +83,9 @@ def unet(model: UNetModel, x: Tensor, timesteps: Tensor, y: Tensor | None = None
     """(N, 3, S, S) → (N, 3 or 6, S, S)."""
     levels, per_level = len(model.cfg.channel_mult), model.cfg.num_res_blocks + 1
     half = model.cfg.model_channels // 2
-    rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
-    args = timesteps[:, None].float() * rates.to(x.device)[None]
+    exact = model.time_embed[0].weight.dtype
+    rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=exact) / half)
+    args = timesteps[:, None].type(exact) * rates.to(x.device)[None]
     emb = model.time_embed(torch.cat([torch.cos(args), torch.sin(args)], dim=-1))
     if model.label_emb is not None:
         emb = emb + model.label_emb(y)
