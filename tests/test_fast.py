@@ -1,0 +1,394 @@
+"""Every fast way computes what the exact one does, and steps aside where it does not work."""
+
+import contextlib
+import copy
+import sys
+import warnings
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from guided_diffusion import fast
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, classifier_gradient
+from guided_diffusion.scheduler import get_schedule_jump
+from guided_diffusion.unet import EncoderUNetModel, ResBlock, TrunkConfig, UNetModel
+
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+import plain
+
+CPU = torch.device("cpu")
+SMALL = TrunkConfig(16, 32, (1, 2), 1, (8,), num_heads=4, num_head_channels=16)
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+T = torch.tensor([10, 700])
+Y = torch.tensor([1, 3])
+
+
+def randomised(network):
+    generator = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    return network.eval().requires_grad_(False)
+
+
+def unet(**changes):
+    cfg = TrunkConfig(**{**vars(SMALL), **changes})
+    return randomised(UNetModel(cfg, 6, num_classes=5))
+
+
+def relative(output, reference):
+    return ((output - reference).abs().max() / reference.abs().max()).item()
+
+
+@pytest.fixture
+def network():
+    return unet()
+
+
+@pytest.fixture
+def switches():
+    """Put torch's global switches back."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+# ---- Equality of the ways ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resblock_updown", [True, False])
+@pytest.mark.parametrize("use_scale_shift_norm", [True, False])
+@pytest.mark.parametrize("use_new_attention_order", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_network_is_a_plain_ports(
+    resblock_updown, use_scale_shift_norm, use_new_attention_order, memory_format
+):
+    model = unet(
+        resblock_updown=resblock_updown,
+        use_scale_shift_norm=use_scale_shift_norm,
+        use_new_attention_order=use_new_attention_order,
+    )
+    reference = plain.unet(model, X, T, Y)
+    model.to(memory_format=memory_format).memory_format = memory_format
+    with torch.inference_mode():
+        output = model(X, T, Y)
+    assert relative(output, reference) < 1e-5
+    assert output.is_contiguous()
+
+
+def test_work_in_place_leaves_inputs_alone_and_equals_training(network):
+    x, t = X.clone(), T.clone()
+    recorded = network(x.requires_grad_(), t, Y)
+    with torch.inference_mode():
+        x = X.clone()
+        assert relative(network(x, t, Y), recorded.detach()) < 1e-6
+        assert torch.equal(x, X)
+        assert torch.equal(t, T)
+
+
+def test_large_weights_are_laid_out_only_on_the_fly(network, monkeypatch):
+    reference = network(X, T, Y)
+    monkeypatch.setattr(fast, "_LARGEST_COPY", 0)
+    pointers = [parameter.data_ptr() for parameter in network.parameters()]
+    fast.lay_out(network, CPU)
+    assert [parameter.data_ptr() for parameter in network.parameters()] == pointers
+    assert network.memory_format == torch.channels_last
+    assert relative(network(X, T, Y), reference) < 1e-5
+
+
+def test_small_weights_are_copied_into_the_layout(network):
+    fast.lay_out(network, CPU)
+    weights = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
+def test_half_precision_stays_close(network):
+    reference = network(X, T, Y)
+    network.convert_trunk(torch.bfloat16)
+    fast.lay_out(network, CPU)
+    error = relative(network(X, T, Y), reference)
+    assert 1e-6 < error < 0.05
+
+
+def test_precision_sets_how_float32_is_multiplied(switches):
+    torch.backends.cudnn.allow_tf32 = True
+    assert fast.set_arithmetic("float32", False, CPU) == torch.float32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+    assert fast.set_arithmetic("tf32", False, CPU) == torch.float32
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
+    assert fast.set_arithmetic(None, False, CPU) == torch.float32
+    assert torch.backends.cuda.matmul.allow_tf32  # nothing said, nothing changed
+    assert fast.set_arithmetic("bfloat16", False, CPU) == torch.bfloat16
+    gpu = torch.device("cuda", 0)
+    assert fast.set_arithmetic(None, True, gpu) == torch.float16
+    assert fast.set_arithmetic("float16", False, gpu) == torch.float16
+
+
+@pytest.mark.parametrize("said", [("float16", False), (None, True)])
+def test_half_precision_on_a_cpu_is_said_and_not_done(said):
+    with pytest.warns(UserWarning, match="half precision is for GPUs"):
+        assert fast.set_arithmetic(*said, CPU) == torch.float32
+
+
+# ---- Compilation and its fallback ----------------------------------------------------------------
+
+
+def with_backend(monkeypatch, backend):
+    """Let blocks compile by another backend than the slow C++ one."""
+    compile = nn.Module.compile
+    seen = []
+
+    def replaced(module, **options):
+        seen.append(type(module).__name__)
+        compile(module, **options, backend=backend)
+
+    monkeypatch.setattr(nn.Module, "compile", replaced)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
+    torch._dynamo.reset()
+    return seen
+
+
+def test_compiled_blocks_compute_the_same(network, monkeypatch):
+    reference = network(X, T, Y)
+    seen = with_backend(monkeypatch, "aot_eager")
+    run = fast.Accelerated(network, network, CPU, compiled=True)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            assert relative(run(X, T, Y), reference) < 1e-5
+    assert set(seen) == {"ResBlock", "AttentionBlock"}
+    assert sum(isinstance(m, ResBlock) for m in network.modules()) == seen.count("ResBlock")
+
+
+def test_a_classifiers_gradient_compiles_too(monkeypatch):
+    classifier = randomised(EncoderUNetModel(SMALL, 7, "attention"))
+
+    def gradient(x, timesteps, y):
+        return classifier_gradient(classifier, y, 2.0)(x, timesteps)
+
+    with torch.inference_mode():
+        reference = gradient(X, T, Y)
+        with_backend(monkeypatch, "aot_eager")
+        run = fast.Accelerated(gradient, classifier, CPU, compiled=True)
+        assert relative(run(X, T, Y), reference) < 1e-5
+
+
+def test_where_no_compiler_works_one_warning_and_the_exact_network(network, monkeypatch):
+    reference = network(X, T, Y)
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler\nand a long story")
+
+    with_backend(monkeypatch, broken)
+    run = fast.Accelerated(network, network, CPU, compiled=True)
+    with torch.inference_mode():
+        with pytest.warns(UserWarning, match="compile: does not work here") as caught:
+            first = run(X, T, Y)
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            second = run(X, T, Y)
+    assert relative(first, reference) < 1e-6
+    assert torch.equal(first, second)
+
+
+def test_full_memory_is_no_reason_to_give_up_compiling(network):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError
+
+    run = fast.Accelerated(full, network, CPU, compiled=True)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        run(X, T, Y)
+    assert run._is_compiled
+
+
+def test_auto_compiles_on_gpus_alone():
+    gpu = torch.device("cuda", 0)
+    assert [fast.is_compiled("auto", device) for device in (CPU, gpu)] == [False, True]
+    assert [fast.is_compiled(True, device) for device in (CPU, gpu)] == [True, True]
+    assert [fast.is_compiled(False, device) for device in (CPU, gpu)] == [False, False]
+
+
+def test_the_folder_of_compiled_code_is_stable_and_the_users_choice(network, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    fast._compile_blocks(network)
+    assert fast.os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    fast._compile_blocks(network)
+    assert fast.os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/home/somebody/.cache/repaint"
+
+
+@pytest.mark.slow
+def test_the_real_compiler_computes_the_same(network, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    reference = network(X, T, Y)
+    compiled = copy.deepcopy(network)
+    fast.lay_out(compiled, CPU)
+    run = fast.Accelerated(compiled, compiled, CPU, compiled=True)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert relative(run(X, T, Y), reference) < 1e-5
+
+
+# ---- CUDA graphs, with a stand-in for the GPU ----------------------------------------------------
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Let recordings run on the CPU: replaying calls the function again on the same buffers."""
+    made = []
+
+    class Graph:
+        def replay(self):
+            owner = next(o for o in made if o._graph is self)
+            owner._output.copy_(owner._again(*owner._inputs))
+
+    init = fast.CudaRecording.__init__
+
+    def noting(self, function, inputs):
+        self._again = function
+        made.append(self)
+        init(self, function, inputs)
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(fast.CudaRecording, "__init__", noting)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: contextlib.nullcontext())
+    return made
+
+
+def test_recordings_follow_their_inputs_and_hand_out_copies(network, recordings, monkeypatch):
+    with_backend(monkeypatch, "eager")
+    run = fast.Accelerated(network, network, torch.device("cuda", 0), compiled=True)
+    with torch.inference_mode():
+        first = run(X, T, Y)
+        kept = first.clone()
+        second = run(X + 1, T + 5, Y - 1)
+        assert len(recordings) == 1
+        assert torch.equal(first, kept)  # the second replay did not write into it
+        assert relative(second, network(X + 1, T + 5, Y - 1)) < 1e-6
+        assert relative(run(X[:1], T[:1], Y[:1]), network(X[:1], T[:1], Y[:1])) < 1e-6
+        assert len(recordings) == 2  # another shape is another recording
+
+
+def test_a_recording_that_fails_falls_back(network, recordings, monkeypatch):
+    with_backend(monkeypatch, "eager")
+    monkeypatch.delattr(torch.cuda, "CUDAGraph")
+    run = fast.Accelerated(network, network, torch.device("cuda", 0), compiled=True)
+    with torch.inference_mode(), pytest.warns(UserWarning, match="going on without"):
+        assert relative(run(X, T, Y), network(X, T, Y)) < 1e-6
+
+
+def test_the_batch_size_that_memory_allows(monkeypatch):
+    """10 units of weights and 4 of activations for 2 images; 100 units in all, 20 of others."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 14)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 15)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (65, 100))
+    assert fast.batch_that_fits(torch.device("cuda", 0), 2, 10) == int(0.9 * (80 - 10) / 2)
+
+
+# ---- Nothing waits for the device ----------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation that goes to a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name().split("::")[1].split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+# Reading a value back, and bringing one to the device.
+WAITING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select"}
+COPYING = {"lift_fresh", "lift_fresh_copy", "_to_copy", "copy_", "scalar_tensor", "tensor"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_ddim": True}, {"inpa_inj_sched_prev_cumnoise": True}, {"guided": True}],
+    ids=str,
+)
+def test_the_loop_never_waits_for_the_device_nor_copies_to_it(options):
+    """On ``meta`` tensors reading a value back is impossible, and copies are seen by name."""
+    options = dict(options)
+    diffusion = GaussianDiffusion(np.linspace(1e-3, 0.3, 20))
+    times = get_schedule_jump(20, 1, 4, 3)
+    gt = torch.empty(2, 3, 16, 16, device="meta")
+
+    def cond_fn(x, timesteps):
+        return x.clone()
+
+    steps = diffusion.repaint(
+        lambda x, timesteps: x.new_empty(2, 6, 16, 16),
+        gt,
+        gt,
+        times,
+        lambda: torch.empty_like(gt),
+        cond_fn=cond_fn if options.pop("guided", False) else None,
+        **options,
+    )
+    with torch.inference_mode(), Operations() as operations:
+        next(steps)  # before the first step, tables may go to the device
+        operations.names.clear()
+        count = sum(1 for _ in steps)
+    assert count == len(times) - 2
+    assert "mul" in operations.names
+    assert not set(operations.names) & (WAITING | COPYING)
+
+
+def test_a_plain_port_does_both():
+    """The test above can fail: its means see what the plain loop does."""
+    diffusion = GaussianDiffusion(np.linspace(1e-3, 0.3, 20))
+    gt = torch.zeros(2, 3, 16, 16)
+    steps = plain.repaint(
+        diffusion,
+        lambda x, timesteps: x.new_zeros(2, 6, 16, 16),
+        gt,
+        gt,
+        get_schedule_jump(20, 1, 4, 3),
+        lambda: torch.zeros_like(gt),
+    )
+    with Operations() as operations:
+        list(islice(steps, 5))
+    assert "_local_scalar_dense" in operations.names
+    assert set(operations.names) & COPYING
+
+
+def test_a_plain_port_samples_the_same():
+    generators = [torch.Generator().manual_seed(7) for _ in range(2)]
+    gt, mask = X.clamp(-1, 1), (X > 0).float()
+    diffusion = GaussianDiffusion(np.linspace(1e-3, 0.3, 20))
+    times = get_schedule_jump(20, 1, 4, 3)
+
+    def inputs(generator):
+        network = unet()
+        return (
+            lambda x, timesteps: network(x, timesteps, Y),
+            gt,
+            mask,
+            times,
+            lambda: torch.randn(gt.shape, generator=generator),
+        )
+
+    with torch.inference_mode():
+        *_, ours = diffusion.repaint(*inputs(generators[0]))
+        *_, theirs = plain.repaint(diffusion, *inputs(generators[1]))
+    assert (ours.x - theirs).abs().max() < 1e-4
