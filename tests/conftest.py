@@ -1,0 +1,9 @@
+"""One thread a test: networks this small only wait for more, and files are tested side by side."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # also in the programs that tests start
+
+import torch
+
+torch.set_num_threads(1)
