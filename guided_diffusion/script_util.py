@@ -215,6 +215,8 @@ class Inpainter:
     def __init__(self, conf: InpaintConf, times: list[int]) -> None:
         self.conf, self.times = conf, times
         self.device = get_device(conf.device)
+        if self.device.type == "cpu":
+            fast.keep_freed_memory()
         self.diffusion = create_gaussian_diffusion(conf)
         self.model = load_model(conf, self.device)
         self.model.convert_trunk(fast.set_arithmetic(conf.precision, conf.use_fp16, self.device))

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import platform
 import sys
 import warnings
 from itertools import islice
@@ -134,6 +135,28 @@ def test_precision_sets_how_float32_is_multiplied(switches):
 def test_half_precision_on_a_cpu_is_said_and_not_done(said):
     with pytest.warns(UserWarning, match="half precision is for GPUs"):
         assert fast.set_arithmetic(*said, CPU) == torch.float32
+
+
+def test_freed_memory_is_kept():
+    """Once warm, a call asks the system for no pages; without glibc nothing breaks either."""
+    resource = pytest.importorskip("resource")
+    fast.keep_freed_memory()
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        pytest.skip("needs glibc")
+
+    def faults():
+        large = torch.ones(64 * 2**20 // 4)  # 64 MB: 16,384 pages
+        del large
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    faults()
+    before = faults()
+    assert faults() - before < 1000
+
+
+def test_without_glibc_memory_is_left_alone(monkeypatch):
+    monkeypatch.setattr(fast.ctypes, "CDLL", lambda _: object())
+    fast.keep_freed_memory()
 
 
 # ---- Compilation and its fallback ----------------------------------------------------------------

@@ -12,6 +12,7 @@ checkpoint that is there: the speed is the same.
 """
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import platform
@@ -37,6 +38,7 @@ import plain  # noqa: E402
 
 from guided_diffusion.conf import DataConf, InpaintConf, load_conf  # noqa: E402
 from guided_diffusion.dist_util import get_device  # noqa: E402
+from guided_diffusion.fast import keep_freed_memory  # noqa: E402
 from guided_diffusion.scheduler import count_steps  # noqa: E402
 from guided_diffusion.script_util import (  # noqa: E402
     Inpainter,
@@ -135,6 +137,8 @@ class Benchmark:
     def call(self, mode: Mode, count: int) -> Tensor:
         """Call the network ``count`` times at changing levels; returns the last output."""
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = mode.tf32
+        if self.device.type == "cpu":
+            return_freed_memory() if mode.synchronises else keep_freed_memory()
         for i in range(count):
             level = self.levels[(37 * i + 100) % len(self.levels)]
             output = mode.network(self.x, level, *self.y)
@@ -247,6 +251,16 @@ class Benchmark:
                 self.synchronise()
                 spent[name].append((self.clock() - started) / (len(times) - 1) * 1e6)
         return {name: statistics.median(values[1:]) for name, values in spent.items()}
+
+
+def return_freed_memory() -> None:
+    """Undo ``keep_freed_memory``: the values to which glibc's own tend with large blocks."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        mmap_max, mmap_threshold, trim_threshold = -4, -3, -1  # names of malloc.h
+        library.mallopt(mmap_threshold, 32 * 2**20)
+        library.mallopt(trim_threshold, 64 * 2**20)
+        library.mallopt(mmap_max, 65536)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, clock: Callable) -> float:
