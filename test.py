@@ -40,6 +40,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def overrides_of(args: argparse.Namespace) -> list[str]:
     """Translate the short options into ``KEY=VALUE`` with quoted values; ``--set`` comes last."""
     values = {"data.gt_path": args.gt, "data.mask_path": args.mask}
+    if args.gt is not None:  # the YAML's choice among its own pictures means nothing here
+        values |= {"data.offset": 0, "data.max_len": ""}
     if args.out:
         values |= {
             f"data.paths.{key}": f"{args.out}/{name}" for key, name in RESULT_FOLDERS.items()

@@ -165,7 +165,8 @@ def _check_and_announce(conf: InpaintConf, pairs: Sequence[Pair]) -> None:
     )
     low, mean, high = min(shares), sum(shares) / len(shares), max(shares)
     spread = "" if low == high else f" ({low:.1%} to {high:.1%})"
-    print(f"{len(pairs)} images, {mean:.1%} of their pixels to generate{spread}, seed {conf.seed}")
+    images = "1 image" if len(pairs) == 1 else f"{len(pairs)} images"
+    print(f"{images}, {mean:.1%} of the pixels to generate{spread}, seed {conf.seed}")
 
 
 def _list_jobs(conf: InpaintConf, pairs: Sequence[Pair]) -> list[Job]:

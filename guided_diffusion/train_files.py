@@ -113,7 +113,10 @@ def test_yaml(
         "schedule_jump_params": {"t_T": steps},
         "data": {"eval": {conf.name: data}},
     }
-    notes = ["Runs what was trained last: python test.py --conf_path, then this file's path."]
+    notes = [
+        "Runs what was trained last: python test.py --conf_path, then this file's path.",
+        f"Fewer network calls, at a price: schedule_jump_params with t_T: {steps}, jump_n_sample: 3",
+    ]
     if len(images.held_out):
         notes.append("gt_path has the training's pictures too; see held_out.txt for the others.")
     notes += [f"cond_y: {number} is {name}" for number, name in enumerate(images.class_names)]

@@ -66,7 +66,7 @@ def test_golden_run_in_a_process_of_its_own(tmp_path):
     assert ended.status == 0
     assert_golden("plain", tmp_path / "log" / "plain")
     assert ended.out.splitlines() == [
-        "3 images, 25.0% of their pixels to generate, seed 10",
+        "3 images, 25.0% of the pixels to generate, seed 10",
         ended.out.splitlines()[1],
     ]
     last = r"log/plain: 3 images, 28 network calls and [0-9.]+ s an image"
@@ -302,3 +302,13 @@ def test_a_second_run_overwrites_without_asking(here, tmp_path):
     assert snapshot("log").keys() == files.keys()
     here(*options)
     assert_same(results("log/run"), first)
+
+
+def test_own_pictures_are_all_taken_whatever_the_yaml_chose_of_its_own(here, tmp_path):
+    options = write_run(tmp_path, 4, data={"max_len": 1, "offset": 1})
+    here(*options)
+    assert list(results("log/run")) == ["01.png"]
+    here(*options, "--gt", "gt", "--mask", "mask", "--out", "mine")
+    assert len(results("mine")) == 4
+    here(*options, "--gt", "gt", "--mask", "mask", "--out", "two", "--set", "data.max_len=2")
+    assert len(results("two")) == 2

@@ -199,7 +199,7 @@ def test_several_processes_give_the_same_results_and_one_summary(tmp_path, singl
     assert_same(results(tmp_path / LOG), single, levels=1)
     lines = ended.out.splitlines()
     assert len(lines) == 2
-    assert lines[0] == "5 images, 50.0% of their pixels to generate, seed 5"
+    assert lines[0] == "5 images, 50.0% of the pixels to generate, seed 5"
     assert re.match(r"log/run: 10 images, 6 network calls and [0-9.]+ s an image", lines[1])
     assert len(re.findall(r"images: 100%", ended.err)) == 1
     record = load_yaml(tmp_path / LOG / "run.yml")["record"]
