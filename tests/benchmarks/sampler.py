@@ -140,12 +140,15 @@ class Benchmark:
         if self.device.type == "cpu":
             return_freed_memory() if mode.synchronises else keep_freed_memory()
         for i in range(count):
-            level = self.levels[(37 * i + 100) % len(self.levels)]
-            output = mode.network(self.x, level, *self.y)
+            output = mode.network(self.x, self.level(i), *self.y)
             if mode.synchronises:
                 output.flatten()[0].item()
         self.synchronise()
         return output
+
+    def level(self, call: int) -> Tensor:
+        """Return the network's times (N,) of one of many calls: all over the chain."""
+        return self.levels[(37 * call + 100) % len(self.levels)]
 
     def build(self, name: str) -> Mode:
         """Load the weights and call the network once; that is its cold start."""
@@ -182,7 +185,7 @@ class Benchmark:
         """Return the output of one call in float64."""
         model = load_model(self.conf, self.device).double()
         model.dtype = torch.float64
-        return plain.unet(model, self.x.double(), self.levels[len(self.levels) // 2], *self.y)
+        return plain.unet(model, self.x.double(), self.level(0), *self.y)
 
     def measure(self, modes: list[Mode], rounds: int, calls: int) -> None:
         """Time all modes in turns, and take their errors and peaks."""
