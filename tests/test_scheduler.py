@@ -331,3 +331,14 @@ def test_importing_the_schedule_loads_no_plotting():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"
+
+
+def test_measure_looks_for_every_checkpoint_before_it_loads_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("guided_diffusion.scheduler.measure_call", lambda *_: pytest.fail("loaded"))
+    options = ["--compare", str(ROOT / "confs/demo.yml"), str(ROOT / "confs/inet64.yml")]
+    (tmp_path / "data/pretrained").mkdir(parents=True)
+    (tmp_path / "data/pretrained/demo64.pt").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"64x64_diffusion\.pt: no such checkpoint"):
+        scheduler.main([*options, "--measure"])
+    assert not (tmp_path / "schedule.png").exists()
