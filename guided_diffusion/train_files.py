@@ -115,7 +115,7 @@ def test_yaml(
     }
     notes = [
         "Runs what was trained last: python test.py --conf_path, then this file's path.",
-        f"Fewer network calls, at a price: schedule_jump_params with t_T: {steps}, jump_n_sample: 3",
+        f"Faster, at a price: schedule_jump_params: {{t_T: {steps}, jump_n_sample: 3}}",
     ]
     if len(images.held_out):
         notes.append("gt_path has the training's pictures too; see held_out.txt for the others.")
