@@ -68,14 +68,11 @@ class Outcome:
 def run_here(capsys, *options):
     """Run test.py's main in this process, as its command line does."""
     capsys.readouterr()
-    status, threads = None, torch.get_num_threads()
-    torch.set_num_threads(1)  # more only wait for one another over networks this small
+    status = None
     try:
         command_line(lambda: program.main([str(option) for option in options]))
     except SystemExit as end:
         status = end.code
-    finally:
-        torch.set_num_threads(threads)
     told = capsys.readouterr()
     return Outcome(status, told.out, told.err)
 

@@ -21,15 +21,6 @@ from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small are slowed down by more, badly so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def chain(respacing="12", noise_schedule="linear", steps=1000, **flags):
     kept = space_timesteps(steps, respacing)
     betas = respaced_betas(get_named_beta_schedule(noise_schedule, steps), kept)

@@ -49,15 +49,6 @@ SMALL = TrunkConfig(16, 32, (1, 2), 1, (8,), num_heads=4, num_head_channels=16)
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small are slowed down by more, badly so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def empty(model, changes, *arguments):
     with torch.device("meta"):
         return model(TrunkConfig(**{**ADM, **changes}), *arguments)
