@@ -149,8 +149,8 @@ def test_freed_memory_is_kept():
         del large
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-    faults()
-    before = faults()
+    for _ in range(20):  # glibc sets the first seven leftovers of an alignment aside, in its tcache
+        before = faults()
     assert faults() - before < 1000
 
 
