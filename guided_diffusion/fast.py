@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from guided_diffusion.nn import UpConv2d
 from guided_diffusion.unet import AttentionBlock, ResBlock, Trunk
 
-# Weights of more bytes are not copied on a CPU: they stay mapped from their file.
-_LARGEST_COPY = 500 * 2**20
 # Blocks of different shapes that are compiled, each once; PyTorch's own limit is for debugging.
 _MOST_SHAPES = 256
 _WARM_UP_CALLS = 3  # before a CUDA graph is recorded, as its documentation asks
@@ -38,18 +37,69 @@ def set_arithmetic(precision: str | None, use_fp16: bool, device: torch.device) 
     return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(precision, torch.float32)
 
 
-def lay_out(network: Trunk, device: torch.device) -> None:
+def lay_out(network: Trunk, device: torch.device, *, at_once: bool = True) -> None:
     """Put the channels of a pixel side by side in memory, as convolutions read them.
 
-    Large weights on a CPU stay as they are, because a copy of them costs more memory than it saves
-    time; the feature maps are laid out all the same.
+    On a CPU convolutions after a doubling are folded, too. There, unless ``at_once``, a
+    convolution's weights wait for its first call, so that loading 2 GB delays no one. Either way
+    there is never more than one copy of them in memory.
     """
     if device.type not in ("cpu", "cuda"):
         return
     network.memory_format = torch.channels_last
-    size = sum(parameter.nbytes for parameter in network.parameters())
-    if device.type == "cuda" or size <= _LARGEST_COPY:
+    if device.type == "cuda":
         network.to(memory_format=torch.channels_last)
+        return
+    mapped = _file_mappings()
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            if at_once:
+                _lay_out_weights(module, mapped)
+            else:
+                _at_first_call(module, lambda conv: _lay_out_weights(conv, mapped))
+
+
+def _at_first_call(module: nn.Module, prepare: Callable[[nn.Module], None]) -> None:
+    def once(module: nn.Module, _: tuple) -> None:
+        handle.remove()
+        prepare(module)
+
+    handle = module.register_forward_pre_hook(once)
+
+
+def _lay_out_weights(conv: nn.Conv2d, mapped: list[range]) -> None:
+    weight = conv.weight
+    with torch.inference_mode(False):  # a gradient may have to pass through them
+        if isinstance(conv, UpConv2d):
+            conv.fold()
+        else:
+            laid_out = weight.contiguous(memory_format=torch.channels_last)
+            conv.weight = nn.Parameter(laid_out, requires_grad=weight.requires_grad)
+    if any(weight.data_ptr() in addresses for addresses in mapped):
+        _forget_pages(weight)
+
+
+def _file_mappings() -> list[range]:
+    """Return the addresses where this process has files mapped; none where no one can tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    mappings = []
+    for line in lines:
+        addresses, _, _, _, inode, *_ = line.split()
+        if inode != "0":
+            mappings.append(range(*(int(address, 16) for address in addresses.split("-"))))
+    return mappings
+
+
+def _forget_pages(tensor: Tensor) -> None:
+    """Give the memory of a mapped ``tensor`` back; who reads it again reads the file again."""
+    page, dont_need = os.sysconf("SC_PAGE_SIZE"), 4  # the latter's name is in sys/mman.h
+    start = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.nbytes) // page * page
+    if start < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), dont_need)
 
 
 def keep_freed_memory() -> None:

@@ -1,6 +1,7 @@
 """The blocks' common parts: time embedding, normalisation, resizing, zero initialisation."""
 
 import math
+from itertools import product
 
 import torch
 from torch import nn
@@ -16,6 +17,46 @@ class GroupNorm32(nn.GroupNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise ``x`` (N, C, ...)."""
         return super().forward(x.float()).type(x.dtype)
+
+
+class UpConv2d(nn.Conv2d):
+    """A 3×3 convolution of the feature map doubled in height and width.
+
+    After ``fold`` it computes the same, to rounding, with 4/9 of the multiplications: as every
+    pixel is there twice in a row, an output pixel sees only 2×2 different ones, whose weights are
+    added up beforehand, for each of the four places that it can have over an input pixel.
+    """
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 3, padding=1)
+        self._folded: torch.Tensor | None = None  # (4·out, channels, 2, 2)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Add up the weights, which may not change from here on; the output is channels_last."""
+        # Along either side: at an even place (w0, w1 + w2) over pixels i - 1 and i, at an odd place
+        # (w0 + w1, w2) over i and i + 1.
+        sums = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+        sums = sums.to(self.weight.device)
+        folded = torch.einsum("pyh,qxw,oihw->pqoiyx", sums, sums, self.weight.float())
+        folded = folded.flatten(0, 2).type(self.weight.dtype)
+        self._folded = folded.contiguous(memory_format=torch.channels_last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) → (N, out, 2H, 2W)."""
+        if self._folded is None:
+            return super().forward(upsample(x))
+        height, width = x.shape[2:]
+        parts = F.conv2d(x, self._folded, self.bias.repeat(4), padding=1).chunk(4, dim=1)
+        out = torch.empty(
+            (len(x), self.out_channels, 2 * height, 2 * width),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        )
+        for (row, column), part in zip(product((0, 1), repeat=2), parts, strict=True):
+            out[:, :, row::2, column::2] = part[:, :, row : row + height, column : column + width]
+        return out
 
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:

@@ -230,8 +230,8 @@ class Inpainter:
         self._has_advised = False
 
     def _accelerated(self, function: Callable[..., Tensor], network: Trunk) -> fast.Accelerated:
-        fast.lay_out(network, self.device)
         compiled = fast.is_compiled(self.conf.compile, self.device)
+        fast.lay_out(network, self.device, at_once=compiled)
         return fast.Accelerated(function, network, self.device, compiled)
 
     def _classifier_gradient(self, x: Tensor, timesteps: Tensor, y: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from guided_diffusion.nn import (
     GroupNorm32,
+    UpConv2d,
     downsample,
     silu,
     timestep_embedding,
@@ -59,11 +60,11 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = UpConv2d(channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) → (N, C, 2H, 2W)."""
-        return self.conv(upsample(x))
+        return self.conv(x)
 
 
 class ResBlock(nn.Module):
@@ -74,12 +75,17 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.resize = {"up": upsample, "down": downsample, None: nn.Identity()}[resize]
+        # On the way up the convolution itself doubles the size.
+        self.shrink = downsample if resize == "down" else nn.Identity()
+        conv = (
+            UpConv2d(channels, out_channels)
+            if resize == "up"
+            else nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
         self.use_checkpoint = cfg.use_checkpoint
         self.use_scale_shift_norm = cfg.use_scale_shift_norm
         emb_channels = 2 * out_channels if cfg.use_scale_shift_norm else out_channels
-        self.in_layers = nn.Sequential(
-            GroupNorm32(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(GroupNorm32(channels), nn.SiLU(), conv)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * cfg.model_channels, emb_channels))
         self.out_layers = nn.Sequential(
             GroupNorm32(out_channels),
@@ -99,7 +105,7 @@ class ResBlock(nn.Module):
 
     def _forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         norm, _, conv = self.in_layers
-        h = conv(self.resize(silu(norm(x))))  # (N, out, H', W')
+        h = conv(self.shrink(silu(norm(x))))  # (N, out, H', W')
         emb = self.emb_layers(emb).type(h.dtype)[:, :, None, None]  # (N, out or 2·out, 1, 1)
         norm, _, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import platform
+import re
 import sys
 import warnings
 from itertools import islice
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_diffusion import fast
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, classifier_gradient
+from guided_diffusion.nn import UpConv2d
 from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.unet import EncoderUNetModel, ResBlock, TrunkConfig, UNetModel
 
@@ -91,20 +93,64 @@ def test_work_in_place_leaves_inputs_alone_and_equals_training(network):
         assert torch.equal(t, T)
 
 
-def test_large_weights_are_laid_out_only_on_the_fly(network, monkeypatch):
+def laid_out(network):
+    """Which convolutions are ready, by name."""
+    ready = {}
+    for name, module in network.named_modules():
+        if isinstance(module, UpConv2d):
+            ready[name] = module._folded is not None
+        elif isinstance(module, nn.Conv2d):
+            ready[name] = module.weight.is_contiguous(memory_format=torch.channels_last)
+    return ready
+
+
+@pytest.mark.parametrize("resblock_updown", [True, False])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_weights_are_laid_out_at_once_or_at_the_first_call(resblock_updown, at_once):
+    network = unet(resblock_updown=resblock_updown)
+    assert any(isinstance(m, UpConv2d) for m in network.modules())
     reference = network(X, T, Y)
-    monkeypatch.setattr(fast, "_LARGEST_COPY", 0)
-    pointers = [parameter.data_ptr() for parameter in network.parameters()]
-    fast.lay_out(network, CPU)
-    assert [parameter.data_ptr() for parameter in network.parameters()] == pointers
+    fast.lay_out(network, CPU, at_once=at_once)
     assert network.memory_format == torch.channels_last
-    assert relative(network(X, T, Y), reference) < 1e-5
+    assert all(laid_out(network).values()) == at_once
+    with torch.inference_mode():
+        first = network(X, T, Y)
+        assert relative(first, reference) < 1e-5
+        assert all(laid_out(network).values())
+        assert torch.equal(network(X, T, Y), first)
+    assert not any(module._forward_pre_hooks for module in network.modules())
 
 
-def test_small_weights_are_copied_into_the_layout(network):
-    fast.lay_out(network, CPU)
-    weights = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d)]
-    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+def test_a_gradient_passes_through_weights_laid_out_in_inference_mode():
+    network = unet()
+    expected = torch.autograd.grad(network(x := X.clone().requires_grad_(), T, Y).sum(), x)[0]
+    fast.lay_out(network, CPU, at_once=False)
+    with torch.inference_mode():
+        network(X, T, Y)
+    assert relative(torch.autograd.grad(network(x, T, Y).sum(), x)[0], expected) < 1e-4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts pages in /proc")
+def test_weights_laid_out_leave_no_copy_in_memory(tmp_path):
+    """A mapped checkpoint's pages go as its weights are copied; the file is as it was."""
+    torch.save({"weight": torch.randn(1024, 1024, 3, 3)}, tmp_path / "model.pt")  # 38 MB
+    weight = torch.load(tmp_path / "model.pt", mmap=True, weights_only=True)["weight"]
+    with torch.device("meta"):
+        conv = nn.Conv2d(1024, 1024, 3)
+    conv.weight = nn.Parameter(weight, requires_grad=False)
+    fast._lay_out_weights(conv, fast._file_mappings())
+
+    def resident():
+        address, text = weight.data_ptr(), Path("/proc/self/smaps").read_text()
+        for entry in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", text):
+            start, end = (int(edge, 16) for edge in entry.split()[0].split("-"))
+            if start <= address < end:
+                return int(re.search(r"Rss: +(\d+)", entry)[1])  # kB
+        raise AssertionError("the weight is in no mapping")
+
+    assert resident() < 100
+    assert torch.equal(weight, conv.weight)  # read from the file again
+    assert resident() > 30_000
 
 
 def test_half_precision_stays_close(network):

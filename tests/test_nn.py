@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from guided_diffusion.nn import (
     GroupNorm32,
+    UpConv2d,
     downsample,
     timestep_embedding,
     upsample,
@@ -68,6 +70,27 @@ def test_zero_module():
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 4))
     assert zero_module(module) is module
     assert all((parameter == 0).all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 6), (7, 3)])
+@pytest.mark.parametrize("channels", [(3, 5), (8, 8)])
+def test_folding_a_convolution_after_a_doubling(size, channels):
+    conv = UpConv2d(*channels)
+    x = torch.randn(2, channels[0], *size).to(memory_format=torch.channels_last)
+    expected = F.conv2d(upsample(x).double(), conv.weight.double(), conv.bias.double(), padding=1)
+    torch.testing.assert_close(conv(x).double(), expected, rtol=0, atol=2e-6)
+    conv.fold()
+    conv.weight.data.zero_()  # no longer used
+    folded = conv(x)
+    torch.testing.assert_close(folded.double(), expected, rtol=0, atol=2e-6)
+    assert folded.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_folding_does_not_show_in_a_checkpoint():
+    conv = UpConv2d(4, 4)
+    before = set(conv.state_dict())
+    conv.fold()
+    assert set(conv.state_dict()) == before == {"weight", "bias"}
 
 
 def test_resizing_by_hand():

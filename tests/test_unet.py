@@ -2,6 +2,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -286,7 +287,8 @@ def test_residual_block_by_hand(resize, scale_shift, out_channels):
     block = filled(ResBlock(cfg, 32, out_channels, resize))
     x = np.random.default_rng(0).normal(size=(2, 32, 4, 4))
     emb = np.random.default_rng(1).normal(size=(2, 128))
-    h = by_torch(block.in_layers[2], resized(silu(group_norm(x, block.in_layers[0])), resize))
+    h = resized(silu(group_norm(x, block.in_layers[0])), resize)
+    h = by_torch(partial(nn.Conv2d.forward, block.in_layers[2]), h)
     e = by_torch(block.emb_layers[1], silu(emb))[:, :, None, None]
     norm, conv = block.out_layers[0], block.out_layers[3]
     if scale_shift:
@@ -327,7 +329,7 @@ def test_resizing_by_convolution_runs():
     assert down.op.stride == (2, 2)
     before, after = features["up"]
     torch.testing.assert_close(
-        after, up.conv(before.repeat_interleave(2, 2).repeat_interleave(2, 3))
+        after, nn.Conv2d.forward(up.conv, before.repeat_interleave(2, 2).repeat_interleave(2, 3))
     )
 
 

@@ -27,6 +27,11 @@ def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     )
 
 
+def conv3x3(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Convolve with the weights of ``conv``, whatever else it would do."""
+    return F.conv2d(x, conv.weight, conv.bias, padding=1)
+
+
 def res_block(block: ResBlock, x: Tensor, emb: Tensor, resize: str | None) -> Tensor:
     """(N, C, H, W) → (N, out, H', W')."""
     h = F.silu(group_norm(block.in_layers[0], x))
@@ -34,7 +39,7 @@ def res_block(block: ResBlock, x: Tensor, emb: Tensor, resize: str | None) -> Te
         h, x = (F.interpolate(part, scale_factor=2, mode="nearest") for part in (h, x))
     if resize == "down":
         h, x = (F.avg_pool2d(part, 2) for part in (h, x))
-    h = block.in_layers[2](h)
+    h = conv3x3(block.in_layers[2], h)
     emb_out = block.emb_layers[1](F.silu(emb)).type(h.dtype)[..., None, None]
     if block.use_scale_shift_norm:
         scale, shift = torch.chunk(emb_out, 2, dim=1)
@@ -73,7 +78,7 @@ def layers(block: nn.Sequential, h: Tensor, emb: Tensor, resize: str | None) -> 
         elif isinstance(layer, AttentionBlock):
             h = attention(layer, h)
         elif isinstance(layer, Upsample):
-            h = layer.conv(F.interpolate(h, scale_factor=2, mode="nearest"))
+            h = conv3x3(layer.conv, F.interpolate(h, scale_factor=2, mode="nearest"))
         else:
             h = layer.op(h) if isinstance(layer, Downsample) else layer(h)
     return h
