@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion import dist_util, train_files, train_util
     from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 
-    if args.export:
+    if args.export is not None:
         print(train_files.export(conf, args.export))
         return 0
     device = dist_util.get_device(conf.device)
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{conf.out_dir}: {start} steps are done; to go on raise iterations")
         return 0
     diffusion = create_gaussian_diffusion(conf)
-    sample_diffusion = create_gaussian_diffusion(conf, conf.sample_respacing)
+    sample_diffusion = create_gaussian_diffusion(conf, "sample_respacing")
     with train_util.seeded(conf.seed):
         model = create_model(conf)
     if conf.init_from and not start:

@@ -65,6 +65,7 @@ CHANNEL_MULT_BY_SIZE = {
 }
 CLASSIFIER_CLASSES = 1000
 CLASSIFIER_HEAD_CHANNELS = 64
+SMALLEST_MASK = 8  # px
 MASK_FAMILIES = ("thin", "thick", "ev2li", "nn2", "ex64", "genhalf")
 
 # Keys that published YAMLs state and that never had an effect: accepted whatever they hold.
@@ -314,11 +315,7 @@ class InpaintConf(ModelConf):
     def __post_init__(self) -> None:
         """Check the keys one by one, then those that have to fit each other."""
         super().__post_init__()
-        require(
-            ".." not in Path(self.name).parts and not Path(self.name).is_absolute(),
-            "name",
-            "would lead out of the folder ./log/",
-        )
+        _check_name(self.name, "./log/")
         require(
             self.cond_y is None or self.cond_y < self.num_classes,
             "cond_y and num_classes",
@@ -387,8 +384,7 @@ class InpaintConf(ModelConf):
         """Folder of the run's record: where the folders of results stand, or ./log/<name>."""
         folders = {os.path.normpath(path) for path in vars(self.data.paths).values() if path}
         parents = {os.path.dirname(folder) for folder in folders}  # noqa: PTH120 - text in, text out
-        together = parents.pop() if len(parents) == 1 else ""
-        return together or f"./log/{self.name}"
+        return (parents.pop() or ".") if len(parents) == 1 else f"./log/{self.name}"
 
     @property
     def guided(self) -> bool:
@@ -455,6 +451,7 @@ class TrainConf(ModelConf):
     def __post_init__(self) -> None:
         """Check the keys one by one, then those that have to fit each other."""
         super().__post_init__()
+        _check_name(self.name, "./runs/")
         self.settle("out_dir", self.out_dir or f"./runs/{self.name}")
         self.settle("sample_respacing", self.sample_respacing or str(self.diffusion_steps))
         require(
@@ -462,11 +459,23 @@ class TrainConf(ModelConf):
             "use_fp16 and precision",
             "training in half precision is not stable; write precision: bfloat16 instead",
         )
+        require(
+            self.image_size >= SMALLEST_MASK or not (self.sample_interval and self.sample_count),
+            "image_size and sample_interval",
+            f"masks for process pictures have {SMALLEST_MASK} pixels at least; write "
+            "sample_interval: 0 to go without",
+        )
 
     @property
     def ema_rates(self) -> tuple[float, ...]:
         """Rates of the averaged copies, each once."""
         return tuple(dict.fromkeys(numbers(self.ema_rate, float)))
+
+
+def _check_name(name: str, folder: str) -> None:
+    path = Path(name)
+    inside = ".." not in path.parts and not path.is_absolute()
+    require(inside, "name", f"would lead out of the folder {folder}")
 
 
 def load_conf(

@@ -74,6 +74,8 @@ def get_device(name: str | None = None) -> torch.device:
         torch.cuda.set_device(device)
     elif device.type not in ("cpu", "mps"):
         raise UserError(key="device", expected="cpu, cuda or cuda:N", got=repr(name))
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("this machine or this PyTorch has no Metal GPU", key="device", got=name)
     return device
 
 

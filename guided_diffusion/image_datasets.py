@@ -120,13 +120,15 @@ def _list_remote(path: str, key: str | None) -> list[str]:
     except UserError:
         raise
     except Exception as error:  # each storage service has exceptions of its own
-        raise UserError(f"cannot be listed: {error}", path=path, key=key) from error
+        raise UserError(f"cannot be listed: {str(error)[:200]}", path=path, key=key) from error
 
 
 def _blobfile(path: str) -> types.ModuleType:
-    """Import blobfile, only when a path asks for it."""
+    """Import blobfile, only when a path asks for it; a store that is out of reach is an error."""
     try:
         import blobfile
+
+        blobfile.configure(retry_limit=6, log_callback=lambda _: None)
     except ImportError as error:
         raise UserError(
             "paths with :// are read with blobfile, which is not installed (pip install blobfile)",

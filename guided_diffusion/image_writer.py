@@ -40,6 +40,19 @@ _WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "msyh.ttc", "PingFan
 # ---- whole files -------------------------------------------------------------------------------
 
 
+def check_folder(folder: str | os.PathLike) -> Path:
+    """Return the part of ``folder`` that exists; UserError where results could not go there."""
+    parts = (Path(folder), *Path(folder).absolute().parents)
+    there = next(part for part in parts if os.path.lexists(part))
+    if max(len(os.fsencode(part.name)) for part in parts) > 255:
+        raise UserError("results cannot be written there: the name is too long", path=folder)
+    if not there.is_dir():
+        raise UserError("results cannot be written there: not a folder", path=there)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError("results cannot be written there: no permission", path=there)
+    return there
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its name when the block ends well.

@@ -33,7 +33,7 @@ from guided_diffusion.image_datasets import (
     pair_images,
     sample_names,
 )
-from guided_diffusion.image_writer import is_written, result_path, write_text_atomic
+from guided_diffusion.image_writer import check_folder, is_written, result_path, write_text_atomic
 from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import create_gaussian_diffusion, create_schedule
 
@@ -137,14 +137,7 @@ def result_folders(conf: InpaintConf) -> dict[str, str]:
 def _check_folders(conf: InpaintConf, jobs: Sequence[Job]) -> None:
     """Refuse folders that could not be made or written into; warn of a disk that is nearly full."""
     for folder in map(Path, {*result_folders(conf).values(), conf.log_dir}):
-        parts = (folder, *folder.absolute().parents)
-        there = next(part for part in parts if os.path.lexists(part))
-        if max(len(os.fsencode(part.name)) for part in parts) > 255:
-            raise UserError("results cannot be written there: the name is too long", path=folder)
-        if not there.is_dir():
-            raise UserError("results cannot be written there: not a folder", path=there)
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise UserError("results cannot be written there: no permission", path=there)
+        there = check_folder(folder)
         for name in {name for job in jobs for name in (job.name, job.pair.name)}:
             if (folder / name).is_dir():
                 raise UserError("a folder is in the place of a result", path=folder / name)

@@ -95,7 +95,7 @@ def _kinds(field: dataclasses.Field) -> tuple[type, ...]:
     return typing.get_args(field.type) or (field.type,)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """``value`` for a message: short whatever it holds, and as YAML writes it."""
     if value is None or isinstance(value, bool):
         return {None: "nothing", True: "true", False: "false"}[value]
@@ -108,7 +108,7 @@ def _wanted(field: dataclasses.Field) -> str:
     """In words, what a key's value has to be."""
     rules = field.metadata
     if rules["choices"]:
-        return " or ".join(c if isinstance(c, str) else _shown(c) for c in rules["choices"])
+        return " or ".join(c if isinstance(c, str) else shown(c) for c in rules["choices"])
     if rules["pattern"]:
         return rules["pattern"].words
     bounds = [f"{BOUNDS[name][1]} {limit}" for name, limit in rules["bounds"].items()]
@@ -147,13 +147,13 @@ def _number_text(value: Any, pattern: Pattern) -> str | None:
     items = value if isinstance(value, list | tuple) else [value]
     if any(isinstance(item, bool) or not isinstance(item, int | float | str) for item in items):
         return None
-    text = ",".join(item if isinstance(item, str) else _shown(item) for item in items)
+    text = ",".join(item if isinstance(item, str) else shown(item) for item in items)
     return text.replace(" ", "") if re.fullmatch(pattern.regex, text, re.ASCII) else None
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
     """A key's value in its own type; UserError names the key, what it wants and what it got."""
-    rules, kind, got = field.metadata, _kinds(field)[0], _shown(value)
+    rules, kind, got = field.metadata, _kinds(field)[0], shown(value)
     if NoneType in _kinds(field) and (value is None or value == ""):
         return None
     if dataclasses.is_dataclass(kind):
@@ -226,7 +226,7 @@ def _moved(error: UserError, *, path: object = None, prefix: str = "") -> UserEr
 
 def _mapping(tree: Any, where: str) -> Mapping:
     if not isinstance(tree, Mapping):
-        raise UserError(key=where or None, expected="keys and values", got=_shown(tree))
+        raise UserError(key=where or None, expected="keys and values", got=shown(tree))
     return tree
 
 
@@ -284,11 +284,11 @@ def _build_named(field: dataclasses.Field, tree: Any, root: type[Conf]) -> Conf:
             raise UserError(problem, key=f"{field.name}.{name}")
     sets = _mapping(tree.get(under), where)
     if len(sets) != 1:
-        raise UserError(key=where, expected="one set of keys", got=_shown(list(sets)))
+        raise UserError(key=where, expected="one set of keys", got=shown(list(sets)))
     [(name, keys)] = sets.items()
     named = _text(name)
     if not named:
-        raise UserError(key=where, expected="the name of a set of keys", got=_shown(name))
+        raise UserError(key=where, expected="the name of a set of keys", got=shown(name))
     inner = (f"{where}.{named}.", f"{where}.<set>.")
     return _build(field.type, {} if keys is None else keys, root, *inner, name=named)
 
@@ -401,7 +401,7 @@ def _override(tree: dict, option: str, cls: type[Conf]) -> str:
     dotted, equals, text = option.partition("=")
     parts = dotted.strip().split(".")
     if not equals or not all(parts):
-        raise UserError(expected="KEY=VALUE", got=_shown(option))
+        raise UserError(expected="KEY=VALUE", got=shown(option))
     field = _keys(cls).get(parts[0])
     under = field and field.metadata["under"]
     if under and parts[1:2] not in ([], [under]):  # the short form
@@ -412,6 +412,7 @@ def _override(tree: dict, option: str, cls: type[Conf]) -> str:
         parts[1:1] = [under, *sets]
     branch = tree
     for part in parts[:-1]:
+        part = next((name for name in branch if str(name) == part), part)  # 12 is a number in YAML
         if branch.get(part) is None:
             branch[part] = {}
         branch = branch[part]
@@ -428,9 +429,11 @@ def load(path: str | os.PathLike, cls: type[AnyConf], overrides: Sequence[str] =
     data.gt_path is short for data.eval.<set>.gt_path. Raises UserError, in one line, for all that
     can be wrong with a file, a key or a value.
     """
+    if not os.fspath(path):
+        raise UserError("the path of the YAML file is empty")
     tree = _read(path)
     if not isinstance(tree, dict):
-        found = "an empty file" if tree is None else _shown(tree)
+        found = "an empty file" if tree is None else shown(tree)
         raise UserError(path=path, expected="keys and values", got=found)
     given = {}
     for option in overrides:
@@ -475,7 +478,7 @@ def describe(cls: type[Conf], prefix: str = "") -> list[KeyDoc]:
             docs += describe(field.type, _place(prefix, field))
         else:
             words = {MISSING: "required", None: "absent", "": "empty"}
-            default = words.get(field.default) or _shown(field.default).strip("'")
+            default = words.get(field.default) or shown(field.default).strip("'")
             docs.append(KeyDoc(prefix + name, _wanted(field), default, field.metadata["text"]))
     return docs
 

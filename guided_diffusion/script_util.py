@@ -84,13 +84,10 @@ def create_classifier(conf: InpaintConf) -> EncoderUNetModel:
 
 
 def create_gaussian_diffusion(
-    conf: ModelConf, timestep_respacing: str | None = None
+    conf: ModelConf, key: str = "timestep_respacing"
 ) -> GaussianDiffusion:
-    """Build the chain of the kept steps; raises UserError naming the key that makes it impossible.
-
-    ``timestep_respacing`` stands in for the configuration's.
-    """
-    respacing = conf.timestep_respacing if timestep_respacing is None else timestep_respacing
+    """Build the chain of the steps that ``key`` keeps; raises UserError where it is impossible."""
+    respacing = getattr(conf, key)
     betas = get_named_beta_schedule(conf.noise_schedule, conf.diffusion_steps)
     try:
         kept = space_timesteps(conf.diffusion_steps, respacing)
@@ -105,7 +102,7 @@ def create_gaussian_diffusion(
             use_kl=conf.use_kl,
         )
     except ValueError as error:
-        raise UserError(str(error), key="timestep_respacing", got=repr(respacing)) from error
+        raise UserError(str(error), key=key, got=repr(respacing)) from error
 
 
 def create_schedule(conf: InpaintConf, diffusion: GaussianDiffusion) -> list[int]:

@@ -20,7 +20,8 @@ from guided_diffusion.conf import ModelConf, TrainConf, conf_to_dict
 from guided_diffusion.dist_util import is_main, load_state_dict, world_size
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import TrainingImages, list_images
-from guided_diffusion.image_writer import remove_leftovers, write_checkpoint
+from guided_diffusion.image_writer import check_folder, remove_leftovers, write_checkpoint
+from guided_diffusion.schema import shown
 from guided_diffusion.unet import UNetModel
 
 # What a resumed training may change: how far it goes, how fast and how visibly; not what it learns.
@@ -39,12 +40,17 @@ def checkpoint_path(conf: TrainConf, kind: str, step: int) -> Path:
     return Path(conf.out_dir) / f"{kind}{step:06d}.pt"
 
 
+def _saved_steps(conf: TrainConf) -> list[int]:
+    """Return the steps after which something was saved, whatever the settings were."""
+    paths = Path(conf.out_dir).glob("opt*.pt")
+    matches = [re.fullmatch(r"opt(\d{6,})\.pt", path.name) for path in paths]
+    return sorted(int(match[1]) for match in matches if match)
+
+
 def newest_step(conf: TrainConf) -> int | None:
     """Return the last step of which all files are there, or None."""
-    folder = Path(conf.out_dir)
-    matches = [re.fullmatch(r"opt(\d{6,})\.pt", path.name) for path in folder.glob("opt*.pt")]
     kinds = ["model", *(f"ema_{rate}_" for rate in conf.ema_rates)]
-    steps = [int(match[1]) for match in matches if match]
+    steps = _saved_steps(conf)
     complete = [n for n in steps if all(checkpoint_path(conf, k, n).exists() for k in kinds)]
     return max(complete, default=None)
 
@@ -126,6 +132,8 @@ def test_yaml(
 
 def export(conf: TrainConf, path: str) -> str:
     """Write the newest first average in half precision to ``path``; return what was done."""
+    if not path:
+        raise UserError("--export: the path is empty")
     step = newest_step(conf)
     if step is None:
         raise UserError("no complete checkpoint to export", path=conf.out_dir)
@@ -166,9 +174,13 @@ def check(conf: TrainConf, device: torch.device, *, resume: bool) -> int:
     if conf.microbatch != -1 and own % conf.microbatch:
         problem = f"{own} pictures a process cannot be divided into parts of {conf.microbatch}"
         raise UserError(problem, key="batch_size and microbatch")
-    newest = newest_step(conf)
-    if newest is not None:
-        _check_resume(conf, newest, resume)
+    check_folder(conf.out_dir)
+    saved, newest = _saved_steps(conf), newest_step(conf)
+    if saved:
+        _check_resume(conf, saved[-1], resume)
+        if newest is None:
+            problem = "files of every checkpoint are missing; choose another name or out_dir"
+            raise UserError(problem, path=conf.out_dir)
     if is_main():
         remove_leftovers(conf.out_dir)
     return newest or 0
@@ -191,8 +203,8 @@ def _check_resume(conf: TrainConf, newest: int, resume: bool) -> None:
             "out_dir, with init_from",
             path=path,
             key=" and ".join(changed),
-            expected=", ".join(str(then[name]) for name in changed),
-            got=", ".join(str(now[name]) for name in changed),
+            expected=", ".join(shown(then[name]) for name in changed),
+            got=", ".join(shown(now[name]) for name in changed),
         )
 
 

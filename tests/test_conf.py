@@ -594,6 +594,19 @@ def test_widths_come_from_the_size(size, mult):
     assert make(image_size=size, channel_mult="1,2").channel_mult_list == (1, 2)
 
 
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        ({"srs": "out/a", "gts": "out/b"}, "out"),
+        ({"srs": "a", "gts": "./b"}, "."),
+        ({"srs": "x/a", "gts": "y/b"}, "./log/run"),
+    ],
+)
+def test_the_record_stands_beside_the_results(folders, expected):
+    paths = {name: f"{expected}/{name}" for name in ("lrs", "gt_keep_masks")} | folders
+    assert make(name="run", data__paths=paths).log_dir == expected
+
+
 def test_numbers_of_texts():
     loaded = make(attention_resolutions="64, 8", classifier_attention_resolutions=[16])
     assert (loaded.attention_sides, loaded.classifier_attention_sides) == ((64, 8), (16,))
@@ -656,6 +669,7 @@ def test_mask_families_are_those_that_can_be_drawn():
     from guided_diffusion import masks
 
     assert masks.FAMILIES == conf.MASK_FAMILIES
+    assert masks.MIN_SIZE == conf.SMALLEST_MASK
     text = next(doc.text for doc in conf.describe(conf.DataConf) if doc.key == "mask_path")
     assert ", ".join(masks.FAMILIES) in text
 

@@ -183,6 +183,12 @@ def test_unknown_devices_are_refused_by_name(name):
     assert repr(name) in str(caught.value)
 
 
+def test_metal_is_refused_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"device: .*no Metal GPU; found mps"):
+        get_device("mps")
+
+
 def test_a_gpu_that_the_machine_does_not_have_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="device: no such GPU; found cuda:2 with 2 GPUs"):

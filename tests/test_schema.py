@@ -178,6 +178,19 @@ def test_many_laughs_are_not_waited_for(load):
     assert "an alias may stand for a single value only" in problem(load, bomb)
 
 
+def test_an_empty_path_is_no_conf():
+    with pytest.raises(UserError, match="the path of the YAML file is empty"):
+        load_conf("", InpaintConf)
+
+
+def test_a_number_may_name_the_data_set(load):
+    base = BASE.replace("faces:", "12:")
+    assert base != BASE
+    for option in ("data.eval.12.max_len=3", "data.max_len=3"):
+        loaded = load("", [option], base)
+        assert (loaded.data.name, loaded.data.max_len) == ("12", 3)
+
+
 @pytest.mark.parametrize(
     ("raw", "words"),
     [

@@ -131,7 +131,18 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
         ({"microbatch": 3}, "cannot be divided into parts of 3"),
         ({"init_from": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
         ({"sample_respacing": "ddim999"}, "999"),
+        ({"sample_respacing": "2000"}, "sample_respacing: "),
         ({"device": "cuda:99"}, "device"),
+        ({"name": "../elsewhere"}, "name: would lead out of the folder ./runs/"),
+        (
+            {
+                "image_size": 4,
+                "channel_mult": "1",
+                "attention_resolutions": "",
+                "sample_interval": 1,
+            },
+            "image_size and sample_interval: ",
+        ),
         ({"ema_rat": "0.9"}, "nearest known key is ema_rate"),
     ],
     ids=str,
@@ -141,6 +152,13 @@ def test_mistakes_are_found_before_training(tmp_path, changes, message):
         train.main(["--conf_path", write_conf(tmp_path, **changes)])
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_found_before_training(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match="out: results cannot be written there: not a folder"):
+        train.main(["--conf_path", write_conf(tmp_path)])
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_an_unreadable_picture_is_named(tmp_path):

@@ -94,8 +94,25 @@ def test_a_folder_that_holds_a_training_is_not_written_over(tmp_path):
 def test_other_settings_are_refused_by_name(tmp_path):
     saved(tiny_conf(tmp_path))
     conf = tiny_conf(tmp_path, lr=0.5, batch_size=2, channel_mult="1,1")
-    message = r"channel_mult and batch_size and lr: .*expected 1, 4, 0.001, found 1,1, 2, 0.5"
+    message = r"channel_mult and batch_size and lr: .*expected '1', 4, 0.001, found '1,1', 2, 0.5"
     with pytest.raises(UserError, match=message):
+        check(conf, CPU, resume=True)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("rates", ["0.5", "0.99,0.5"])
+def test_another_average_does_not_hide_a_training(tmp_path, rates, resume):
+    saved(tiny_conf(tmp_path))
+    message = "ema_rate: cannot be resumed" if resume else "already holds a training"
+    with pytest.raises(UserError, match=message):
+        check(tiny_conf(tmp_path, ema_rate=rates), CPU, resume=resume)
+
+
+def test_a_training_without_its_weights_is_not_written_over(tmp_path):
+    conf = tiny_conf(tmp_path)
+    saved(conf)
+    checkpoint_path(conf, "model", 3).unlink()
+    with pytest.raises(UserError, match="files of every checkpoint are missing"):
         check(conf, CPU, resume=True)
 
 
@@ -116,7 +133,7 @@ def test_other_pictures_are_refused_and_moved_ones_are_not(tmp_path):
     conf = tiny_conf(tmp_path, data_dir=str(moved))
     assert check(conf, CPU, resume=True) == 3
     next(iter(moved.glob("*.png"))).unlink()
-    with pytest.raises(UserError, match=r"data_dir: .*expected 12 pictures .*found 11 pictures"):
+    with pytest.raises(UserError, match=r"data_dir: .*expected '12 pictures .*found '11 pictures"):
         check(conf, CPU, resume=True)
 
 
@@ -242,6 +259,11 @@ def test_export_halves_the_newest_average(tmp_path):
 def test_there_has_to_be_something_to_export(tmp_path):
     with pytest.raises(UserError, match="no complete checkpoint to export"):
         train_files.export(tiny_conf(tmp_path), str(tmp_path / "small.pt"))
+
+
+def test_an_export_needs_a_name(tmp_path):
+    with pytest.raises(UserError, match="--export: the path is empty"):
+        train_files.export(tiny_conf(tmp_path), "")
 
 
 def test_weights_to_start_from_have_to_fit(tmp_path):

@@ -63,4 +63,4 @@ def make_trainer(conf):
 
 
 def sample_diffusion(conf):
-    return create_gaussian_diffusion(conf, conf.sample_respacing)
+    return create_gaussian_diffusion(conf, "sample_respacing")
