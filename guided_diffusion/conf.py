@@ -299,11 +299,11 @@ class InpaintConf(ModelConf):
                            "other results in every run.", low=0, high=2**31 - 1)
     samples_per_image: int = key(1, "Different results to make of each picture: number j, from 0, "
                                  "uses seed + k + j * 1000003.", low=1, high=1_000_000)
-    precision: str | None = key(None, "Arithmetic: tf32, float16 and bfloat16 are faster on a GPU "
-                                "and less exact; absent: float32, with use_fp16 float16.",
+    precision: str | None = key(None, "Arithmetic: tf32, float16 and bfloat16 are for GPUs, and "
+                                "less exact; absent: float32, with use_fp16 float16.",
                                 choices=("float32", "tf32", "float16", "bfloat16"))
     compile: bool | str = key("auto", "Compile the network, which takes its time at the start and "
-                              "makes each step faster; auto: where that pays.",
+                              "makes each step faster; auto: on a GPU, for 1,000 calls or more.",
                               choices=("auto", True, False))
     paste_known: bool = key(False, "Paste the known pixels unchanged into the result.")
     invert_mask: bool = key(False, "The masks are the other way round: white is to generate.")
@@ -434,10 +434,10 @@ class TrainConf(ModelConf):
                           "not fit are read again every time.", low=0)
     holdout: float = key(0.05, "Share of the pictures kept out of training, to test with.",
                          low=0, below=1)
-    precision: str = key("float32", "Arithmetic: on a GPU bfloat16 is fastest, tf32 in between.",
+    precision: str = key("float32", "Arithmetic; tf32 and bfloat16 are for GPUs, and less exact.",
                          choices=("float32", "tf32", "bfloat16"))
     compile: bool | str = key("auto", "Compile the network, which takes its time at the start and "
-                              "makes each step faster; auto: where that pays.",
+                              "makes each step faster; auto: on a GPU.",
                               choices=("auto", True, False))
     seed: int = key(0, "Makes a training repeatable.", low=0, high=2**31 - 1)
     device: str | None = key(None, "cpu, cuda, cuda:1 and so on; absent: a GPU if there is one.")

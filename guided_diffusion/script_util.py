@@ -11,6 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -214,6 +215,7 @@ class Inpainter:
         self.device = get_device(conf.device)
         if self.device.type == "cpu":
             fast.keep_freed_memory()
+        torch.backends.cudnn.benchmark = True  # all calls have the same shapes
         self.diffusion = create_gaussian_diffusion(conf)
         self.model = load_model(conf, self.device)
         self.model.convert_trunk(fast.set_arithmetic(conf.precision, conf.use_fp16, self.device))
@@ -227,9 +229,11 @@ class Inpainter:
         self._has_advised = False
 
     def _accelerated(self, function: Callable[..., Tensor], network: Trunk) -> fast.Accelerated:
-        compiled = fast.is_compiled(self.conf.compile, self.device)
+        calls = sum(later < t for t, later in pairwise(self.times))
+        compiled = fast.is_compiled(self.conf.compile, self.device, calls)
         fast.lay_out(network, self.device, at_once=compiled)
-        return fast.Accelerated(function, network, self.device, compiled)
+        recorded = self.device.type == "cuda" and self.conf.compile is not False
+        return fast.Accelerated(function, network, compiled=compiled, recorded=recorded)
 
     def _classifier_gradient(self, x: Tensor, timesteps: Tensor, y: Tensor) -> Tensor:
         return classifier_gradient(self.classifier, y, self.conf.classifier_scale)(x, timesteps)

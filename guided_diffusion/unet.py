@@ -97,13 +97,19 @@ class ResBlock(nn.Module):
             nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
         )
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """``x`` (N, C, H, W), ``emb`` (N, 4·model_channels) → (N, out, H', W')."""
+    def forward(
+        self, x: torch.Tensor, emb: torch.Tensor, skip: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``x`` with ``skip`` (N, C, H, W), ``emb`` (N, 4·model_channels) → (N, out, H', W')."""
         if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, emb, use_reentrant=False)
-        return self._forward(x, emb)
+            return checkpoint(self._forward, x, emb, skip, use_reentrant=False)
+        return self._forward(x, emb, skip)
 
-    def _forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+    def _forward(
+        self, x: torch.Tensor, emb: torch.Tensor, skip: torch.Tensor | None
+    ) -> torch.Tensor:
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
         norm, _, conv = self.in_layers
         h = conv(self.shrink(silu(norm(x))))  # (N, out, H', W')
         emb = self.emb_layers(emb).type(h.dtype)[:, :, None, None]  # (N, out or 2·out, 1, 1)
@@ -155,7 +161,7 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, L, C): what attention is fast with
+        tokens = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # (N, L, C)
         qkv = F.linear(tokens, self.qkv.weight[:, :, 0], self.qkv.bias)  # (N, L, 3·C)
         h = attend(qkv.transpose(1, 2), self.num_heads, self.new_order).transpose(1, 2)
         h = F.linear(h, self.proj_out.weight[:, :, 0], self.proj_out.bias)  # (N, L, C)
@@ -175,10 +181,13 @@ def heads(channels: int, num_heads: int, num_head_channels: int) -> int:
 class EmbedSequential(nn.Sequential):
     """Layers in a row, of which the residual blocks also take the embedding."""
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """Feature map in, feature map out."""
+    def forward(
+        self, x: torch.Tensor, emb: torch.Tensor, skip: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Feature map in, feature map out; the first layer takes ``skip`` with its input."""
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            x = layer(x, emb, skip) if isinstance(layer, ResBlock) else layer(x)
+            skip = None
         return x
 
 
@@ -245,6 +254,14 @@ class Trunk(nn.Module):
                     module.to(dtype)
 
 
+class Head(nn.Sequential):
+    """The last normalisation and convolution, in the type of the network's input."""
+
+    def forward(self, h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """(N, C, H, W) → (N, out, H, W), contiguous."""
+        return super().forward(h.type(dtype)).contiguous()
+
+
 class UNetModel(Trunk):
     """Estimates noise, and the variance's interpolation where ``out_channels`` is 6.
 
@@ -272,7 +289,7 @@ class UNetModel(Trunk):
                     )
                 self.output_blocks.append(EmbedSequential(*layers))
                 channels = out
-        self.out = nn.Sequential(
+        self.out = Head(
             GroupNorm32(channels),
             nn.SiLU(),
             zero_module(nn.Conv2d(channels, out_channels, 3, padding=1)),
@@ -287,8 +304,8 @@ class UNetModel(Trunk):
             emb = emb + self.label_emb(y)
         h, skips = self.encode(x, emb)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h.type(x.dtype)).contiguous()
+            h = block(h, emb, skips.pop())
+        return self.out(h, x.dtype)
 
 
 class AttentionPool(nn.Module):

@@ -226,12 +226,12 @@ def with_backend(monkeypatch, backend):
 def test_compiled_blocks_compute_the_same(network, monkeypatch):
     reference = network(X, T, Y)
     seen = with_backend(monkeypatch, "aot_eager")
-    run = fast.Accelerated(network, network, CPU, compiled=True)
+    run = fast.Accelerated(network, network, compiled=True)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
             assert relative(run(X, T, Y), reference) < 1e-5
-    assert set(seen) == {"ResBlock", "AttentionBlock"}
+    assert set(seen) == {"ResBlock", "AttentionBlock", "Head"}
     assert sum(isinstance(m, ResBlock) for m in network.modules()) == seen.count("ResBlock")
 
 
@@ -244,7 +244,7 @@ def test_a_classifiers_gradient_compiles_too(monkeypatch):
     with torch.inference_mode():
         reference = gradient(X, T, Y)
         with_backend(monkeypatch, "aot_eager")
-        run = fast.Accelerated(gradient, classifier, CPU, compiled=True)
+        run = fast.Accelerated(gradient, classifier, compiled=True)
         assert relative(run(X, T, Y), reference) < 1e-5
 
 
@@ -255,7 +255,7 @@ def test_where_no_compiler_works_one_warning_and_the_exact_network(network, monk
         raise RuntimeError("no compiler\nand a long story")
 
     with_backend(monkeypatch, broken)
-    run = fast.Accelerated(network, network, CPU, compiled=True)
+    run = fast.Accelerated(network, network, compiled=True)
     with torch.inference_mode():
         with pytest.warns(UserWarning, match="compile: does not work here") as caught:
             first = run(X, T, Y)
@@ -271,17 +271,19 @@ def test_full_memory_is_no_reason_to_give_up_compiling(network):
     def full(*_):
         raise torch.cuda.OutOfMemoryError
 
-    run = fast.Accelerated(full, network, CPU, compiled=True)
+    run = fast.Accelerated(full, network, compiled=True)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         run(X, T, Y)
     assert run._is_compiled
 
 
-def test_auto_compiles_on_gpus_alone():
+@pytest.mark.parametrize("calls", [0, 210, 2410])
+def test_auto_compiles_on_gpus_for_long_walks(calls):
     gpu = torch.device("cuda", 0)
-    assert [fast.is_compiled("auto", device) for device in (CPU, gpu)] == [False, True]
-    assert [fast.is_compiled(True, device) for device in (CPU, gpu)] == [True, True]
-    assert [fast.is_compiled(False, device) for device in (CPU, gpu)] == [False, False]
+    long = calls == 2410
+    assert [fast.is_compiled("auto", device, calls) for device in (CPU, gpu)] == [False, long]
+    assert [fast.is_compiled(True, device, calls) for device in (CPU, gpu)] == [True, True]
+    assert [fast.is_compiled(False, device, calls) for device in (CPU, gpu)] == [False, False]
 
 
 def test_the_folder_of_compiled_code_is_stable_and_the_users_choice(network, monkeypatch):
@@ -301,7 +303,7 @@ def test_the_real_compiler_computes_the_same(network, tmp_path, monkeypatch):
     reference = network(X, T, Y)
     compiled = copy.deepcopy(network)
     fast.lay_out(compiled, CPU)
-    run = fast.Accelerated(compiled, compiled, CPU, compiled=True)
+    run = fast.Accelerated(compiled, compiled, compiled=True)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert relative(run(X, T, Y), reference) < 1e-5
@@ -335,6 +337,7 @@ def recordings(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", lambda _: contextlib.nullcontext())
     return made
@@ -342,7 +345,7 @@ def recordings(monkeypatch):
 
 def test_recordings_follow_their_inputs_and_hand_out_copies(network, recordings, monkeypatch):
     with_backend(monkeypatch, "eager")
-    run = fast.Accelerated(network, network, torch.device("cuda", 0), compiled=True)
+    run = fast.Accelerated(network, network, compiled=True, recorded=True)
     with torch.inference_mode():
         first = run(X, T, Y)
         kept = first.clone()
@@ -350,16 +353,56 @@ def test_recordings_follow_their_inputs_and_hand_out_copies(network, recordings,
         assert len(recordings) == 1
         assert torch.equal(first, kept)  # the second replay did not write into it
         assert relative(second, network(X + 1, T + 5, Y - 1)) < 1e-6
-        assert relative(run(X[:1], T[:1], Y[:1]), network(X[:1], T[:1], Y[:1])) < 1e-6
-        assert len(recordings) == 2  # another shape is another recording
+        smaller = run(X[:1], T[:1], Y[:1])
+        assert len(smaller) == 1
+        assert relative(smaller, network(X[:1], T[:1], Y[:1])) < 1e-6
+        assert len(recordings) == 1  # filled up to the batch that is recorded
+        three = [torch.cat([tensor, tensor[:1]]) for tensor in (X, T, Y)]
+        assert relative(run(*three), network(*three)) < 1e-6
+        assert len(recordings) == 2  # a larger one is recorded anew
 
 
-def test_a_recording_that_fails_falls_back(network, recordings, monkeypatch):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_recording_that_fails_leaves_the_network_as_it_is(
+    network, recordings, monkeypatch, compiled
+):
     with_backend(monkeypatch, "eager")
     monkeypatch.delattr(torch.cuda, "CUDAGraph")
-    run = fast.Accelerated(network, network, torch.device("cuda", 0), compiled=True)
-    with torch.inference_mode(), pytest.warns(UserWarning, match="going on without"):
-        assert relative(run(X, T, Y), network(X, T, Y)) < 1e-6
+    run = fast.Accelerated(network, network, compiled=compiled, recorded=True)
+    with torch.inference_mode():
+        with pytest.warns(UserWarning, match="a CUDA graph does not work here") as caught:
+            assert relative(run(X, T, Y), network(X, T, Y)) < 1e-6
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run(X, T, Y)
+    assert run._is_compiled == compiled
+
+
+def test_after_full_memory_a_smaller_batch_is_not_filled_up(network, recordings):
+    room = 2
+
+    def function(*inputs):
+        if len(inputs[0]) > room:
+            raise torch.cuda.OutOfMemoryError
+        return network(*inputs)
+
+    run = fast.Accelerated(function, network, recorded=True)
+    with torch.inference_mode():
+        run(X, T, Y)
+        room = 1
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            run(X[:1], T[:1], Y[:1])  # is filled up to two
+        assert relative(run(X[:1], T[:1], Y[:1]), network(X[:1], T[:1], Y[:1])) < 1e-6
+
+
+def test_an_error_of_the_network_itself_is_raised(network, recordings):
+    def wrong(*_):
+        raise ValueError("the network's own")
+
+    run = fast.Accelerated(wrong, network, recorded=True)
+    with pytest.raises(ValueError, match="the network's own"):
+        run(X, T, Y)
 
 
 def test_the_batch_size_that_memory_allows(monkeypatch):

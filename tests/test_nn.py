@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from guided_diffusion.nn import (
     GroupNorm32,
     UpConv2d,
+    _chunks,
     downsample,
     timestep_embedding,
     upsample,
@@ -64,6 +65,31 @@ def test_group_norm_computes_in_float32(dtype):
     assert got.dtype == dtype
     assert norm.weight.dtype == torch.float32
     torch.testing.assert_close(got, norm(x.float()).to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("chunks", [2, 8])
+def test_normalising_in_chunks(chunks, offset):
+    norm = GroupNorm32(64).requires_grad_(requires_grad=False)
+    norm.weight.normal_()
+    norm.bias.normal_()
+    x = (torch.randn(2, 64, 8, 4) + offset).to(memory_format=torch.channels_last)
+    exact = F.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double())
+    plain, other = ((y.double() - exact).abs().max() for y in (norm(x), norm.in_chunks(x, chunks)))
+    assert other <= max(3 * plain, 2e-6)
+    assert norm.in_chunks(x.bfloat16(), chunks).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunks"),
+    [((1, 256, 256, 256), 256), ((8, 256, 256, 256), 32), ((1, 1024, 8, 8), 1), ((1, 32, 9, 9), 1)],
+)
+def test_chunks_divide_the_pixels(shape, chunks):
+    x = torch.empty(shape, device="meta", memory_format=torch.channels_last)
+    assert _chunks(x) == chunks
+    assert shape[2] * shape[3] % _chunks(x) == 0
+    assert _chunks(torch.empty(shape, device="meta")) == 1  # another layout
+    assert _chunks(torch.empty(shape[:3], device="meta")) == 1
 
 
 def test_zero_module():

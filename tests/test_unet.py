@@ -337,15 +337,18 @@ def test_skips_are_concatenated_after_the_features():
     model = filled(UNetModel(SMALL, 6))
     seen = []
     for block in [*model.input_blocks, model.middle_block, *model.output_blocks]:
-        block.register_forward_hook(lambda _, i, o: seen.append((i[0], o)))
+        block.register_forward_hook(lambda _, i, o: seen.append(o))
+    normed = []  # what each block of the way up normalises first
+    for block in model.output_blocks:
+        norm = block[0].in_layers[0]
+        norm.register_forward_pre_hook(lambda _, i: normed.append(i[0].clone()))
     x, t = small_input()
     model(x, t)
     down, up = len(model.input_blocks), len(model.output_blocks)
-    h = seen[down][1]  # of the middle
+    h = seen[down]  # of the middle
     for i in range(up):
-        source, out = seen[down + 1 + i]
-        torch.testing.assert_close(source, torch.cat([h, seen[down - 1 - i][1]], dim=1))
-        h = out
+        torch.testing.assert_close(normed[i], torch.cat([h, seen[down - 1 - i]], dim=1))
+        h = seen[down + 1 + i]
 
 
 def test_widths_are_rounded_down():
