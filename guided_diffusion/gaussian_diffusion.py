@@ -105,17 +105,27 @@ class GaussianDiffusion:
             for name, table in vars(self).items()
             if isinstance(table, np.ndarray) and table.dtype == np.float64
         }
+        times = torch.from_numpy(self.timestep_map)
+        scaled = times if time_scale == 1 else times * time_scale  # in float32, as torch does it
+        self._numbers["network_times"] = scaled.tolist()
+        self._tables: dict[tuple[torch.device, str], Tensor] = {}
 
     def _at(self, name: str, t: int | Tensor) -> Coefficient:
         """Read the table ``name`` in float32 at one step, or at a batch of steps (N,)."""
         if isinstance(t, int):
             return self._numbers[name][t]
-        return torch.tensor(self._numbers[name], device=t.device)[t][:, None, None, None]
+        return self._on(t.device, name)[t][:, None, None, None]
 
     def network_times(self, device: torch.device) -> Tensor:
         """Return what the network is told of each level: float32 or int64 (num_timesteps,)."""
-        times = torch.as_tensor(self.timestep_map, device=device)
-        return times if self.time_scale == 1 else times * self.time_scale
+        return self._on(device, "network_times")
+
+    def _on(self, device: torch.device, name: str) -> Tensor:
+        """Return a table in the memory of ``device``, to which it goes once."""
+        if (device, name) not in self._tables:
+            with torch.inference_mode(False):  # gradients may pass it later
+                self._tables[device, name] = torch.tensor(self._numbers[name], device=device)
+        return self._tables[device, name]
 
     # --- the chain -------------------------------------------------------------------------------
 

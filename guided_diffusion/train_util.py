@@ -156,8 +156,8 @@ def learning_rate(conf: TrainConf, step: int) -> float:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from torch's own generator as ``seed`` says, and leave it as it was."""
-    with torch.random.fork_rng():
+    """Draw on the CPU from torch's own generator as ``seed`` says, and leave it as it was."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
