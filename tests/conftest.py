@@ -1,13 +1,22 @@
-"""One thread a test: networks this small only wait for more, and files are tested side by side."""
+"""Tests run on the CPU, each on one thread: networks this small only wait for more."""
 
 import os
 import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # also in the programs that tests start
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs, but from ``-m gpu``: what the other tests expect was computed on a CPU."""
+    asked = config.getoption("markexpr").replace("not gpu", "").split()
+    if "gpu" not in asked:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also in the programs that tests start
+
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which programs inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -405,6 +405,27 @@ def test_an_error_of_the_network_itself_is_raised(network, recordings):
         run(X, T, Y)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and -m gpu")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "most"),
+    [("float32", 1e-4), ("tf32", 1e-2), ("float16", 1e-2), ("bfloat16", 5e-2)],
+)
+def test_a_gpu_computes_the_same(network, switches, precision, most, compiled):
+    gpu = torch.device("cuda", 0)
+    reference = network(X, T, Y)
+    fast_one = copy.deepcopy(network).to(gpu)
+    fast_one.convert_trunk(fast.set_arithmetic(precision, False, gpu))
+    fast.lay_out(fast_one, gpu)
+    run = fast.Accelerated(fast_one, fast_one, compiled=compiled, recorded=True)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for count in (2, 1, 2):  # recorded, filled up, replayed
+            output = run(*(tensor[:count].to(gpu) for tensor in (X, T, Y)))
+            assert relative(output.cpu(), reference[:count]) < most
+
+
 def test_the_batch_size_that_memory_allows(monkeypatch):
     """10 units of weights and 4 of activations for 2 images; 100 units in all, 20 of others."""
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 14)

@@ -99,7 +99,7 @@ def test_a_training_starts_from_another_ones_weights(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and -m gpu")
 def test_a_gpu_trains_compiled_in_bfloat16_and_goes_on(tmp_path):
     changes = {"device": "cuda", "precision": "bfloat16", "compile": True, "sample_interval": 3}
     conf = write_conf(tmp_path, **changes)
