@@ -19,7 +19,7 @@ from guided_diffusion.unet import AttentionBlock, Head, ResBlock, Trunk
 
 # Blocks of different shapes that are compiled, each once; PyTorch's own limit is for debugging.
 _MOST_SHAPES = 1024
-_CALLS_WORTH_IT = 1000  # of a network, after which compiling it has paid
+_CALLS_WORTH_IT = 1000  # of a network: a walk of fewer is not worth the wait for a compiler
 _WARM_UP_CALLS = 3  # before a CUDA graph is recorded, as its documentation asks
 
 
@@ -122,9 +122,9 @@ def keep_freed_memory() -> None:
 
 def is_compiled(compile: bool | str, device: torch.device, calls: int) -> bool:
     """Decide ``compile: auto``: on a GPU, where it takes seconds, for a walk of many ``calls``."""
-    return (
-        calls >= _CALLS_WORTH_IT and device.type == "cuda" if compile == "auto" else bool(compile)
-    )
+    if compile == "auto":
+        return device.type == "cuda" and calls >= _CALLS_WORTH_IT
+    return bool(compile)
 
 
 class CaptureError(Exception):
@@ -222,10 +222,11 @@ class CudaRecording:
                 self._output = function(*self._inputs)
         except Exception as error:
             torch.cuda.set_stream(current)  # torch stays on the recording's otherwise
-            cause = error.__context__ or error  # ending a broken recording fails too
-            if is_out_of_memory(cause):
-                raise cause from None
-            raise CaptureError(str(cause)) from error
+            first = error.__context__ or error  # ending a broken recording fails too
+            for cause in (first, error):
+                if is_out_of_memory(cause):
+                    raise cause from None
+            raise CaptureError(str(first)) from error
 
     def fits(self, *inputs: Tensor) -> bool:
         """Whether ``inputs`` have the shapes that were recorded."""

@@ -227,6 +227,8 @@ class Inpainter:
                 self.classifier.convert_trunk(torch.float16)
             self._gradient = self._accelerated(self._classifier_gradient, self.classifier)
         self._has_advised = False
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # loading is not what a batch takes
 
     def _accelerated(self, function: Callable[..., Tensor], network: Trunk) -> fast.Accelerated:
         calls = sum(later < t for t, later in pairwise(self.times))

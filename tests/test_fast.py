@@ -379,6 +379,29 @@ def test_a_recording_that_fails_leaves_the_network_as_it_is(
     assert run._is_compiled == compiled
 
 
+def test_full_memory_while_recording_is_told_as_such(network, recordings, monkeypatch):
+    @contextlib.contextmanager
+    def graph(_):
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError:
+            raise RuntimeError("the recording was invalidated")  # noqa: B904 - as torch does it
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    calls = []
+
+    def function(*inputs):
+        calls.append(1)
+        if len(calls) > fast._WARM_UP_CALLS:
+            raise torch.cuda.OutOfMemoryError
+        return network(*inputs)
+
+    run = fast.Accelerated(function, network, recorded=True)
+    with torch.inference_mode(), pytest.raises(torch.cuda.OutOfMemoryError):
+        run(X, T, Y)
+    assert run._is_recorded
+
+
 def test_after_full_memory_a_smaller_batch_is_not_filled_up(network, recordings):
     room = 2
 
