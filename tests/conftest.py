@@ -18,5 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also in the programs that tests start
 
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, which programs inherit.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+# In the background or under nohup the tests are made to ignore these, and programs that they start
+# would inherit it; a handler they do not inherit.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
