@@ -71,7 +71,7 @@ class GaussianDiffusion:
         if not ((betas > 0) & (betas < 1)).all():
             raise ValueError("expected every beta between 0 and 1")
         self.learn_sigma, self.predict_xstart = learn_sigma, predict_xstart
-        self.clip_denoised, self.time_scale = clip_denoised, time_scale
+        self.clip_denoised = clip_denoised
         self.rescale_learned_sigmas, self.use_kl = rescale_learned_sigmas, use_kl
         self.num_timesteps = len(betas)
         self.timestep_map = np.asarray(

@@ -11,7 +11,6 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from guided_diffusion.gaussian_diffusion import (
     get_named_beta_schedule,
 )
 from guided_diffusion.respace import respaced_betas, space_timesteps
-from guided_diffusion.scheduler import get_schedule_jump
+from guided_diffusion.scheduler import count_steps, get_schedule_jump
 from guided_diffusion.unet import EncoderUNetModel, Trunk, TrunkConfig, UNetModel
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -231,7 +230,7 @@ class Inpainter:
             torch.cuda.reset_peak_memory_stats(self.device)  # loading is not what a batch takes
 
     def _accelerated(self, function: Callable[..., Tensor], network: Trunk) -> fast.Accelerated:
-        calls = sum(later < t for t, later in pairwise(self.times))
+        calls, _ = count_steps(self.times)
         compiled = fast.is_compiled(self.conf.compile, self.device, calls)
         fast.lay_out(network, self.device, at_once=compiled)
         recorded = self.device.type == "cuda" and self.conf.compile is not False
