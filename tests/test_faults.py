@@ -69,22 +69,25 @@ def here(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments_lose_nothing(tmp_path):
-    images = 60
+    images = 90
     options = write_run(tmp_path, images, schedule_jump_params=LONG)
-    assert run_apart(tmp_path, *options, "--out", "whole").status == 0
+    whole = run_apart(tmp_path, *options, "--out", "whole")
+    assert whole.status == 0
+    image_seconds = float(re.search(r"([\d.]+) s an image", whole.out)[1])
     record = tmp_path / LOG / "run.yml"
-    moments, known, kills = random.Random(0), {}, 0
-    while kills < 30:
+    moments, known, start_seconds = random.Random(0), {}, 0
+    for kill in range(30):
         before = record.stat().st_mtime_ns if record.exists() else 0
+        began = time.perf_counter()
         process = start(tmp_path, *options, "--resume")
-        if kills % 5:  # most of them while results are made, some while the program starts
-            wait_for(lambda b=before: record.exists() and record.stat().st_mtime_ns != b)
-            time.sleep(moments.uniform(0, 0.5))
+        if kill % 5 == 4:  # some while the program starts, most while results are made
+            time.sleep(moments.uniform(0, start_seconds))
         else:
-            time.sleep(moments.uniform(0, 3))
+            wait_for(lambda b=before: record.exists() and record.stat().st_mtime_ns != b)
+            start_seconds = time.perf_counter() - began
+            time.sleep(moments.uniform(0, 3 * image_seconds))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "there were too few images for thirty kills"
-        kills += 1
         now = finished(tmp_path)
         assert known.items() <= now.items()  # nothing finished was touched again
         known = now
@@ -236,7 +239,6 @@ def test_a_process_that_dies_costs_only_what_it_was_at(here, tmp_path, rank):
     assert process.returncode != 0
     known = finished(tmp_path)
     assert 2 <= len(known) < 8
-    assert leftovers(tmp_path) == [] or rank == 0
     assert "finished earlier" not in out
     if rank == 1:  # the main process was asked to end, and says so
         assert f"interrupted: {len(known)} of 8 results are in log/run; go on with: the sa" in err
