@@ -5,6 +5,7 @@ wrong with it is told in one line.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -274,3 +275,28 @@ def check_beginning(path: str | os.PathLike) -> bool:
     if not is_zip and not beginning.startswith(b"\x80"):
         raise UserError("is not a checkpoint saved by torch", path=path)
     return is_zip
+
+
+def file_mappings() -> list[range]:
+    """Return the addresses where this process has files mapped; none where no one can tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    mappings = []
+    for line in lines:
+        addresses, _, _, _, inode, *_ = line.split()
+        if inode != "0":
+            mappings.append(range(*(int(address, 16) for address in addresses.split("-"))))
+    return mappings
+
+
+def forget_pages(tensor: torch.Tensor, mapped: list[range]) -> None:
+    """Give memory back if it is ``mapped``; who reads the tensor again reads the file again."""
+    if not any(tensor.data_ptr() in addresses for addresses in mapped):
+        return
+    page, dont_need = os.sysconf("SC_PAGE_SIZE"), 4  # the latter's name is in sys/mman.h
+    start = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.nbytes) // page * page
+    if start < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), dont_need)

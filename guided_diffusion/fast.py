@@ -8,12 +8,11 @@ import ctypes
 import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from guided_diffusion.dist_util import is_out_of_memory
+from guided_diffusion.dist_util import file_mappings, forget_pages, is_out_of_memory
 from guided_diffusion.nn import UpConv2d
 from guided_diffusion.unet import AttentionBlock, Head, ResBlock, Trunk
 
@@ -52,7 +51,7 @@ def lay_out(network: Trunk, device: torch.device, *, at_once: bool = True) -> No
     if device.type == "cuda":
         network.to(memory_format=torch.channels_last)
         return
-    mapped = _file_mappings()
+    mapped = file_mappings()
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             if at_once:
@@ -77,31 +76,7 @@ def _lay_out_weights(conv: nn.Conv2d, mapped: list[range]) -> None:
         else:
             laid_out = weight.contiguous(memory_format=torch.channels_last)
             conv.weight = nn.Parameter(laid_out, requires_grad=weight.requires_grad)
-    if any(weight.data_ptr() in addresses for addresses in mapped):
-        _forget_pages(weight)
-
-
-def _file_mappings() -> list[range]:
-    """Return the addresses where this process has files mapped; none where no one can tell."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
-    mappings = []
-    for line in lines:
-        addresses, _, _, _, inode, *_ = line.split()
-        if inode != "0":
-            mappings.append(range(*(int(address, 16) for address in addresses.split("-"))))
-    return mappings
-
-
-def _forget_pages(tensor: Tensor) -> None:
-    """Give the memory of a mapped ``tensor`` back; who reads it again reads the file again."""
-    page, dont_need = os.sysconf("SC_PAGE_SIZE"), 4  # the latter's name is in sys/mman.h
-    start = -(-tensor.data_ptr() // page) * page
-    end = (tensor.data_ptr() + tensor.nbytes) // page * page
-    if start < end:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), dont_need)
+    forget_pages(weight, mapped)
 
 
 def keep_freed_memory() -> None:

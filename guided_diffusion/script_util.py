@@ -26,6 +26,7 @@ from guided_diffusion.conf import (
     ModelConf,
 )
 from guided_diffusion.dist_util import get_device, is_main, load_state_dict
+from guided_diffusion.fused import fuse_convolutions, fused_unet
 from guided_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
     Step,
@@ -176,13 +177,13 @@ def load_classifier(conf: InpaintConf, device: torch.device) -> EncoderUNetModel
 
 
 def _filled(path: str, model: nn.Module, state: Mapping[str, Tensor], device: torch.device) -> Any:
-    """Give an empty network its weights; half precision on disk becomes float32."""
+    """Give an empty network its weights; half precision on disk becomes float32, views whole."""
     for name, tensor in state.items():
         if not tensor.is_floating_point() or tensor.layout != torch.strided:
             raise UserError(
                 path=path, expected=f"{name} as plain floating-point numbers", got=tensor.dtype
             )
-    tensors = {name: tensor.to(device).float() for name, tensor in state.items()}
+    tensors = {name: tensor.to(device).float().contiguous() for name, tensor in state.items()}
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -218,13 +219,17 @@ class Inpainter:
         self.diffusion = create_gaussian_diffusion(conf)
         self.model = load_model(conf, self.device)
         self.model.convert_trunk(fast.set_arithmetic(conf.precision, conf.use_fp16, self.device))
-        self.network = self._accelerated(self.model, self.model)
+        may_fuse = self.device.type == "cpu" and conf.compile is not False
+        fused = fused_unet(self.model) if may_fuse else None
+        self.network = fused or self._accelerated(self.model, self.model)
         self.classifier = self._gradient = None
         if conf.guided:
             self.classifier = load_classifier(conf, self.device)
             if conf.classifier_use_fp16 and self.device.type == "cuda":
                 self.classifier.convert_trunk(torch.float16)
-            self._gradient = self._accelerated(self._classifier_gradient, self.classifier)
+            self._gradient = self._classifier_gradient
+            if not (may_fuse and fuse_convolutions(self.classifier)):
+                self._gradient = self._accelerated(self._classifier_gradient, self.classifier)
         self._has_advised = False
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # loading is not what a batch takes

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_diffusion import fast
+from guided_diffusion.dist_util import file_mappings
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, classifier_gradient
 from guided_diffusion.nn import UpConv2d
 from guided_diffusion.scheduler import get_schedule_jump
@@ -138,7 +139,7 @@ def test_weights_laid_out_leave_no_copy_in_memory(tmp_path):
     with torch.device("meta"):
         conv = nn.Conv2d(1024, 1024, 3)
     conv.weight = nn.Parameter(weight, requires_grad=False)
-    fast._lay_out_weights(conv, fast._file_mappings())
+    fast._lay_out_weights(conv, file_mappings())
 
     def resident():
         address, text = weight.data_ptr(), Path("/proc/self/smaps").read_text()

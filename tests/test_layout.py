@@ -10,9 +10,19 @@ FLOORS = [
     {"inpaint_util", "train_util"},
     {"inpaint_plan", "train_files", "train_report"},
     {"script_util"},
-    {"image_datasets", "image_writer", "fast"},
+    {"image_datasets", "image_writer", "fast", "fused"},
     {"unet"},
-    {"gaussian_diffusion", "masks", "dist_util", "resample", "respace", "scheduler", "nn", "conf"},
+    {
+        "gaussian_diffusion",
+        "masks",
+        "dist_util",
+        "resample",
+        "respace",
+        "scheduler",
+        "nn",
+        "conf",
+        "kernels",
+    },
     {"schema"},
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}

@@ -1,0 +1,241 @@
+"""The fused network computes what the network does, and steps aside where it cannot."""
+
+import copy
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from guided_diffusion import fused, kernels
+from guided_diffusion.conf import InpaintConf, load_conf
+from guided_diffusion.dist_util import file_mappings
+from guided_diffusion.gaussian_diffusion import classifier_gradient
+from guided_diffusion.script_util import Inpainter
+from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
+
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+import plain
+
+SMALL = TrunkConfig(16, 32, (1, 2), 1, (8,), num_heads=4, num_head_channels=16)
+ROOT = Path(__file__).parent.parent
+
+
+def randomised(network):
+    generator = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    return network.eval().requires_grad_(False)
+
+
+def unet(out_channels=6, num_classes=None, **changes):
+    cfg = TrunkConfig(**{**vars(SMALL), **changes})
+    return randomised(UNetModel(cfg, out_channels, num_classes))
+
+
+@pytest.fixture(autouse=True)
+def _compiler():
+    try:
+        kernels._compilers()
+    except kernels.KernelError as error:
+        pytest.skip(str(error))
+
+
+def built(network):
+    made = fused.fused_unet(network)
+    assert made is not None
+    return made
+
+
+def inputs(count, size=16):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 3, size, size, generator=generator), torch.randint(
+        0, 1000, (count,), generator=generator
+    )
+
+
+def exact(network, *arguments):
+    double = copy.deepcopy(network).double()
+    double.dtype = torch.float64
+    x, *others = arguments
+    return plain.unet(double, x.double(), *others)
+
+
+def relative(output, reference):
+    return ((output - reference).abs().max() / reference.abs().max()).item()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"out_channels": 3},
+        {"use_scale_shift_norm": False},
+        {"resblock_updown": False},
+        {"use_new_attention_order": True, "num_head_channels": 32},
+        {"channel_mult": (1, 2, 3), "num_res_blocks": 2, "attention_resolutions": (4, 8)},
+        {"num_heads": 2, "num_head_channels": -1, "num_heads_upsample": 8},
+        {"image_size": 20, "attention_resolutions": (10,)},
+        {"dropout": 0.5, "use_checkpoint": True},
+        {"num_res_blocks": 0, "channel_mult": (1, 2)},
+    ],
+)
+def test_every_kind_of_network(changes):
+    network = unet(**changes)
+    x, t = inputs(3, changes.get("image_size", 16))
+    with torch.inference_mode():
+        output = built(network)(x, t)
+    reference = exact(network, x, t)
+    assert output.shape == reference.shape
+    assert output.is_contiguous()
+    assert relative(output, reference) < 2e-5
+    assert relative(network(x, t), reference) < 2e-5
+
+
+def test_classes():
+    network = unet(num_classes=5)
+    x, t = inputs(3)
+    y = torch.tensor([4, 0, 2])
+    run = built(network)
+    for times in (t, t[:1].expand(3)):
+        assert relative(run(x, times, y), exact(network, x, times, y)) < 2e-5
+
+
+def test_a_batch_at_one_time_computes_each_image_alone():
+    """That the embedding is computed once changes nothing, nor does the batch."""
+    network = unet()
+    run = built(network)
+    x, t = inputs(3)
+    together = run(x, t[:1].expand(3))
+    assert relative(together, exact(network, x, t[:1].expand(3))) < 2e-5
+    for i in range(3):
+        assert torch.equal(run(x[i : i + 1], t[:1])[0], together[i])
+
+
+def test_inputs_are_left_as_they_are():
+    run = built(unet())
+    x, t = inputs(2)
+    before = x.clone()
+    first = run(x, t)
+    assert torch.equal(x, before)
+    assert torch.equal(run(x, t), first)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_checkpoints_pages_go_as_weights_are_packed(tmp_path):
+    conv = nn.Conv2d(1024, 1024, 3, padding=1)
+    torch.save(conv.state_dict(), tmp_path / "conv.pt")  # 38 MB
+    state = torch.load(tmp_path / "conv.pt", mmap=True, weights_only=True)
+    conv.load_state_dict(state, assign=True)
+    conv.requires_grad_(False)
+    own = fused.Conv3x3(kernels.load(), conv, file_mappings())
+    expected = conv.weight.sum()  # reads all of it
+    resident = resident_pages(conv.weight)
+    own(torch.randn(1, 4, 4, 1024))
+    assert resident > 9000
+    assert resident_pages(conv.weight) < 100
+    assert conv.weight.sum() == expected
+
+
+def resident_pages(tensor):
+    """Return how many KiB of the mapping that holds ``tensor`` are in memory, over four."""
+    found = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0] and not line.split()[0].endswith(":"):
+            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+            found = start <= tensor.data_ptr() < end
+        elif found and line.startswith("Rss:"):
+            return int(line.split()[1]) // 4
+    raise LookupError("no such mapping")
+
+
+# ---- With a gradient -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
+@pytest.mark.parametrize("resblock_updown", [False, True])
+def test_a_classifiers_gradient(pool, resblock_updown):
+    cfg = dataclasses.replace(SMALL, resblock_updown=resblock_updown, num_head_channels=32)
+    classifier = randomised(EncoderUNetModel(cfg, 10, pool))
+    x, t = inputs(3)
+    y = torch.tensor([4, 0, 2])
+    before = classifier_gradient(classifier, y, 2.0)(x, t)
+    assert fused.fuse_convolutions(classifier)
+    with torch.inference_mode():
+        gradient = classifier_gradient(classifier, y, 2.0)(x, t)
+    assert not torch.equal(gradient, before)  # it did go another way
+    assert relative(gradient, before) < 1e-4
+
+
+# ---- Where it is used ----------------------------------------------------------------------------
+
+
+def inpainter(**changes):
+    conf = load_conf(ROOT / "confs/demo.yml", InpaintConf)
+    own = {"model_path": str(ROOT / conf.model_path), "device": "cpu"}
+    conf = dataclasses.replace(conf, **{**own, **changes})
+    return Inpainter(conf, [2, 1, 0, -1])
+
+
+def test_a_run_on_a_cpu_uses_it_unless_told_otherwise():
+    for compile in ("auto", True):
+        assert isinstance(inpainter(compile=compile).network, fused.FusedUNet)
+    assert not isinstance(inpainter(compile=False).network, fused.FusedUNet)
+    assert not isinstance(inpainter(precision="bfloat16").network, fused.FusedUNet)
+
+
+def test_the_shipped_model_is_as_exact_as_the_plain_port():
+    """On the model whose pictures people see; both compared with float64."""
+    fast, slow = inpainter(), inpainter(compile=False)
+    x, t = inputs(2, 64)
+    with torch.inference_mode():
+        reference = exact(slow.model, x, t)
+        errors = [(run(x, t) - reference).std() for run in (fast.network, slow.network)]
+    assert errors[0] < 8 * errors[1]
+
+
+def test_without_kernels_one_warning_and_the_network_itself(monkeypatch):
+    def fail():
+        raise kernels.KernelError("no C++ compiler found (g++)")
+
+    monkeypatch.setattr(fused, "load", fail)
+    with pytest.warns(UserWarning, match="going on without: no C\\+\\+ compiler") as caught:
+        network = inpainter().network
+    assert len(caught) == 1
+    assert not isinstance(network, fused.FusedUNet)
+
+
+def test_weights_that_are_views_in_the_checkpoint(tmp_path):
+    """They keep their strides on disk, and the kernels read memory."""
+    state = torch.load(ROOT / "data/pretrained/demo64.pt", weights_only=True)
+    x, t = inputs(1, 64)
+    outputs = []
+    for kind in ("whole", "views"):
+        own = {name: tensor.float() for name, tensor in state.items()}
+        if kind == "views":
+            own = {
+                name: torch.stack([tensor, tensor + 9], dim=-1)[..., 0]
+                for name, tensor in own.items()
+            }
+        torch.save(own, tmp_path / f"{kind}.pt")
+        network = inpainter(model_path=str(tmp_path / f"{kind}.pt")).network
+        assert isinstance(network, fused.FusedUNet)
+        outputs.append(network(x, t))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(("images", "times"), [(3, 2), (1, 3)])
+def test_as_many_times_as_images(images, times):
+    x, t = inputs(3)
+    with pytest.raises(ValueError, match="rows"):
+        built(unet())(x[:images], t[:times])
+
+
+def test_full_memory_is_told_as_such(monkeypatch):
+    """The batch is halved on it."""
+    run = inpainter()
+    monkeypatch.setattr(kernels.load()._library, "convolve", lambda *_: 1)
+    with pytest.raises(MemoryError):
+        run.network(*inputs(1, 64))
