@@ -1,20 +1,30 @@
-"""PREDICT on a CPU: the UNet's forward pass in fused kernels (kernels.cpp), for inference.
+"""PREDICT on a CPU, in fused kernels; and with them DENOISE, UNDO and the noise.
 
-Computes what ``UNetModel.forward`` does, to rounding. Feature maps are (N, H, W, C) here; ``emb``
-is the embedding after its SiLU, (1 or N, 4·model_channels).
+Computes what ``UNetModel.forward`` and ``GaussianDiffusion`` do, to rounding. Feature maps are
+(N, H, W, C) here; ``emb`` is the embedding after its SiLU, (1 or N, 4·model_channels).
 """
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from guided_diffusion.dist_util import file_mappings, forget_pages
-from guided_diffusion.kernels import Affine, KernelError, Kernels, Packed, load
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.kernels import (
+    Affine,
+    DenoiseSettings,
+    KernelError,
+    Kernels,
+    Packed,
+    load,
+)
 from guided_diffusion.nn import UpConv2d, downsample
 from guided_diffusion.unet import (
     AttentionBlock,
@@ -24,25 +34,18 @@ from guided_diffusion.unet import (
     Trunk,
     UNetModel,
     Upsample,
-    attend,
 )
 
 Layer = Callable[[list[Tensor], Tensor], Tensor]  # of one map or two joined ones, and ``emb``
 
 
-def fused_unet(model: UNetModel) -> "FusedUNet | None":
-    """Return ``model`` in fused kernels, or None where they do not serve.
-
-    They compute in float32. Warns where they cannot be built.
-    """
-    if model.dtype != torch.float32:
-        return None
+def load_kernels() -> Kernels | None:
+    """Return the kernels, or None, with a warning, where they cannot be built."""
     try:
-        kernels = load()
+        return load()
     except KernelError as error:
         warnings.warn(f"compile: no C++ kernels, going on without: {error}", stacklevel=3)
         return None
-    return FusedUNet(model, kernels)
 
 
 class Conv3x3:
@@ -81,11 +84,33 @@ class Conv3x3:
         return self._kernels.convolve([grad], self._transposed, bias)
 
 
+class Conv1x1:
+    """A convolution of single pixels, 1-D or 2-D, whose weights are packed at the first call."""
+
+    def __init__(self, kernels: Kernels, conv: nn.Conv1d | nn.Conv2d, mapped: list[range]) -> None:
+        self._kernels, self._conv, self._mapped = kernels, conv, mapped
+        self._weight: Packed | None = None
+
+    def __call__(
+        self, *maps: Tensor, affine: Affine | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """As ``Kernels.pointwise``."""
+        if self._weight is None:
+            weight = self._conv.weight
+            self._weight = self._kernels.pack_weights(weight.view(*weight.shape[:2], 1, 1))
+            forget_pages(weight, self._mapped)
+        return self._kernels.pointwise(
+            maps, self._weight, self._conv.bias, affine=affine, residual=residual
+        )
+
+
 class FusedResBlock:
     """``ResBlock`` of one map or two joined ones."""
 
     def __init__(self, kernels: Kernels, block: ResBlock, mapped: list[range]) -> None:
         self._kernels, self._block = kernels, block
+        skip = block.skip_connection
+        self._conv_skip = Conv1x1(kernels, skip, mapped) if isinstance(skip, nn.Conv2d) else None
         is_up, is_down = isinstance(block.in_layers[2], UpConv2d), block.resize is downsample
         self._resize = int(is_up) - int(is_down)
         self._conv_in = Conv3x3(kernels, block.in_layers[2], mapped)
@@ -107,13 +132,8 @@ class FusedResBlock:
 
     def _skip(self, maps: list[Tensor]) -> tuple[Tensor, bool]:
         """Return the other branch, and whether no one else needs it."""
-        skip = self._block.skip_connection
-        if isinstance(skip, nn.Conv2d):
-            weights = skip.weight[:, :, 0, 0].split([part.shape[3] for part in maps], dim=1)
-            out = skip.bias
-            for part, weight in zip(maps, weights, strict=True):
-                out = torch.addmm(out, part.flatten(0, 2), weight.t())
-            return out.unflatten(0, maps[0].shape[:3]), True
+        if self._conv_skip:
+            return self._conv_skip(*maps), True
         if self._resize < 0:
             return downsample(maps[0].permute(0, 3, 1, 2)).permute(0, 2, 3, 1), True
         if len(maps) == 1:
@@ -124,24 +144,23 @@ class FusedResBlock:
 class FusedAttention:
     """``AttentionBlock``."""
 
-    def __init__(self, kernels: Kernels, block: AttentionBlock) -> None:
+    def __init__(self, kernels: Kernels, block: AttentionBlock, mapped: list[range]) -> None:
         self._kernels, self._block = kernels, block
+        self._qkv = Conv1x1(kernels, block.qkv, mapped)
+        self._proj_out = Conv1x1(kernels, block.proj_out, mapped)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, H, W, C) → (N, H, W, C)."""
         block = self._block
-        scale, shift = self._kernels.group_norm([x], block.norm)
-        tokens = torch.addcmul(shift[:, None], x.flatten(1, 2), scale[:, None])  # (N, L, C)
-        qkv = F.linear(tokens, block.qkv.weight[:, :, 0], block.qkv.bias)  # (N, L, 3·C)
-        h = attend(qkv.transpose(1, 2), block.num_heads, block.new_order).transpose(1, 2)
-        h = F.linear(h, block.proj_out.weight[:, :, 0], block.proj_out.bias)
-        return h.add_(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+        qkv = self._qkv(x, affine=self._kernels.group_norm([x], block.norm))  # (N, H, W, 3·C)
+        h = self._kernels.attend(qkv, block.num_heads, block.new_order)
+        return self._proj_out(h, residual=x)
 
 
 class FusedUNet:
-    """``model`` in inference on a CPU; its parameters may not change from here on."""
+    """``model`` in inference on a CPU, float32; its parameters may not change from here on."""
 
-    def __init__(self, model: UNetModel, kernels: Kernels) -> None:
+    def __init__(self, kernels: Kernels, model: UNetModel) -> None:
         self._model, self._kernels = model, kernels
         self._mapped = file_mappings()
         self._input_blocks = [self._fused(block) for block in model.input_blocks[1:]]
@@ -177,7 +196,7 @@ class FusedUNet:
         if isinstance(layer, ResBlock):
             return FusedResBlock(self._kernels, layer, self._mapped)
         if isinstance(layer, AttentionBlock):
-            attention = FusedAttention(self._kernels, layer)
+            attention = FusedAttention(self._kernels, layer, self._mapped)
             return lambda maps, emb: attention(*maps)
         if isinstance(layer, Upsample):
             conv = Conv3x3(self._kernels, layer.conv, self._mapped)
@@ -200,23 +219,17 @@ def _run(layers: list[Layer], maps: list[Tensor], emb: Tensor) -> Tensor:
 # ---- With a gradient -----------------------------------------------------------------------------
 
 
-def fuse_convolutions(network: Trunk) -> bool:
+def fuse_convolutions(kernels: Kernels, network: Trunk) -> None:
     """Let the kernels do the 3×3 convolutions of a network through which gradients pass.
 
     On a CPU, float32, gradients at its inputs only: its parameters may not change from here on.
-    Returns False, with nothing changed, where the kernels cannot be built.
     """
-    try:
-        kernels = load()
-    except KernelError:
-        return False  # told by fused_unet
     network.memory_format = torch.channels_last
     mapped = file_mappings()
     for conv in network.modules():
         is_conv = isinstance(conv, nn.Conv2d) and conv.in_channels > 3  # the picture's are too few
         if is_conv and (conv.kernel_size, conv.stride) == ((3, 3), (1, 1)):
             conv.forward = partial(_convolve, Conv3x3(kernels, conv, mapped))
-    return True
 
 
 def _convolve(conv: Conv3x3, x: Tensor) -> Tensor:
@@ -237,3 +250,82 @@ class _Convolution(torch.autograd.Function):
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
+
+
+# ---- The sampler ---------------------------------------------------------------------------------
+
+
+class FusedDiffusion(GaussianDiffusion):
+    """``GaussianDiffusion`` whose steps pass over memory once, for inference on a CPU."""
+
+    def __init__(
+        self, kernels: Kernels, betas: np.ndarray, timestep_map: list[int], **options: Any
+    ) -> None:
+        super().__init__(betas, timestep_map, **options)
+        self._kernels = kernels
+        self._settings = [self._settings_at(t) for t in range(self.num_timesteps)]
+
+    def q_sample(self, x_start: Tensor, t: int, noise: Tensor) -> Tensor:
+        """As ``GaussianDiffusion.q_sample``, at one level."""
+        signal = self._at("sqrt_alphas_cumprod", t)
+        scale = self._at("sqrt_one_minus_alphas_cumprod", t)
+        return self._kernels.mix(signal, x_start, scale, noise)
+
+    def undo(self, x: Tensor, t: int, noise: Tensor) -> Tensor:
+        """As ``GaussianDiffusion.undo``."""
+        return self._kernels.mix(self._at("sqrt_alphas", t), x, self._at("sqrt_betas", t), noise)
+
+    def denoise(
+        self, output: Tensor, x: Tensor, t: int, noise: Tensor, gradient: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``GaussianDiffusion.denoise``."""
+        if gradient is not None:
+            return super().denoise(output, x, t, noise, gradient)
+        return self._kernels.denoise(output, x, noise if t else None, self._settings[t])
+
+    def _settings_at(self, t: int) -> DenoiseSettings:
+        if self.learn_sigma:
+            upper = self._at("log_betas", t)
+            lower = self._at("posterior_log_variance_clipped", t)
+        else:
+            upper = lower = self._at("fixed_large_log_variance", t)
+        return DenoiseSettings(
+            predict_xstart=self.predict_xstart,
+            clip=self.clip_denoised,
+            learn_sigma=self.learn_sigma,
+            from_x=self._at("sqrt_recip_alphas_cumprod", t),
+            from_eps=-self._at("sqrt_recipm1_alphas_cumprod", t),
+            mean_x_start=self._at("posterior_mean_coef1", t),
+            mean_x=self._at("posterior_mean_coef2", t),
+            sigma_slope=(upper - lower) / 4,
+            sigma_offset=(upper + lower) / 4,
+        )
+
+
+def fused_noise(
+    kernels: Kernels, generators: Sequence[torch.Generator], shape: Sequence[int]
+) -> Callable[[], Tensor] | None:
+    """Return a function that draws noise (N, ...), image k's as from ``generators[k]`` on a CPU.
+
+    Its numbers are those of ``Tensor.normal_``, to rounding; the generators stay as they are. None
+    where this version of torch draws others, or a picture has too few of them.
+    """
+    states = torch.stack([_mersenne_twister(generator) for generator in generators])
+    twin = torch.Generator()
+    twin.set_state(generators[0].get_state())
+    expected = torch.empty(16).normal_(generator=twin)
+    own = kernels.draw_normal(states[:1].clone(), torch.empty(1, 16))
+    if not torch.allclose(own[0], expected, rtol=0, atol=1e-5) or math.prod(shape[1:]) < 16:
+        return None
+    return lambda: kernels.draw_normal(states, torch.empty(shape))
+
+
+def _mersenne_twister(generator: torch.Generator) -> Tensor:
+    """Return a CPU generator's words and how many are used up, as ``Kernels.draw_normal`` has it.
+
+    The layout is that in which torch has kept the state in checkpoints since its first versions.
+    """
+    state = generator.get_state().numpy()
+    left, _, used, *_ = state[8:24].view(np.int32)
+    words = state[24 : 24 + 8 * 624].view(np.uint64).astype(np.uint32).view(np.int32)
+    return torch.from_numpy(np.append(words, np.int32(624 if left == 1 else used)))

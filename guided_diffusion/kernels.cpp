@@ -1,80 +1,32 @@
-// Fused 3x3 convolutions and group normalisation of channels-last float32 maps, for CPUs.
+// What a network computes on CPUs: convolutions, group normalisation and attention, fused.
 //
-// A map is (N, H, W, C) with channels contiguous; C is a multiple of LANES wherever it is read as
-// input. Convolutions use Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2016): a tile of
+// A map is float32 (N, H, W, C) with channels contiguous; C is a multiple of LANES wherever it is
+// read as input. Convolutions of 3x3 use Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2016): a tile of
 // 4x4 outputs takes 36 multiplications a pair of channels, where the definition takes 144. The
 // interpolation points 0, +-1/sqrt(2), +-sqrt(2) and infinity keep rounding errors small (Barabasz
 // et al. 2020). What comes before the convolution in a block (normalisation, SiLU, halving or
 // doubling, joining two maps) is applied as tiles are read, what comes after (bias, residual) as
-// they are written, so that a map passes memory once, and once before for its moments. Every output is computed in the same order
-// whatever the batch and the number of threads: results do not depend on either.
+// they are written, so that a map passes memory once, and once before for its moments. Every output
+// is computed in the same order whatever the batch and the number of threads: results do not depend
+// on either.
 
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
-enum { LANES = 16 };
-#elif defined(__AVX__)
-enum { LANES = 8 };
-#else
-enum { LANES = 4 };
-#endif
+#include "kernels.h"
+
 enum { ROWS = LANES == 16 ? 8 : 4, COLUMNS = 2 };  // of the product that registers hold
-enum { BLOCK = COLUMNS * LANES };                   // output channels computed together
+enum { BLOCK = COLUMNS * LANES };                  // output channels computed together
 enum { TILE = 4, PATCH = 6, POINTS = PATCH * PATCH, TAPS = 9 };
-enum { TILES = 16 };  // of a block, at most
-enum { PAD = 16 };    // floats between rows, as powers of two would share a cache set
-enum { DEPTH = 64 };  // input channels whose weights are transformed at a time
+enum { TILES = 16 };    // of a block, at most
+enum { PAD = 16 };      // floats between rows, as powers of two would share a cache set
+enum { DEPTH = 64 };    // input channels whose weights are transformed at a time
 enum { AHEAD = 16 };    // input channels whose weights are fetched early
-enum { CHUNK = 64 };  // pixels whose moments are taken together
+enum { CHUNK = 64 };    // pixels whose moments are taken together
+enum { PIXELS = 64 };   // of a pointwise convolution's block, at most
+enum { QUERIES = 32 };  // of attention's block, at most
 
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-static inline vec load(const float *p) { return *(const vec *)p; }
-static inline void store(float *p, vec v) { *(vec *)p = v; }
-static inline vec all(float value) { return value - (vec){}; }
-
-// The first ``count`` of LANES floats, of the others zero.
-static inline vec load_some(const float *p, int64_t count) {
-  if (count == LANES) return load(p);
-  vec v = {};
-  for (int64_t lane = 0; lane < count; lane++) v[lane] = p[lane];
-  return v;
-}
-
-static inline void store_some(float *p, vec v, int64_t count) {
-  if (count == LANES) return store(p, v);
-  for (int64_t lane = 0; lane < count; lane++) p[lane] = v[lane];
-}
-
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// e^x to about one unit in the last place, for x in [-87, 87].
-static inline vec exponential(vec x) {
-  const vec magic = all(12582912.0f);  // adding it rounds to a whole number
-  vec shifted = x * 1.44269504f + magic;
-  vec n = shifted - magic;
-  vec r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  vec p = all(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  ivec exponent = ((ivec)shifted - (ivec)magic + 127) << 23;
-  return p * (vec)exponent;
-}
-
-static inline vec silu(vec x) {
-  vec clamped = x < -87.0f ? all(-87.0f) : x;
-  clamped = clamped > 87.0f ? all(87.0f) : clamped;
-  return x / (1.0f + exponential(-clamped));
-}
+static inline vec silu(vec x) { return x / (1.0f + exponential(-x)); }
 
 static const float A = 0.70710678118654752f, B = 1.41421356237309505f;
 
@@ -160,20 +112,21 @@ int64_t packed_size(int64_t channels, int64_t out_channels, int64_t values) {
   return values * channels * ceil_div(out_channels, LANES) * LANES;
 }
 
-// weight (out_channels, channels, 3, 3) -> blocks of output channels, each (channels, 9, width) with
-// ``values`` 9, or transformed, (36, channels, width), with 36.
+// weight (out_channels, channels, 1, 1) or (out_channels, channels, 3, 3) -> blocks of output
+// channels, each (channels, width) with ``values`` 1, (channels, 9, width) with 9, or transformed,
+// (36, channels, width), with 36.
 void pack_weights(const float *weight, int64_t channels, int64_t out_channels, int64_t values,
                   float *packed, int64_t threads) {
-  int64_t padded = ceil_div(out_channels, LANES) * LANES;
+  int64_t padded = ceil_div(out_channels, LANES) * LANES, each = smaller(values, TAPS);
 #pragma omp parallel for collapse(2) num_threads(threads)
   for (int64_t first = 0; first < padded; first += BLOCK)
     for (int64_t c = 0; c < channels; c += LANES) {
       int64_t width = smaller(BLOCK, padded - first);
       float *out = packed + first * values * channels, own[LANES * TAPS * BLOCK];
-      float *taps = values == TAPS ? out + c * TAPS * width : own;
+      float *taps = values == POINTS ? own : out + c * each * width;
       for (int64_t o = 0; o < width; o++) {
-        const float *row = weight + ((first + o) * channels + c) * TAPS;
-        for (int64_t i = 0; i < LANES * TAPS; i++)
+        const float *row = weight + ((first + o) * channels + c) * each;
+        for (int64_t i = 0; i < LANES * each; i++)
           taps[i * width + o] = first + o < out_channels ? row[i] : 0.0f;
       }
       if (values == POINTS)
@@ -498,5 +451,193 @@ void group_norm(const Normalisation *given, int64_t threads) {
       }
     }
   }
+}
+struct Pointwise {
+  const float *x[2];   // one or two maps, joined along the channels
+  int64_t channels[2];
+  int64_t count, pixels;
+  const float *scale, *shift;  // (N, C) of scale x + shift; NULL: x as it is
+  const float *weight;         // packed, one value a pair of channels
+  const float *bias;           // (out_channels)
+  const float *residual;       // (N, pixels, out_channels) to add, or NULL; may be ``out``
+  float *out;                  // (N, pixels, out_channels)
+  int64_t out_channels;
+};
+}
+
+// Copies ``rows`` pixels of image n from ``first`` on, both maps side by side, ``stride`` apart.
+static void read_pixels(const Pointwise &conv, int64_t n, int64_t first, int64_t rows,
+                        int64_t stride, float *out) {
+  int64_t total = conv.channels[0] + conv.channels[1], before = 0;
+  for (int part = 0; part < 2; part++) {
+    int64_t channels = conv.channels[part];
+    const float *x = conv.x[part] + (n * conv.pixels + first) * channels;
+    const float *scale = conv.scale ? conv.scale + n * total + before : NULL;
+    const float *shift = conv.scale ? conv.shift + n * total + before : NULL;
+    for (int64_t row = 0; row < rows; row++, x += channels)
+      for (int64_t c = 0; c < channels; c += LANES) {
+        vec value = load(x + c);
+        if (scale) value = value * load(scale + c) + load(shift + c);
+        store(out + row * stride + before + c, value);
+      }
+    before += channels;
+  }
+}
+
+extern "C" {
+
+// Returns 0, or 1 where memory ran out.
+int64_t pointwise(const Pointwise *given, int64_t threads) {
+  const Pointwise conv = *given;
+  int64_t channels = conv.channels[0] + conv.channels[1], stride = channels + PAD;
+  int64_t padded = ceil_div(conv.out_channels, LANES) * LANES;
+  int64_t channel_blocks = ceil_div(padded, BLOCK);
+  int64_t across = ceil_div(conv.pixels, PIXELS), blocks = conv.count * across;
+  int64_t parts = blocks < 2 * threads ? smaller(channel_blocks, ceil_div(2 * threads, blocks)) : 1;
+  int64_t failed = 0;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(| : failed)
+  for (int64_t task = 0; task < blocks * parts; task++) {
+    float *x = scratch.floats(PIXELS * (stride + BLOCK));
+    if (!x) {
+      failed = 1;
+      continue;
+    }
+    float *m = x + PIXELS * stride;
+    int64_t part = task / blocks, n = task % blocks / across, first = task % across * PIXELS;
+    int64_t rows = smaller(PIXELS, conv.pixels - first);
+    read_pixels(conv, n, first, rows, stride, x);
+    for (int64_t own = part; own < channel_blocks; own += parts) {
+      int64_t channel = own * BLOCK, width = smaller(BLOCK, padded - channel);
+      const float *weight = conv.weight + channel * channels;
+      if (width == BLOCK)
+        products<COLUMNS>(x, stride, weight, channels, rows, m, false);
+      else
+        products<1>(x, stride, weight, channels, rows, m, false);
+      for (int64_t c = 0; c < width; c += LANES) {
+        int64_t at = channel + c, count = smaller(LANES, conv.out_channels - at);
+        vec bias = load_some(conv.bias + at, count);
+        for (int64_t row = 0; row < rows; row++) {
+          int64_t place = (n * conv.pixels + first + row) * conv.out_channels + at;
+          vec value = load(m + row * width + c) + bias;
+          if (conv.residual) value += load_some(conv.residual + place, count);
+          store_some(conv.out + place, value, count);
+        }
+      }
+    }
+  }
+  return failed;
+}
+
+struct Attention {
+  const float *qkv;  // (N, tokens, 3 heads width)
+  int64_t count, tokens, heads, width;
+  int64_t head_step, part_step;  // from one head to the next; from q to k and from k to v
+  float *packed;                 // ``attention_size`` floats of room to work in
+  float *out;                    // (N, tokens, heads width)
+};
+
+// Floats that a head's packed keys and values take.
+static int64_t packed_head(const Attention &a) {
+  int64_t keys = ceil_div(a.tokens, BLOCK) * BLOCK;
+  return keys * (a.width + ceil_div(a.width, BLOCK) * BLOCK);
+}
+
+int64_t attention_size(const Attention *a) { return a->count * a->heads * packed_head(*a); }
+}
+
+// Packs the keys of a head as blocks of BLOCK, each (width, BLOCK), and the values behind them as
+// blocks of BLOCK columns, each (tokens, BLOCK); zero where there are none.
+static void pack_head(const Attention &a, const float *keys, float *packed) {
+  int64_t row = 3 * a.heads * a.width, blocks = ceil_div(a.tokens, BLOCK);
+  for (int64_t block = 0; block < blocks; block++)
+    for (int64_t i = 0; i < BLOCK; i++) {
+      int64_t token = block * BLOCK + i;
+      for (int64_t k = 0; k < a.width; k++)
+        packed[(block * a.width + k) * BLOCK + i] = token < a.tokens ? keys[token * row + k] : 0;
+    }
+  packed += blocks * BLOCK * a.width;
+  const float *values = keys + a.part_step;
+  for (int64_t first = 0; first < a.width; first += BLOCK)
+    for (int64_t token = 0; token < a.tokens; token++, packed += BLOCK)
+      for (int64_t i = 0; i < BLOCK; i++)
+        packed[i] = first + i < a.width ? values[token * row + first + i] : 0;
+}
+
+// Turns the scores of a query, in blocks ``step`` apart, into their exponentials; returns their sum.
+static float exponentials(float *scores, int64_t step, int64_t tokens) {
+  vec largest = all(-3e38f);
+  for (int64_t first = 0; first < tokens; first += BLOCK) {
+    float *own = scores + first / BLOCK * step;
+    for (int64_t i = tokens - first; i < BLOCK; i++) own[i] = -3e38f;  // beyond the last
+    for (int64_t i = 0; i < BLOCK; i += LANES) {
+      vec score = load(own + i);
+      largest = score > largest ? score : largest;
+    }
+  }
+  float most = largest[0];
+  for (int lane = 1; lane < LANES; lane++) most = largest[lane] > most ? largest[lane] : most;
+  vec sum = {};
+  for (int64_t first = 0; first < tokens; first += BLOCK)
+    for (int64_t i = 0; i < BLOCK; i += LANES) {
+      float *own = scores + first / BLOCK * step + i;
+      vec value = exponential(load(own) - most);
+      store(own, value);
+      sum += value;
+    }
+  float total = 0;
+  for (int lane = 0; lane < LANES; lane++) total += sum[lane];
+  return total;
+}
+
+extern "C" {
+
+// Softmax attention over the tokens. Returns 0, or 1 where memory ran out.
+int64_t attend(const Attention *given, int64_t threads) {
+  const Attention a = *given;
+  int64_t row = 3 * a.heads * a.width, head_size = packed_head(a);
+  int64_t blocks = ceil_div(a.tokens, BLOCK), query_blocks = ceil_div(a.tokens, QUERIES);
+  float scale = (float)(1 / __builtin_sqrt((double)a.width));
+  int64_t failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+#pragma omp for
+    for (int64_t task = 0; task < a.count * a.heads; task++) {
+      const float *image = a.qkv + task / a.heads * a.tokens * row;
+      pack_head(a, image + task % a.heads * a.head_step + a.part_step, a.packed + task * head_size);
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < a.count * a.heads * query_blocks; task++) {
+      int64_t head = task / query_blocks, n = head / a.heads;
+      int64_t first = task % query_blocks * QUERIES, rows = smaller(QUERIES, a.tokens - first);
+      int64_t step = QUERIES * BLOCK + PAD, stride = a.width + PAD;
+      float *scores = scratch.floats(blocks * step + QUERIES * (BLOCK + stride));
+      if (!scores) {
+        failed = 1;
+        continue;
+      }
+      float *m = scores + blocks * step, *queries = m + QUERIES * BLOCK;
+      const float *q = a.qkv + (n * a.tokens + first) * row + head % a.heads * a.head_step;
+      for (int64_t i = 0; i < rows; i++)
+        for (int64_t k = 0; k < a.width; k++) queries[i * stride + k] = q[i * row + k] * scale;
+      const float *keys = a.packed + head * head_size, *values = keys + blocks * BLOCK * a.width;
+      for (int64_t block = 0; block < blocks; block++)
+        products<COLUMNS>(queries, stride, keys + block * BLOCK * a.width, a.width, rows,
+                          scores + block * step, false);
+      float rescale[QUERIES];
+      for (int64_t i = 0; i < rows; i++)
+        rescale[i] = 1 / exponentials(scores + i * BLOCK, step, a.tokens);
+      float *out = a.out + ((n * a.tokens + first) * a.heads + head % a.heads) * a.width;
+      for (int64_t c = 0; c < a.width; c += BLOCK, values += a.tokens * BLOCK) {
+        for (int64_t block = 0; block < blocks; block++)
+          products<COLUMNS>(scores + block * step, BLOCK, values + block * BLOCK * BLOCK,
+                            smaller(BLOCK, a.tokens - block * BLOCK), rows, m, block > 0);
+        int64_t width = smaller(BLOCK, a.width - c);
+        for (int64_t i = 0; i < rows; i++)
+          for (int64_t k = 0; k < width; k++)
+            out[i * a.heads * a.width + c + k] = m[i * BLOCK + k] * rescale[i];
+      }
+    }
+  }
+  return failed;
 }
 }

@@ -1,7 +1,8 @@
-"""The C++ kernels of kernels.cpp for CPUs: built on the machine that runs them, given tensors.
+"""The C++ kernels for CPUs: built on the machine that runs them, given tensors.
 
-Feature maps are (N, H, W, C), float32 and contiguous, with C a multiple of 16. What does not have
-the type, shape or layout that a kernel reads is a ValueError.
+kernels.cpp is the network's part, sampler.cpp the loop's. Feature maps are (N, H, W, C), float32
+and contiguous, with C a multiple of 16. What does not have the type, shape or layout that a kernel
+reads is a ValueError.
 """
 
 import contextlib
@@ -16,17 +17,19 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from ctypes import c_double, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int64, c_void_p
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fPIC"]
+_FOLDER = Path(__file__).parent
+_SOURCES = ("kernels.cpp", "sampler.cpp", "kernels.h")  # the last is a part of the others
+_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-math-errno"]
 _COMPILERS = ("g++", "clang++", "c++")
 _TAPS, _POINTS = 9, 36  # values a pair of channels in packed weights, without and with transform
+_WORDS = 624  # of a generator's state, behind which comes the number of those that are used up
 _FEW_WEIGHTS = 9 * 256 * 512  # at most this many are transformed beforehand
 _CACHE = os.path.expanduser("~/.cache/repaint")  # noqa: PTH111 - pathlib's fails without a home
 _VECTOR = 16  # channels, of the widest instructions
@@ -79,11 +82,63 @@ class _Normalisation(ctypes.Structure):
     )
 
 
+class _Pointwise(ctypes.Structure):
+    _fields_ = (
+        ("x", c_void_p * 2),
+        ("channels", c_int64 * 2),
+        ("count", c_int64),
+        ("pixels", c_int64),
+        ("scale", c_void_p),
+        ("shift", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("residual", c_void_p),
+        ("out", c_void_p),
+        ("out_channels", c_int64),
+    )
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        ("qkv", c_void_p),
+        ("count", c_int64),
+        ("tokens", c_int64),
+        ("heads", c_int64),
+        ("width", c_int64),
+        ("head_step", c_int64),
+        ("part_step", c_int64),
+        ("packed", c_void_p),
+        ("out", c_void_p),
+    )
+
+
+class _Denoising(ctypes.Structure):
+    _fields_ = (
+        ("output", c_void_p),
+        ("x", c_void_p),
+        ("noise", c_void_p),
+        ("x_start", c_void_p),
+        ("out", c_void_p),
+        ("count", c_int64),
+        ("size", c_int64),
+        ("output_size", c_int64),
+        ("predict_xstart", c_int64),
+        ("clip", c_int64),
+        ("learn_sigma", c_int64),
+        ("from_x", c_float),
+        ("from_eps", c_float),
+        ("mean_x_start", c_float),
+        ("mean_x", c_float),
+        ("sigma_slope", c_float),
+        ("sigma_offset", c_float),
+    )
+
+
 class Packed(NamedTuple):
-    """A convolution's weights as ``Kernels.convolve`` takes them."""
+    """A convolution's weights as ``Kernels.convolve`` and ``Kernels.pointwise`` take them."""
 
     weights: Tensor
-    values: int  # a pair of channels: 9, or 36 if transformed
+    values: int  # a pair of channels: 1 of 1×1; of 3×3 9, or 36 if transformed
     channels: int
     out_channels: int
 
@@ -93,24 +148,30 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        for name in ("packed_size", "chunks_of", "convolve"):
-            getattr(library, name).restype = c_int64
-        for name in ("pack_weights", "group_norm"):
-            getattr(library, name).restype = None
+        for name in (
+            *("packed_size", "chunks_of", "attention_size", "convolve", "pointwise", "attend"),
+            *("pack_weights", "group_norm", "draw_normal", "mix", "denoise"),
+        ):
+            getattr(library, name).restype = c_int64  # of those that return nothing it is not read
 
     def pack_weights(self, weight: Tensor) -> Packed:
-        """Pack a convolution's ``weight`` (out, C, 3, 3).
+        """Pack a convolution's ``weight`` (out, C, 3, 3), or (out, C, 1, 1) for ``pointwise``.
 
-        Small ones are transformed, which takes four times their memory; of large ones, which
+        Small ones of 3×3 are transformed, which takes four times their memory; of large ones, which
         belong to small maps, the transform waits for the call that reads them.
         """
         weight = weight.contiguous()
-        out_channels, channels = weight.shape[:2]
+        out_channels, channels, *sides = weight.shape
         _require_whole_vectors(channels)
-        values = _POINTS if weight.numel() <= _FEW_WEIGHTS else _TAPS
+        if sides == [3, 3]:
+            values = _POINTS if weight.numel() <= _FEW_WEIGHTS else _TAPS
+        elif sides == [1, 1]:
+            values = 1
+        else:
+            raise ValueError(f"no kernels for weights {tuple(weight.shape)}")
         sizes = c_int64(channels), c_int64(out_channels), c_int64(values)
         packed = torch.empty(self._library.packed_size(*sizes))
-        source = c_void_p(_pointer(weight, 9 * out_channels * channels))
+        source = c_void_p(_pointer(weight, weight.numel()))
         self._library.pack_weights(source, *sizes, c_void_p(packed.data_ptr()), _threads())
         return Packed(packed, values, channels, out_channels)
 
@@ -132,8 +193,7 @@ class Kernels:
         the size. The result may be written over it, as ``out``. Raises MemoryError.
         """
         x = _Maps(maps)
-        if x.total != weight.channels:
-            raise ValueError(f"{x.total} channels, and weights for {weight.channels}")
+        x.require(weight, (_TAPS, _POINTS))
         height, width = (
             side // 2 if resize < 0 else side << resize for side in (x.height, x.width)
         )
@@ -165,6 +225,67 @@ class Kernels:
         )
         if self._library.convolve(ctypes.byref(call), _threads()):
             raise MemoryError("out of memory in a convolution")
+        return out
+
+    def pointwise(
+        self,
+        maps: Sequence[Tensor],
+        weight: Packed,
+        bias: Tensor,
+        *,
+        affine: Affine | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Convolve one or two maps (N, H, W, C), joined, with 1×1: (N, H, W, out_channels).
+
+        ``bias`` is (out_channels). Before it, with ``affine``, comes scale · x + shift; after it
+        ``residual`` is added. Raises MemoryError.
+        """
+        x = _Maps(maps)
+        x.require(weight, (1,))
+        out = torch.empty(x.count, x.height, x.width, weight.out_channels)
+        scale, shift = affine or (None, None)
+        call = _Pointwise(
+            x=x.pointers,
+            channels=x.channels,
+            count=x.count,
+            pixels=x.height * x.width,
+            scale=_pointer(scale, x.count * x.total),
+            shift=_pointer(shift, x.count * x.total),
+            weight=weight.weights.data_ptr(),
+            bias=_pointer(bias, weight.out_channels),
+            residual=_pointer(residual, out.numel()),
+            out=out.data_ptr(),
+            out_channels=weight.out_channels,
+        )
+        if self._library.pointwise(ctypes.byref(call), _threads()):
+            raise MemoryError("out of memory in a convolution")
+        return out
+
+    def attend(self, qkv: Tensor, num_heads: int, new_order: bool) -> Tensor:
+        """Softmax attention over all positions: (N, H, W, 3·C) → (N, H, W, C).
+
+        The order of channels is that of ``unet.attend``. Raises MemoryError.
+        """
+        count, height, width, channels = qkv.shape
+        head_width = channels // 3 // num_heads
+        if head_width * 3 * num_heads != channels:
+            raise ValueError(f"{channels} channels are not q, k and v of {num_heads} heads")
+        out = torch.empty(count, height, width, channels // 3)
+        call = _Attention(
+            qkv=_pointer(qkv, 3 * out.numel()),
+            count=count,
+            tokens=height * width,
+            heads=num_heads,
+            width=head_width,
+            head_step=head_width if new_order else 3 * head_width,
+            part_step=channels // 3 if new_order else head_width,
+            out=out.data_ptr(),
+        )
+        packed = torch.empty(self._library.attention_size(ctypes.byref(call)))
+        call.packed = packed.data_ptr()
+        if self._library.attend(ctypes.byref(call), _threads()):
+            raise MemoryError("out of memory in attention")
         return out
 
     def group_norm(
@@ -205,6 +326,68 @@ class Kernels:
         self._library.group_norm(ctypes.byref(call), _threads())
         return scale, shift
 
+    def draw_normal(self, generators: Tensor, out: Tensor) -> Tensor:
+        """Fill ``out`` (N, ...) with the next numbers of ``generators``, which moves them on.
+
+        They are those of ``Tensor.normal_``, to rounding, for 16 numbers an image and more.
+        ``generators`` is int32 (N, 625): the words of each Mersenne Twister, and how many of them
+        are used up.
+        """
+        count, size = len(out), out[0].numel()
+        is_right = generators.shape == (count, _WORDS + 1) and generators.dtype is torch.int32
+        if not (is_right and generators.is_contiguous()):
+            raise _mismatch(generators, f"int32 ({count}, {_WORDS + 1}), contiguous")
+        if size < _VECTOR:
+            raise ValueError(f"{size} numbers an image are fewer than {_VECTOR}")
+        pointers = c_void_p(generators.data_ptr()), c_void_p(_pointer(out, out.numel()))
+        self._library.draw_normal(
+            pointers[0], c_int64(count), c_int64(size), pointers[1], _threads()
+        )
+        return out
+
+    def mix(self, a: float, x: Tensor, b: float, y: Tensor) -> Tensor:
+        """Return a · x + b · y."""
+        out, size = torch.empty_like(x), x.numel()
+        pointers = [c_void_p(_pointer(tensor, size)) for tensor in (x, y, out)]
+        self._library.mix(
+            c_float(a), pointers[0], c_float(b), *pointers[1:], c_int64(size), _threads()
+        )
+        return out
+
+    def denoise(
+        self, output: Tensor, x: Tensor, noise: Tensor | None, settings: "DenoiseSettings"
+    ) -> tuple[Tensor, Tensor]:
+        """Return x_{t-1} and x_0, each (N, 3, S, S), as ``GaussianDiffusion.denoise``."""
+        out, x_start, size = torch.empty_like(x), torch.empty_like(x), x.numel()
+        channels = 2 if settings.learn_sigma else 1
+        call = _Denoising(
+            output=_pointer(output, channels * size),
+            x=_pointer(x, size),
+            noise=_pointer(noise, size),
+            x_start=x_start.data_ptr(),
+            out=out.data_ptr(),
+            count=len(x),
+            size=size // len(x),
+            output_size=channels * (size // len(x)),
+            **settings._asdict(),
+        )
+        self._library.denoise(ctypes.byref(call), _threads())
+        return out, x_start
+
+
+class DenoiseSettings(NamedTuple):
+    """What ``Kernels.denoise`` computes at one level."""
+
+    predict_xstart: bool
+    clip: bool
+    learn_sigma: bool
+    from_x: float  # x_0 = from_x · x + from_eps · eps, unless predicted itself
+    from_eps: float
+    mean_x_start: float  # of x_{t-1}: mean_x_start · x_0 + mean_x · x
+    mean_x: float
+    sigma_slope: float  # ln sigma = slope · v + offset
+    sigma_offset: float
+
 
 def _threads() -> c_int64:
     return c_int64(torch.get_num_threads())
@@ -223,6 +406,12 @@ class _Maps:
             _pointer(part, pixels * width) for part, width in zip(maps, widths, strict=True)
         ]
         self.pointers, self.channels = (c_void_p * 2)(*pointers), (c_int64 * 2)(*widths)
+
+    def require(self, weight: Packed, values: Sequence[int]) -> None:
+        """Raise ValueError where the maps do not go with the weights."""
+        if self.total != weight.channels or weight.values not in values:
+            own = f"{weight.channels} channels, {weight.values} values a pair"
+            raise ValueError(f"{self.total} channels, and weights for {own}")
 
 
 def _require_whole_vectors(*widths: int) -> None:
@@ -323,19 +512,22 @@ def _fingerprint(compiler: list[str]) -> str:
     version = _run([*compiler, "--version"])
     parts = [*compiler, version, *_FLAGS, str(torch.__version__), platform.machine()]
     text = "\n".join([*parts, *sorted(processor)])
-    digest = hashlib.sha256(text.encode(errors="surrogateescape") + _SOURCE.read_bytes())
+    sources = b"".join((_FOLDER / name).read_bytes() for name in _SOURCES)
+    digest = hashlib.sha256(text.encode(errors="surrogateescape") + sources)
     return digest.hexdigest()[:16]
 
 
 def _build(compiler: list[str], library: Path) -> None:
     """Compile to a temporary name and rename: other processes may do the same at this moment."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        compiled, linked = f"{folder}/kernels.o", f"{folder}/kernels.so"
-        _run([*compiler, *_FLAGS, "-fopenmp", "-c", str(_SOURCE), "-o", compiled])
+        linked, compiled = f"{folder}/kernels.so", []
+        for source in (_FOLDER / name for name in _SOURCES if name.endswith(".cpp")):
+            compiled.append(f"{folder}/{source.stem}.o")
+            _run([*compiler, *_FLAGS, "-fopenmp", "-c", str(source), "-o", compiled[-1]])
         # First without OpenMP's own library, so that it is the one that torch has loaded already:
         # the threads of two would keep each other from the cores.
         for options in ([], ["-fopenmp"]):
-            _run([*compiler, "-shared", *options, compiled, "-o", linked])
+            _run([*compiler, "-shared", *options, *compiled, "-o", linked])
             try:
                 ctypes.CDLL(linked)
                 break

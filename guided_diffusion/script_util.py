@@ -11,6 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,13 @@ from guided_diffusion.conf import (
     ModelConf,
 )
 from guided_diffusion.dist_util import get_device, is_main, load_state_dict
-from guided_diffusion.fused import fuse_convolutions, fused_unet
+from guided_diffusion.fused import (
+    FusedDiffusion,
+    FusedUNet,
+    fuse_convolutions,
+    fused_noise,
+    load_kernels,
+)
 from guided_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
     Step,
@@ -85,14 +92,16 @@ def create_classifier(conf: InpaintConf) -> EncoderUNetModel:
 
 
 def create_gaussian_diffusion(
-    conf: ModelConf, key: str = "timestep_respacing"
+    conf: ModelConf,
+    key: str = "timestep_respacing",
+    kind: Callable[..., GaussianDiffusion] = GaussianDiffusion,
 ) -> GaussianDiffusion:
     """Build the chain of the steps that ``key`` keeps; raises UserError where it is impossible."""
     respacing = getattr(conf, key)
     betas = get_named_beta_schedule(conf.noise_schedule, conf.diffusion_steps)
     try:
         kept = space_timesteps(conf.diffusion_steps, respacing)
-        return GaussianDiffusion(
+        return kind(
             respaced_betas(betas, kept),
             kept,
             learn_sigma=conf.learn_sigma,
@@ -216,19 +225,25 @@ class Inpainter:
         if self.device.type == "cpu":
             fast.keep_freed_memory()
         torch.backends.cudnn.benchmark = True  # all calls have the same shapes
-        self.diffusion = create_gaussian_diffusion(conf)
+        is_fused = self.device.type == "cpu" and conf.compile is not False
+        self._kernels = kernels = load_kernels() if is_fused else None
+        kind = partial(FusedDiffusion, kernels) if kernels else GaussianDiffusion
+        self.diffusion = create_gaussian_diffusion(conf, kind=kind)
         self.model = load_model(conf, self.device)
         self.model.convert_trunk(fast.set_arithmetic(conf.precision, conf.use_fp16, self.device))
-        may_fuse = self.device.type == "cpu" and conf.compile is not False
-        fused = fused_unet(self.model) if may_fuse else None
-        self.network = fused or self._accelerated(self.model, self.model)
+        if kernels and self.model.dtype == torch.float32:
+            self.network = FusedUNet(kernels, self.model)
+        else:
+            self.network = self._accelerated(self.model, self.model)
         self.classifier = self._gradient = None
         if conf.guided:
             self.classifier = load_classifier(conf, self.device)
             if conf.classifier_use_fp16 and self.device.type == "cuda":
                 self.classifier.convert_trunk(torch.float16)
-            self._gradient = self._classifier_gradient
-            if not (may_fuse and fuse_convolutions(self.classifier)):
+            if kernels:
+                fuse_convolutions(kernels, self.classifier)
+                self._gradient = self._classifier_gradient
+            else:
                 self._gradient = self._accelerated(self._classifier_gradient, self.classifier)
         self._has_advised = False
         if self.device.type == "cuda":
@@ -275,12 +290,6 @@ class Inpainter:
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         y = self._labels(generators)
 
-        def draw_noise() -> Tensor:
-            noise = torch.empty(gt.shape, device=gt.device)
-            for own, generator in zip(noise.unbind(), generators, strict=True):
-                own.normal_(generator=generator)
-            return noise
-
         def model(x: Tensor, timesteps: Tensor) -> Tensor:
             return self.network(x, timesteps, *([y] if self.conf.class_cond else []))
 
@@ -292,7 +301,7 @@ class Inpainter:
             gt,
             gt_keep_mask,
             self.times,
-            draw_noise,
+            self.noise_source(generators, gt.shape),
             cond_fn=cond_fn if self.conf.guided else None,
             use_ddim=self.conf.use_ddim,
             inpa_inj_sched_prev=self.conf.inpa_inj_sched_prev,
@@ -302,6 +311,21 @@ class Inpainter:
         for step in walk:
             yield step
             self._advise(len(gt))
+
+    def noise_source(
+        self, generators: Sequence[torch.Generator], shape: Sequence[int]
+    ) -> Callable[[], Tensor]:
+        """Return a function that draws standard normal noise (N, 3, S, S), a generator an image."""
+        if self._kernels and (fused := fused_noise(self._kernels, generators, shape)):
+            return fused
+
+        def draw_noise() -> Tensor:
+            noise = torch.empty(shape, device=self.device)
+            for own, generator in zip(noise.unbind(), generators, strict=True):
+                own.normal_(generator=generator)
+            return noise
+
+        return draw_noise
 
     def _labels(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Return a class label (N,) for each image: ``cond_y``, or drawn."""

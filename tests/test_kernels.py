@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from guided_diffusion import kernels
+from guided_diffusion.unet import attend
 
 try:
     kernels._compilers()
@@ -266,6 +267,134 @@ def test_weights_in_another_order_in_memory(pack):
     assert torch.equal(*outputs)
 
 
+# ---- Pointwise convolutions, attention, noise, steps ---------------------------------------------
+
+
+def pointwise(maps, weight, bias, affine=None, residual=None):
+    """What ``pointwise`` is to compute, in float64."""
+    x = torch.cat(maps, dim=3).double()
+    if affine:
+        x = x * affine[0].double()[:, None, None] + affine[1].double()[:, None, None]
+    out = x @ weight[:, :, 0, 0].double().t() + bias.double()
+    return out if residual is None else out + residual.double()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 8), (9, 15), (16, 16)])
+@pytest.mark.parametrize("widths", [(32,), (32, 96)])
+@pytest.mark.parametrize("out", [3, 16, 48, 80])
+def test_a_pointwise_convolution(size, widths, out):
+    maps = [random(3, *size, width, seed=width) for width in widths]
+    weight, bias = random(out, sum(widths), 1, 1, seed=1), random(out, seed=4)
+    packed = KERNELS.pack_weights(weight)
+    for options in (
+        {},
+        {"affine": affine_of(3, sum(widths))},
+        {"residual": random(3, *size, out, seed=5)},
+        {"affine": affine_of(3, sum(widths)), "residual": random(3, *size, out, seed=5)},
+    ):
+        output = KERNELS.pointwise(maps, packed, bias, **options)
+        assert error(output, pointwise(maps, weight, bias, **options)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"maps": [random(2, 8, 8, 32).double()]},
+        {"maps": [random(2, 8, 8, 64)[..., ::2]]},
+        {"maps": [random(2, 8, 8, 48)]},
+        {"bias": random(32)},
+        {"bias": random(96)[::2]},
+        {"affine": (random(1, 32), random(2, 32))},
+        {"residual": random(2, 8, 8, 32)},
+        {"weight": KERNELS.pack_weights(random(48, 32, 3, 3))},
+    ],
+)
+def test_a_pointwise_convolution_that_does_not_fit_is_refused(changed):
+    packed = KERNELS.pack_weights(random(48, 32, 1, 1))
+    right = {"maps": [random(2, 8, 8, 32)], "weight": packed, "bias": random(48)}
+    assert KERNELS.pointwise(**right).shape == (2, 8, 8, 48)
+    with pytest.raises(ValueError, match=MISFIT):
+        KERNELS.pointwise(**{**right, **changed})
+    with pytest.raises(ValueError, match=MISFIT):
+        KERNELS.convolve([random(2, 8, 8, 32)], packed, random(1, 48))
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 2, 2), (48, 32, 5, 5), (48, 32, 3, 1)])
+def test_weights_of_other_sizes_are_refused(shape):
+    with pytest.raises(ValueError, match="no kernels for weights"):
+        KERNELS.pack_weights(random(*shape))
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (8, 8), (7, 11), (32, 32)])
+@pytest.mark.parametrize(("heads", "width"), [(1, 64), (4, 8), (3, 32), (2, 48), (5, 20)])
+def test_attention(new_order, size, heads, width):
+    qkv = random(2, *size, 3 * heads * width) * 2
+    output = KERNELS.attend(qkv, heads, new_order)
+    assert output.shape == (2, *size, heads * width)
+    reference = attend(qkv.double().flatten(1, 2).transpose(1, 2), heads, new_order).transpose(1, 2)
+    assert error(output.flatten(1, 2), reference) < 5e-6
+
+
+def test_attention_with_scores_that_overflow_unless_the_largest_is_taken_off():
+    qkv = random(1, 8, 8, 96) * 30
+    output = KERNELS.attend(qkv, 1, False)
+    reference = attend(qkv.double().flatten(1, 2).transpose(1, 2), 1, False).transpose(1, 2)
+    assert error(output.flatten(1, 2), reference) < 1e-4
+    qkv[0, 3, 4, 5] = float("nan")
+    assert not KERNELS.attend(qkv, 1, False)[0, 3, 4].isfinite().any()
+
+
+def test_attention_that_does_not_fit_is_refused():
+    for qkv, heads in ((random(1, 4, 4, 96), 5), (random(1, 4, 4, 32), 1)):
+        with pytest.raises(ValueError, match="are not q, k and v"):
+            KERNELS.attend(qkv, heads, False)
+    for qkv in (random(1, 4, 4, 192)[..., ::2], random(1, 4, 4, 96).double()):
+        with pytest.raises(ValueError, match=MISFIT):
+            KERNELS.attend(qkv, 1, False)
+
+
+def test_neither_batch_nor_threads_change_a_bit_of_attention_and_products():
+    qkv, before = random(3, 10, 10, 96), torch.get_num_threads()
+    packed, bias = KERNELS.pack_weights(random(96, 96, 1, 1)), random(96)
+    calls = (
+        lambda x: KERNELS.attend(x, 2, False),
+        lambda x: KERNELS.pointwise([x], packed, bias),
+    )
+    expected = [call(qkv) for call in calls]
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for call, all_of_them in zip(calls, expected, strict=True):
+                assert torch.equal(call(qkv), all_of_them)
+                assert torch.equal(call(qkv[1:2])[0], all_of_them[1])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_noise_and_steps_that_do_not_fit_are_refused():
+    states, out = torch.zeros(2, 625, dtype=torch.int32), torch.empty(2, 3, 8, 8)
+    KERNELS.draw_normal(states, out)
+    for own, other in (
+        (states[:1], out),
+        (states[:, :624], out),
+        (states.long(), out),
+        (states, torch.empty(2, 15)),
+        (states, out.double()),
+        (states, out.transpose(1, 2)),
+    ):
+        with pytest.raises(ValueError, match=r"expected|fewer than"):
+            KERNELS.draw_normal(own, other)
+    x = random(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=MISFIT):
+        KERNELS.mix(0.5, x, 0.5, x[:1])
+    settings = kernels.DenoiseSettings(False, True, True, *[0.5] * 6)
+    KERNELS.denoise(random(2, 6, 8, 8), x, x, settings)
+    for output, noise in ((random(2, 3, 8, 8), x), (random(2, 6, 8, 8), x[:1])):
+        with pytest.raises(ValueError, match=MISFIT):
+            KERNELS.denoise(output, x, noise, settings)
+
+
 @pytest.mark.skipif(not X86, reason="names levels of x86-64")
 @pytest.mark.parametrize("level", ["x86-64", "x86-64-v3"])
 def test_other_instruction_sets(level, monkeypatch, tmp_path):
@@ -283,6 +412,18 @@ def test_other_instruction_sets(level, monkeypatch, tmp_path):
         options = {"affine": affine, "resize": resize}
         output = other.convolve([x], other.pack_weights(weight), bias, **options)
         assert error(output, convolution([x], weight, bias, **options)) < 3e-6
+    weight = weight[:, :, :1, :1]
+    output = other.pointwise([x], other.pack_weights(weight), bias[0], affine=affine)
+    assert error(output, pointwise([x], weight, bias[0], affine)) < 2e-6
+    assert error(other.attend(x, 2, True), KERNELS.attend(x, 2, True)) < 3e-6
+    states = torch.arange(2 * 625, dtype=torch.int32).view(2, 625)
+    states[:, -1] = 600
+    drawn = [k.draw_normal(states.clone(), torch.empty(2, 3, 9, 9)) for k in (KERNELS, other)]
+    assert torch.allclose(*drawn, rtol=0, atol=2e-6)
+    settings = kernels.DenoiseSettings(False, True, True, *[0.5] * 6)
+    inputs = random(2, 6, 9, 9), random(2, 3, 9, 9), random(2, 3, 9, 9, seed=1)
+    stepped = [k.denoise(*inputs, settings)[0] for k in (KERNELS, other)]
+    assert torch.allclose(*stepped, rtol=1e-6, atol=1e-6)
 
 
 # ---- Building ------------------------------------------------------------------------------------
@@ -317,9 +458,10 @@ def test_what_it_depends_on_changes_its_name(build, monkeypatch, tmp_path, what)
     load, folder = build
     load()
     if what == "source":
-        changed = tmp_path / "kernels.cpp"
-        changed.write_bytes(kernels._SOURCE.read_bytes() + b"// another\n")
-        monkeypatch.setattr(kernels, "_SOURCE", changed)
+        for name in kernels._SOURCES:
+            text = (kernels._FOLDER / name).read_text()
+            (tmp_path / name).write_text(text + "// another\n" * name.endswith(".h"))
+        monkeypatch.setattr(kernels, "_FOLDER", tmp_path)
     elif what == "compiler":
         run = kernels._run
         monkeypatch.setattr(kernels, "_run", lambda c: run(c) + "2" * (c[-1] == "--version"))

@@ -220,36 +220,40 @@ class Benchmark:
     def _peak(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
-    def overhead(self, transitions: int = 300, rounds: int = 5) -> dict[str, float]:
+    def overhead(self, transitions: int = 300, rounds: int = 9) -> dict[str, float]:
         """Return µs a transition of each loop around a network that returns zeros.
 
-        ``noise`` is the part that both spend on drawing the same random numbers.
+        With the same random numbers, which each draws its own way; ``… noise`` is that part alone.
         """
+        inpainter = Inpainter(dataclasses.replace(self.conf, classifier_path=None), self.times)
         channels = 6 if self.conf.learn_sigma else 3
         zeros = self.x.new_zeros(self.batch, channels, *self.x.shape[2:])
         mask = (self.x > 0).float()
         times = self.times[: transitions + 1]
         generators = [torch.Generator(self.device).manual_seed(k) for k in range(self.batch)]
 
-        def draw_noise() -> Tensor:
+        def draw_plainly() -> Tensor:
             noise = torch.empty_like(self.x)
             for own, generator in zip(noise.unbind(), generators, strict=True):
                 own.normal_(generator=generator)
             return noise
 
+        draw = inpainter.noise_source(generators, self.x.shape)
+
         def network(x: Tensor, timesteps: Tensor) -> Tensor:
             return zeros
 
-        def draw_only() -> Iterable[Tensor]:
+        def draw_only(draw_noise: Callable[[], Tensor]) -> Iterable[Tensor]:
             for t, t_next in pairwise(times):
                 draw_noise()
                 yield draw_noise() if t_next < t else self.x
 
-        inputs = (network, self.x.clamp(-1, 1), mask, times, draw_noise)
+        inputs = (network, self.x.clamp(-1, 1), mask, times)
         loops: dict[str, Callable[[], Iterable]] = {
-            "plain": lambda: plain.repaint(self.diffusion, *inputs),
-            "ours": lambda: self.diffusion.repaint(*inputs),
-            "noise": draw_only,
+            "plain": lambda: plain.repaint(self.diffusion, *inputs, draw_plainly),
+            "ours": lambda: inpainter.diffusion.repaint(*inputs, draw),
+            "plain noise": lambda: draw_only(draw_plainly),
+            "our noise": lambda: draw_only(draw),
         }
         spent: dict[str, list[float]] = {name: [] for name in loops}
         for _ in range(rounds + 1):  # the first is warming up
