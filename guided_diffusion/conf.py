@@ -302,9 +302,9 @@ class InpaintConf(ModelConf):
     precision: str | None = key(None, "Arithmetic: tf32, float16 and bfloat16 are for GPUs, and "
                                 "less exact; absent: float32, with use_fp16 float16.",
                                 choices=("float32", "tf32", "float16", "bfloat16"))
-    compile: bool | str = key("auto", "Compile the network for the machine, which makes each call "
-                              "faster: on a CPU in a second, unless false; on a GPU it takes "
-                              "longer, and auto does it for 1,000 calls or more.",
+    compile: bool | str = key("auto", "How calls of the network are made fast: auto, by kernels of "
+                              "its own, built in seconds at the first run; true, on a GPU by "
+                              "torch.compile, which takes longer; false, not beyond PyTorch.",
                               choices=("auto", True, False))
     paste_known: bool = key(False, "Paste the known pixels unchanged into the result.")
     invert_mask: bool = key(False, "The masks are the other way round: white is to generate.")

@@ -1,12 +1,12 @@
-"""PREDICT on a CPU, in fused kernels; and with them DENOISE, UNDO and the noise.
+"""PREDICT in fused kernels, on CPUs and GPUs; on CPUs DENOISE, UNDO and the noise, too.
 
 Computes what ``UNetModel.forward`` and ``GaussianDiffusion`` do, to rounding. Feature maps are
-(N, H, W, C) here; ``emb`` is the embedding after its SiLU, (1 or N, 4·model_channels).
+(N, H, W, C) here; ``embs`` are what the residual blocks take of the embedding, in their order.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guided_diffusion.dist_util import file_mappings, forget_pages
+from guided_diffusion.dist_util import file_mappings, forget_pages, is_out_of_memory
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.gpu_kernels import GpuKernels
 from guided_diffusion.kernels import (
     Affine,
     DenoiseSettings,
@@ -32,15 +33,19 @@ from guided_diffusion.unet import (
     EmbedSequential,
     ResBlock,
     Trunk,
+    TrunkConfig,
     UNetModel,
     Upsample,
 )
 
-Layer = Callable[[list[Tensor], Tensor], Tensor]  # of one map or two joined ones, and ``emb``
+AnyKernels = Kernels | GpuKernels
+
+# Of one map or two joined ones, and of each residual block's (1 or N, out or 2·out).
+Layer = Callable[[list[Tensor], Iterator[Tensor]], Tensor]
 
 
 def load_kernels() -> Kernels | None:
-    """Return the kernels, or None, with a warning, where they cannot be built."""
+    """Return the CPU's kernels, or None, with a warning, where they cannot be built."""
     try:
         return load()
     except KernelError as error:
@@ -48,29 +53,71 @@ def load_kernels() -> Kernels | None:
         return None
 
 
+@torch.inference_mode()
+def load_gpu_kernels(device: torch.device, dtype: torch.dtype) -> GpuKernels | None:
+    """Return a GPU's kernels, or None, with a warning, where they do not compute as they should.
+
+    What is installed is tried on a small network whose trunk has the type ``dtype``.
+    """
+    cfg = TrunkConfig(
+        image_size=128, model_channels=64, channel_mult=(1, 2), num_res_blocks=1,
+        attention_resolutions=(), num_head_channels=64,
+    )  # fmt: skip
+    try:
+        kernels = GpuKernels()
+        error = _largest_error(kernels, cfg, device, dtype)
+        if not error < 0.05:
+            raise KernelError(f"a network's output was wrong by {error:.2g}")
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        text = f"compile: no Triton kernels, going on without: {lines[0][:200]}"
+        warnings.warn(text, stacklevel=3)
+        return None
+    return kernels
+
+
+def _largest_error(
+    kernels: GpuKernels, cfg: TrunkConfig, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Return by how much of the largest value a random network's output is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    model = UNetModel(cfg, 6)
+    for parameter in model.parameters():
+        spread = 1 / max(1, parameter[0].numel()) ** 0.5
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+    model.convert_trunk(dtype)
+    model.eval().to(device, memory_format=torch.channels_last)
+    model.memory_format = torch.channels_last
+    x = torch.randn(1, 3, cfg.image_size, cfg.image_size, generator=generator).to(device)
+    t = torch.full((1,), 500, device=device)
+    expected = model(x, t)
+    return ((FusedUNet(kernels, model)(x, t) - expected).abs().max() / expected.abs().max()).item()
+
+
 class Conv3x3:
     """A 3×3 convolution whose weights are packed at the first call."""
 
-    def __init__(self, kernels: Kernels, conv: nn.Conv2d, mapped: list[range]) -> None:
+    def __init__(self, kernels: AnyKernels, conv: nn.Conv2d, mapped: list[range]) -> None:
         self._kernels, self._conv, self._mapped = kernels, conv, mapped
-        self._weight: Packed | None = None
-        self._transposed: Packed | None = None  # the weights of ``gradient``
+        self._weight: Packed | Tensor | None = None
+        self._transposed: Packed | Tensor | None = None  # the weights of ``gradient``
 
     def __call__(
         self,
         *maps: Tensor,
         affine: Affine | None = None,
         resize: int = 0,
-        bias: Tensor | None = None,
+        has_bias: bool = True,
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """As ``Kernels.convolve``; ``bias`` (1 or N, out) comes on top of the convolution's own."""
+        """As ``Kernels.convolve``."""
         if self._weight is None:
             self._weight = self._kernels.pack_weights(self._conv.weight)
             forget_pages(self._conv.weight, self._mapped)
-        own = self._conv.bias[None]
-        bias = own if bias is None else own + bias
+        bias = self._conv.bias if has_bias else None
         options = {"affine": affine, "resize": resize, "residual": residual, "out": out}
         return self._kernels.convolve(maps, self._weight, bias, **options)
 
@@ -80,16 +127,17 @@ class Conv3x3:
         if self._transposed is None:
             self._transposed = self._kernels.pack_weights(weight.flip(2, 3).transpose(0, 1))
             forget_pages(weight, self._mapped)
-        bias = grad.new_zeros(1, weight.shape[1])
-        return self._kernels.convolve([grad], self._transposed, bias)
+        return self._kernels.convolve([grad], self._transposed)
 
 
 class Conv1x1:
     """A convolution of single pixels, 1-D or 2-D, whose weights are packed at the first call."""
 
-    def __init__(self, kernels: Kernels, conv: nn.Conv1d | nn.Conv2d, mapped: list[range]) -> None:
+    def __init__(
+        self, kernels: AnyKernels, conv: nn.Conv1d | nn.Conv2d, mapped: list[range]
+    ) -> None:
         self._kernels, self._conv, self._mapped = kernels, conv, mapped
-        self._weight: Packed | None = None
+        self._weight: Packed | Tensor | None = None
 
     def __call__(
         self, *maps: Tensor, affine: Affine | None = None, residual: Tensor | None = None
@@ -107,7 +155,7 @@ class Conv1x1:
 class FusedResBlock:
     """``ResBlock`` of one map or two joined ones."""
 
-    def __init__(self, kernels: Kernels, block: ResBlock, mapped: list[range]) -> None:
+    def __init__(self, kernels: AnyKernels, block: ResBlock, mapped: list[range]) -> None:
         self._kernels, self._block = kernels, block
         skip = block.skip_connection
         self._conv_skip = Conv1x1(kernels, skip, mapped) if isinstance(skip, nn.Conv2d) else None
@@ -116,17 +164,18 @@ class FusedResBlock:
         self._conv_in = Conv3x3(kernels, block.in_layers[2], mapped)
         self._conv_out = Conv3x3(kernels, block.out_layers[3], mapped)
 
-    def __call__(self, maps: list[Tensor], emb: Tensor) -> Tensor:
+    def __call__(self, maps: list[Tensor], embs: Iterator[Tensor]) -> Tensor:
         """One or two (N, H, W, C) → (N, H', W', out)."""
-        block = self._block
-        emb_out = block.emb_layers[1](emb)  # (1 or N, out or 2·out)
-        affine = self._kernels.group_norm(maps, block.in_layers[0])
+        block, group_norm = self._block, self._kernels.group_norm
+        affine = group_norm(maps, block.in_layers[0])
+        h = self._conv_in(*maps, affine=affine, resize=self._resize, has_bias=False)
+        bias = block.in_layers[2].bias[None]  # the normalisation adds it without a pass of its own
+        norm, emb_out = block.out_layers[0], next(embs)
         if block.use_scale_shift_norm:
-            h = self._conv_in(*maps, affine=affine, resize=self._resize)
-            affine = self._kernels.group_norm([h], block.out_layers[0], *emb_out.chunk(2, dim=1))
+            gain, offset = emb_out.chunk(2, dim=1)
+            affine = group_norm([h], norm, added=bias, gain=gain, offset=offset)
         else:
-            h = self._conv_in(*maps, affine=affine, resize=self._resize, bias=emb_out)
-            affine = self._kernels.group_norm([h], block.out_layers[0])
+            affine = group_norm([h], norm, added=bias + emb_out)
         residual, is_own = self._skip(maps)
         return self._conv_out(h, affine=affine, residual=residual, out=residual if is_own else None)
 
@@ -135,7 +184,7 @@ class FusedResBlock:
         if self._conv_skip:
             return self._conv_skip(*maps), True
         if self._resize < 0:
-            return downsample(maps[0].permute(0, 3, 1, 2)).permute(0, 2, 3, 1), True
+            return _channels_last(downsample(maps[0].permute(0, 3, 1, 2))), True
         if len(maps) == 1:
             return maps[0], False
         return torch.cat(maps, dim=3), True
@@ -144,7 +193,7 @@ class FusedResBlock:
 class FusedAttention:
     """``AttentionBlock``."""
 
-    def __init__(self, kernels: Kernels, block: AttentionBlock, mapped: list[range]) -> None:
+    def __init__(self, kernels: AnyKernels, block: AttentionBlock, mapped: list[range]) -> None:
         self._kernels, self._block = kernels, block
         self._qkv = Conv1x1(kernels, block.qkv, mapped)
         self._proj_out = Conv1x1(kernels, block.proj_out, mapped)
@@ -158,11 +207,13 @@ class FusedAttention:
 
 
 class FusedUNet:
-    """``model`` in inference on a CPU, float32; its parameters may not change from here on."""
+    """``model`` in inference, on a CPU in float32; its parameters may not change from here on."""
 
-    def __init__(self, kernels: Kernels, model: UNetModel) -> None:
+    def __init__(self, kernels: AnyKernels, model: UNetModel) -> None:
         self._model, self._kernels = model, kernels
         self._mapped = file_mappings()
+        self._projections: list[nn.Linear] = []  # of the embedding, a residual block's each
+        self._joined: tuple[Tensor, Tensor] | None = None  # their weights and biases
         self._input_blocks = [self._fused(block) for block in model.input_blocks[1:]]
         self._middle_block = self._fused(model.middle_block)
         self._output_blocks = [self._fused(block) for block in model.output_blocks]
@@ -176,33 +227,45 @@ class FusedUNet:
         emb = model.embed_time(timesteps)
         if model.label_emb is not None:
             emb = emb + model.label_emb(y)
-        emb = F.silu(emb)
-        h = model.input_blocks[0](x.contiguous(memory_format=torch.channels_last), emb)
-        h = _channels_last(h)
+        embs = self._project(F.silu(emb))
+        x = x.to(model.dtype, memory_format=torch.channels_last)
+        h = _channels_last(model.input_blocks[0](x, emb))
         skips = [h]
         for block in self._input_blocks:
-            h = _run(block, [h], emb)
+            h = _run(block, [h], embs)
             skips.append(h)
-        h = _run(self._middle_block, [h], emb)
+        h = _run(self._middle_block, [h], embs)
         for block in self._output_blocks:
-            h = _run(block, [h, skips.pop()], emb)
+            h = _run(block, [h, skips.pop()], embs)
         affine = self._kernels.group_norm([h], model.out[0])
         return self._conv_out(h, affine=affine).permute(0, 3, 1, 2).contiguous()
+
+    def _project(self, emb: Tensor) -> Iterator[Tensor]:
+        """Return the products of all residual blocks with the embedding, computed as one."""
+        sizes = [linear.out_features for linear in self._projections]
+        if self._joined is None:
+            weight = torch.cat([linear.weight for linear in self._projections])
+            bias = torch.cat([linear.bias for linear in self._projections])
+            self._joined = weight, bias
+            for linear, part in zip(self._projections, weight.split(sizes), strict=True):
+                linear.weight = nn.Parameter(part, requires_grad=False)  # no second copy
+        return iter(F.linear(emb, *self._joined).split(sizes, dim=1))
 
     def _fused(self, block: EmbedSequential) -> list[Layer]:
         return [self._fused_layer(layer) for layer in block]
 
     def _fused_layer(self, layer: nn.Module) -> Layer:
         if isinstance(layer, ResBlock):
+            self._projections.append(layer.emb_layers[1])
             return FusedResBlock(self._kernels, layer, self._mapped)
         if isinstance(layer, AttentionBlock):
             attention = FusedAttention(self._kernels, layer, self._mapped)
-            return lambda maps, emb: attention(*maps)
+            return lambda maps, embs: attention(*maps)
         if isinstance(layer, Upsample):
             conv = Conv3x3(self._kernels, layer.conv, self._mapped)
-            return lambda maps, emb: conv(*maps, resize=1)
+            return lambda maps, embs: conv(*maps, resize=1)
         if isinstance(layer, Downsample):
-            return lambda maps, emb: _downsampled(layer, *maps)
+            return lambda maps, embs: _downsampled(layer, *maps)
         raise TypeError(f"no kernels for {type(layer).__name__}")
 
 
@@ -210,9 +273,9 @@ def _downsampled(layer: Downsample, x: Tensor) -> Tensor:
     return _channels_last(layer(x.permute(0, 3, 1, 2)))
 
 
-def _run(layers: list[Layer], maps: list[Tensor], emb: Tensor) -> Tensor:
+def _run(layers: list[Layer], maps: list[Tensor], embs: Iterator[Tensor]) -> Tensor:
     for layer in layers:
-        maps = [layer(maps, emb)]
+        maps = [layer(maps, embs)]
     return maps[0]
 
 

@@ -42,7 +42,7 @@ from guided_diffusion.inpaint_plan import (
 from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import Inpainter
 
-_LOST_CHECK_INTERVAL = 64  # network calls between looks, each a synchronisation, at what is lost
+_LOST_CHECK_INTERVAL = 64  # network calls between looks at what is lost
 
 
 def build(plan: Plan) -> Inpainter:
@@ -129,6 +129,26 @@ class _Made:
     sample: np.ndarray  # uint8 (S, S, 3)
     lost_at: int  # the network call, counted from 1, after which it was not finite; 0 if it is
     frames: list[ProcessFrame]
+
+
+class _Peek:
+    """A flag on the device, read without waiting for it: late, or, on a CPU, at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        is_cuda = device.type == "cuda"
+        self._seen = torch.zeros((), dtype=torch.bool, pin_memory=is_cuda)
+        self._copied = torch.cuda.Event() if is_cuda else None
+
+    def __call__(self, flag: torch.Tensor) -> bool:
+        """Return what was last seen of the flag, and look again unless that is still under way."""
+        if self._copied is None:
+            return bool(flag)
+        if not self._copied.query():
+            return False
+        seen = bool(self._seen)
+        self._seen.copy_(flag, non_blocking=True)
+        self._copied.record()
+        return seen
 
 
 class _Worker:
@@ -262,7 +282,7 @@ class _Worker:
         gt = torch.stack([to_model_range(gt_u8) for _, gt_u8, _ in loaded]).to(device)
         mask = torch.stack([mask_to_tensor(mask_u8) for _, _, mask_u8 in loaded]).to(device)
         wanted = self._wanted_transitions()
-        x, pred, frames, call = gt, gt, [], 0
+        x, pred, frames, call, peek = gt, gt, [], 0, _Peek(device)
         lost_at = torch.zeros(len(loaded), dtype=torch.int64, device=device)
         steps = inpainter.steps(gt, mask, [job.seed for job, _, _ in loaded])
         with self._bar("network", len(self.times_called), "call", leave=False) as bar:
@@ -274,7 +294,7 @@ class _Worker:
                     is_lost = x.isfinite().flatten(1).all(dim=1).logical_not_()
                     lost_at.add_(is_lost & (lost_at == 0), alpha=call)  # waits for no device
                     bar.update()
-                    if call % _LOST_CHECK_INTERVAL == 0 and bool(lost_at.all()):
+                    if call % _LOST_CHECK_INTERVAL == 0 and peek(lost_at.all()):
                         break
                 if number in wanted:
                     frames.append((step.t, to_uint8(x), to_uint8(pred)))

@@ -142,8 +142,7 @@ struct Convolution {
   int64_t resize;                // 1: doubled, -1: halved before the convolution
   const float *weight;           // packed
   int64_t values;                // a pair of channels there: 9, or 36 if transformed
-  const float *bias;             // (N or 1, out_channels)
-  int64_t bias_stride;           // from one image to the next
+  const float *bias;             // (out_channels), or NULL
   const float *residual;         // (N, H', W', out_channels) to add, or NULL; may be ``out``
   int64_t residual_doubled;      // whether it is (N, H'/2, W'/2, out_channels)
   float *out;                    // (N, H', W', out_channels)
@@ -271,7 +270,7 @@ static void write_tile(const Convolution &conv, const Shape &s, const float *m, 
   const float *residual = conv.residual;
   if (residual) residual += n * (height >> doubled) * (width >> doubled) * channels + channel;
   float *out = conv.out + n * height * width * channels + channel;
-  const vec bias = load_some(conv.bias + n * conv.bias_stride + channel, count);
+  const vec bias = conv.bias ? load_some(conv.bias + channel, count) : (vec){};
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     vec y[4];
@@ -382,6 +381,8 @@ struct Normalisation {
   int64_t count, pixels, groups;
   const float *weight, *bias;  // (C)
   double eps;
+  const float *added;          // (N or 1, C) to add to the maps before, or NULL
+  int64_t added_stride;        // from one image to the next
   const float *gain, *offset;  // (N, C) for (1 + gain) norm(x) + offset, or NULL
   int64_t gain_stride;         // from one image to the next
   float *moments;              // (N, chunks, 2, C): room to work in
@@ -400,6 +401,7 @@ void group_norm(const Normalisation *given, int64_t threads) {
       int64_t n = task / chunks, first = task % chunks * CHUNK;
       int64_t pixels = smaller(CHUNK, norm.pixels - first);
       float *mean = norm.moments + task * 2 * channels, *squares = mean + channels;
+      int64_t before = 0;
       for (int part = 0; part < 2; part++) {
         int64_t own = norm.channels[part];
         if (!own) continue;
@@ -414,10 +416,11 @@ void group_norm(const Normalisation *given, int64_t threads) {
             sum2 += d * d;
           }
           vec average = sum * (1.0f / pixels);
-          store(mean + c, origin + average);
+          vec added = norm.added ? load(norm.added + n * norm.added_stride + before + c) : (vec){};
+          store(mean + c, origin + average + added);
           store(squares + c, sum2 - sum * average);
         }
-        mean += own, squares += own;
+        mean += own, squares += own, before += own;
       }
     }
 #pragma omp for
@@ -446,6 +449,7 @@ void group_norm(const Normalisation *given, int64_t threads) {
           scale *= gain;
           shift = shift * gain + norm.offset[n * norm.gain_stride + c];
         }
+        if (norm.added) shift += scale * norm.added[n * norm.added_stride + c];
         norm.scale[n * channels + c] = (float)scale;
         norm.shift[n * channels + c] = (float)shift;
       }

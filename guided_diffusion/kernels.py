@@ -55,7 +55,6 @@ class _Convolution(ctypes.Structure):
         ("weight", c_void_p),
         ("values", c_int64),
         ("bias", c_void_p),
-        ("bias_stride", c_int64),
         ("residual", c_void_p),
         ("residual_doubled", c_int64),
         ("out", c_void_p),
@@ -73,6 +72,8 @@ class _Normalisation(ctypes.Structure):
         ("weight", c_void_p),
         ("bias", c_void_p),
         ("eps", c_double),
+        ("added", c_void_p),
+        ("added_stride", c_int64),
         ("gain", c_void_p),
         ("offset", c_void_p),
         ("gain_stride", c_int64),
@@ -179,7 +180,7 @@ class Kernels:
         self,
         maps: Sequence[Tensor],
         weight: Packed,
-        bias: Tensor,
+        bias: Tensor | None = None,
         *,
         affine: Affine | None = None,
         resize: int = 0,
@@ -188,9 +189,9 @@ class Kernels:
     ) -> Tensor:
         """Convolve one or two maps (N, H, W, C), joined: (N, H', W', out_channels).
 
-        ``bias`` is (1 or N, out_channels). Before it, with ``affine``, comes SiLU(scale · x +
-        shift), then ``resize``: 1 doubles, -1 halves. ``residual`` is added, doubled if it has half
-        the size. The result may be written over it, as ``out``. Raises MemoryError.
+        ``bias`` is (out_channels). Before it, with ``affine``, comes SiLU(scale · x + shift), then
+        ``resize``: 1 doubles, -1 halves. ``residual`` is added, doubled if it has half the size.
+        The result may be written over it, as ``out``. Raises MemoryError.
         """
         x = _Maps(maps)
         x.require(weight, (_TAPS, _POINTS))
@@ -204,7 +205,6 @@ class Kernels:
             out = torch.empty(x.count, height, width, weight.out_channels)
         is_half = residual is not None and residual.shape[1] < height
         scale, shift = affine or (None, None)
-        bias_pointer, bias_stride = _rows(bias, x.count, weight.out_channels)
         call = _Convolution(
             x=x.pointers,
             channels=x.channels,
@@ -216,8 +216,7 @@ class Kernels:
             resize=resize,
             weight=weight.weights.data_ptr(),
             values=weight.values,
-            bias=bias_pointer,
-            bias_stride=bias_stride,
+            bias=_pointer(bias, weight.out_channels),
             residual=_pointer(residual, numbers // 4 if is_half else numbers),
             residual_doubled=is_half,
             out=_pointer(out, numbers),
@@ -292,17 +291,21 @@ class Kernels:
         self,
         maps: Sequence[Tensor],
         norm: nn.GroupNorm,
+        *,
+        added: Tensor | None = None,
         gain: Tensor | None = None,
         offset: Tensor | None = None,
     ) -> Affine:
         """Return scale and shift, each (N, C), with which the joined maps come out normalised.
 
-        With ``gain`` and ``offset``, each (1 or N, C), that is (1 + gain) · norm(x) + offset.
+        All of them: norm(x + added), or (1 + gain) · norm(x + added) + offset. ``added``, ``gain``
+        and ``offset`` are (1 or N, C).
         """
         x = _Maps(maps)
         chunks = self._library.chunks_of(c_int64(x.height * x.width))
         moments = torch.empty(x.count, chunks, 2, x.total)
         scale, shift = torch.empty(2, x.count, x.total).unbind()
+        added_pointer, added_stride = _rows(added, x.count, x.total)
         gain_pointer, gain_stride = _rows(gain, x.count, x.total)
         offset_pointer, offset_stride = _rows(offset, x.count, x.total)
         if offset_stride != gain_stride:
@@ -316,6 +319,8 @@ class Kernels:
             weight=_pointer(norm.weight, x.total),
             bias=_pointer(norm.bias, x.total),
             eps=norm.eps,
+            added=added_pointer,
+            added_stride=added_stride,
             gain=gain_pointer,
             offset=offset_pointer,
             gain_stride=gain_stride,

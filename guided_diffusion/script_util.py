@@ -32,6 +32,7 @@ from guided_diffusion.fused import (
     FusedUNet,
     fuse_convolutions,
     fused_noise,
+    load_gpu_kernels,
     load_kernels,
 )
 from guided_diffusion.gaussian_diffusion import (
@@ -226,28 +227,41 @@ class Inpainter:
             fast.keep_freed_memory()
         torch.backends.cudnn.benchmark = True  # all calls have the same shapes
         is_fused = self.device.type == "cpu" and conf.compile is not False
-        self._kernels = kernels = load_kernels() if is_fused else None
-        kind = partial(FusedDiffusion, kernels) if kernels else GaussianDiffusion
+        self._kernels = load_kernels() if is_fused else None
+        kind = partial(FusedDiffusion, self._kernels) if self._kernels else GaussianDiffusion
         self.diffusion = create_gaussian_diffusion(conf, kind=kind)
         self.model = load_model(conf, self.device)
         self.model.convert_trunk(fast.set_arithmetic(conf.precision, conf.use_fp16, self.device))
-        if kernels and self.model.dtype == torch.float32:
-            self.network = FusedUNet(kernels, self.model)
-        else:
-            self.network = self._accelerated(self.model, self.model)
-        self.classifier = self._gradient = None
+        self.network = self._fast_network()
+        self.classifier = self.gradient = None
         if conf.guided:
             self.classifier = load_classifier(conf, self.device)
-            if conf.classifier_use_fp16 and self.device.type == "cuda":
-                self.classifier.convert_trunk(torch.float16)
-            if kernels:
-                fuse_convolutions(kernels, self.classifier)
-                self._gradient = self._classifier_gradient
-            else:
-                self._gradient = self._accelerated(self._classifier_gradient, self.classifier)
+            self.classifier.convert_trunk(
+                fast.set_arithmetic(conf.precision, conf.classifier_use_fp16, self.device)
+            )
+            self.gradient = self._fast_gradient()
         self._has_advised = False
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # loading is not what a batch takes
+
+    def _fast_network(self) -> Callable[..., Tensor]:
+        """Return what computes ``self.model`` fastest on its device."""
+        if self.device.type == "cpu" and self._kernels and self.model.dtype == torch.float32:
+            return FusedUNet(self._kernels, self.model)
+        if self.device.type == "cuda" and self.conf.compile == "auto":
+            fast.lay_out(self.model, self.device)
+            kernels = load_gpu_kernels(self.device, self.model.dtype)
+            if kernels:
+                fused = FusedUNet(kernels, self.model)
+                return fast.Accelerated(fused, self.model, recorded=True)
+        return self._accelerated(self.model, self.model)
+
+    def _fast_gradient(self) -> Callable[..., Tensor]:
+        """Return what computes the classifier's gradient fastest."""
+        if self._kernels and self.classifier.dtype == torch.float32:
+            fuse_convolutions(self._kernels, self.classifier)
+            return self._classifier_gradient
+        return self._accelerated(self._classifier_gradient, self.classifier)
 
     def _accelerated(self, function: Callable[..., Tensor], network: Trunk) -> fast.Accelerated:
         calls, _ = count_steps(self.times)
@@ -294,7 +308,7 @@ class Inpainter:
             return self.network(x, timesteps, *([y] if self.conf.class_cond else []))
 
         def cond_fn(x: Tensor, timesteps: Tensor) -> Tensor:
-            return self._gradient(x, timesteps, y)
+            return self.gradient(x, timesteps, y)
 
         walk = self.diffusion.repaint(
             model,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import affine_of, convolution, error, pointwise, random
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,35 +28,6 @@ MISFIT = "expected float32|not a multiple of|and weights for|nothing is left|lie
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def convolution(maps, weight, bias, affine=None, resize=0, residual=None):
-    """What ``convolve`` is to compute, in float64; all of it (N, H, W, C)."""
-    x = torch.cat(maps, dim=3).double()
-    if affine:
-        x = F.silu(x * affine[0].double()[:, None, None] + affine[1].double()[:, None, None])
-    x = x.permute(0, 3, 1, 2)
-    if resize:
-        x = F.interpolate(x, scale_factor=2) if resize > 0 else F.avg_pool2d(x, 2)
-    out = F.conv2d(x, weight.double(), padding=1) + bias.double()[:, :, None, None]
-    if residual is not None:
-        added = residual.double().permute(0, 3, 1, 2)
-        out = out + (
-            F.interpolate(added, out.shape[2:]) if added.shape[2] < out.shape[2] else added
-        )
-    return out.permute(0, 2, 3, 1)
-
-
-def error(output, reference):
-    return ((output - reference).abs().max() / reference.abs().max()).item()
-
-
-def affine_of(count, channels):
-    return random(count, channels, seed=2).abs() + 0.5, random(count, channels, seed=3)
-
-
 @pytest.fixture(params=["transformed", "as they are"])
 def pack(request, monkeypatch):
     """Pack weights in one of the two ways."""
@@ -68,7 +40,7 @@ def pack(request, monkeypatch):
 @pytest.mark.parametrize(("count", "channels", "out"), [(1, 32, 6), (3, 64, 48), (5, 80, 32)])
 def test_a_convolution_of_any_size(pack, size, count, channels, out):
     x, weight = random(count, *size, channels), random(out, channels, 3, 3, seed=1)
-    bias = random(1, out, seed=4)
+    bias = random(out, seed=4)
     output = KERNELS.convolve([x], pack(weight), bias)
     assert output.shape == (count, *size, out)
     assert error(output, convolution([x], weight, bias)) < 3e-6
@@ -79,7 +51,7 @@ def test_a_convolution_of_any_size(pack, size, count, channels, out):
 @pytest.mark.parametrize("widths", [(32,), (32, 96)])
 def test_what_comes_before_and_after_it(pack, resize, has_affine, widths):
     maps = [random(2, 12, 20, width, seed=width) for width in widths]
-    weight, bias = random(32, sum(widths), 3, 3, seed=1), random(2, 32, seed=4)
+    weight, bias = random(32, sum(widths), 3, 3, seed=1), random(32, seed=4)
     options = {"affine": affine_of(2, sum(widths)) if has_affine else None, "resize": resize}
     plain = convolution(maps, weight, bias, **options)
     sizes = [plain.shape]
@@ -95,7 +67,7 @@ def test_what_comes_before_and_after_it(pack, resize, has_affine, widths):
 
 
 def test_the_result_may_take_the_residuals_place(pack):
-    x, weight, bias = random(2, 9, 9, 32), random(6, 32, 3, 3, seed=1), random(1, 6)
+    x, weight, bias = random(2, 9, 9, 32), random(6, 32, 3, 3, seed=1), random(6)
     residual = random(2, 9, 9, 6, seed=5)
     reference = KERNELS.convolve([x], pack(weight), bias, residual=residual)
     output = KERNELS.convolve([x], pack(weight), bias, residual=residual, out=residual)
@@ -104,7 +76,7 @@ def test_the_result_may_take_the_residuals_place(pack):
 
 
 def test_neither_batch_nor_threads_change_a_bit(pack):
-    x, weight, bias = random(5, 36, 36, 64), random(64, 64, 3, 3, seed=1), random(1, 64)
+    x, weight, bias = random(5, 36, 36, 64), random(64, 64, 3, 3, seed=1), random(64)
     affine, norm = affine_of(5, 64), nn.GroupNorm(32, 64)
     packed, before = pack(weight), torch.get_num_threads()
     expected = KERNELS.convolve([x], packed, bias, affine=affine)
@@ -125,7 +97,7 @@ def test_neither_batch_nor_threads_change_a_bit(pack):
 def test_rounding_is_that_of_float32(pack):
     """Beside PyTorch's own convolution, with many channels and weights of a network's size."""
     x, weight = F.silu(random(1, 32, 32, 256)), random(64, 256, 3, 3, seed=1) / 48
-    bias = torch.zeros(1, 64)
+    bias = torch.zeros(64)
     exact = convolution([x], weight, bias)
     own = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=1).permute(0, 2, 3, 1)
     output = KERNELS.convolve([x], pack(weight), bias)
@@ -137,7 +109,7 @@ def test_what_is_not_finite_stays_so(value):
     x, weight = random(2, 8, 8, 32), random(32, 32, 3, 3, seed=1)
     x[1, 2, 2, 5] = value
     packed = KERNELS.pack_weights(weight)
-    output = KERNELS.convolve([x], packed, torch.zeros(1, 32), affine=affine_of(2, 32))
+    output = KERNELS.convolve([x], packed, torch.zeros(32), affine=affine_of(2, 32))
     assert not output[1, 2, 2].isfinite().any()
     assert output[0].isfinite().all()
     scale, _ = KERNELS.group_norm([x], nn.GroupNorm(32, 32))
@@ -150,10 +122,10 @@ def test_silu_of_every_size(pack):
     weight = torch.zeros(16, 16, 3, 3)
     weight[:, :, 1, 1] = torch.eye(16)
     affine = torch.ones(1, 16), torch.zeros(1, 16)
-    output = KERNELS.convolve([x], pack(weight), torch.zeros(1, 16), affine=affine)
+    output = KERNELS.convolve([x], pack(weight), affine=affine)
     assert torch.allclose(output.double(), F.silu(x.double()), rtol=0, atol=2e-4)  # 1e-6 of 200
     small = x / 100
-    output = KERNELS.convolve([small], pack(weight), torch.zeros(1, 16), affine=affine)
+    output = KERNELS.convolve([small], pack(weight), affine=affine)
     assert torch.allclose(output.double(), F.silu(small.double()), rtol=0, atol=3e-6)
 
 
@@ -167,9 +139,7 @@ def test_the_exponential_is_exact_to_rounding():
     for channel in (0, 7):  # alone in its tile's sums, so that others' rounding does not reach it
         own = torch.zeros_like(maps)
         own[..., channel] = maps[..., channel]
-        output = KERNELS.convolve(
-            [own], KERNELS.pack_weights(weight), torch.zeros(1, 16), affine=affine
-        )
+        output = KERNELS.convolve([own], KERNELS.pack_weights(weight), affine=affine)
         expected = F.silu(own[..., channel].double())
         middle = output[0, :, 1, channel].double()
         assert ((middle - expected[0, :, 1]) / expected[0, :, 1]).abs().max() < 3e-5
@@ -185,14 +155,32 @@ def test_normalisation(size, widths):
         norm.bias.copy_(random(sum(widths), seed=6))
     x = torch.cat(maps, dim=3).permute(0, 3, 1, 2).double()
     reference = F.group_norm(x, 32, norm.weight.double(), norm.bias.double(), norm.eps)
-    gain, offset = random(3, sum(widths), seed=7), random(3, sum(widths), seed=8)
+    own = {name: random(3, sum(widths), seed=i) for i, name in enumerate(("gain", "offset"), 7)}
     for count, scaled in [(1, False), (1, True), (3, True)]:
-        condition = (gain[:count], offset[:count]) if scaled else ()
-        scale, shift = KERNELS.group_norm(maps, norm, *condition)
+        condition = {name: rows[:count] for name, rows in own.items()} if scaled else {}
+        scale, shift = KERNELS.group_norm(maps, norm, **condition)
         output = x * scale[:, :, None, None] + shift[:, :, None, None]
         expected = reference
         if scaled:
-            expected = (1 + gain[:count, :, None, None]) * expected + offset[:count, :, None, None]
+            gain, offset = (rows[:count, :, None, None] for rows in own.values())
+            expected = (1 + gain) * expected + offset
+        assert error(output, expected) < 3e-6
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("widths", [(64,), (32, 64)])
+def test_what_is_added_before_normalisation(count, widths):
+    maps = [random(3, 5, 9, width, seed=width) for width in widths]
+    norm, added = nn.GroupNorm(32, sum(widths)), random(count, sum(widths), seed=9) * 3
+    own = {name: random(3, sum(widths), seed=i) for i, name in enumerate(("gain", "offset"), 7)}
+    x = torch.cat(maps, dim=3).permute(0, 3, 1, 2).double()
+    expected = F.group_norm(x + added.double()[:, :, None, None], 32)
+    for condition in ({}, own):
+        scale, shift = KERNELS.group_norm(maps, norm, added=added, **condition)
+        output = x * scale[:, :, None, None] + shift[:, :, None, None]
+        if condition:
+            gain, offset = (rows[:, :, None, None] for rows in own.values())
+            expected = (1 + gain) * expected + offset
         assert error(output, expected) < 3e-6
 
 
@@ -226,10 +214,9 @@ def test_normalisation_of_a_map_with_one_huge_value():
         {"maps": [random(2, 8, 8, 48)]},
         {"maps": [random(0, 8, 8, 32)]},
         {"maps": [random(2, 1, 8, 32)], "resize": -1},
-        {"bias": random(3, 48)},
-        {"bias": random(1, 32)},
-        {"bias": random(1, 96)[:, ::2]},
-        {"bias": random(1, 48).half()},
+        {"bias": random(32)},
+        {"bias": random(96)[::2]},
+        {"bias": random(48).half()},
         {"affine": (random(1, 32), random(2, 32))},
         {"affine": (random(2, 1).expand(2, 32), random(2, 32))},
         {"residual": random(2, 8, 8, 32)},
@@ -240,7 +227,7 @@ def test_normalisation_of_a_map_with_one_huge_value():
 def test_what_does_not_fit_is_refused(changed):
     """It would read or write beyond a tensor's memory."""
     packed = KERNELS.pack_weights(random(48, 32, 3, 3))
-    right = {"maps": [random(2, 8, 8, 32)], "weight": packed, "bias": random(2, 48)}
+    right = {"maps": [random(2, 8, 8, 32)], "weight": packed, "bias": random(48)}
     assert KERNELS.convolve(**right).shape == (2, 8, 8, 48)
     with pytest.raises(ValueError, match=MISFIT):
         KERNELS.convolve(**{**right, **changed})
@@ -252,7 +239,10 @@ def test_a_normalisation_that_does_not_fit_is_refused():
     rows = random(3, 64)
     for gain in ((rows, rows), (rows[:2], rows[:1]), (rows[:2, ::2], rows[:2, ::2])):
         with pytest.raises(ValueError, match=MISFIT):
-            KERNELS.group_norm([x], norm, *gain)
+            KERNELS.group_norm([x], norm, gain=gain[0], offset=gain[1])
+    for added in (rows, rows[:1, :32], rows[:1].double()):
+        with pytest.raises(ValueError, match=MISFIT):
+            KERNELS.group_norm([x], norm, added=added)
     with pytest.raises(ValueError, match=MISFIT):
         KERNELS.group_norm([x], nn.GroupNorm(32, 32))
     norm.weight = nn.Parameter(torch.ones(1).expand(64), requires_grad=False)
@@ -261,22 +251,13 @@ def test_a_normalisation_that_does_not_fit_is_refused():
 
 
 def test_weights_in_another_order_in_memory(pack):
-    weight, x, bias = random(32, 64, 3, 3), random(1, 8, 8, 64), torch.zeros(1, 32)
+    weight, x, bias = random(32, 64, 3, 3), random(1, 8, 8, 64), torch.zeros(32)
     turned = weight.contiguous(memory_format=torch.channels_last)
     outputs = [KERNELS.convolve([x], pack(w), bias) for w in (weight, turned)]
     assert torch.equal(*outputs)
 
 
 # ---- Pointwise convolutions, attention, noise, steps ---------------------------------------------
-
-
-def pointwise(maps, weight, bias, affine=None, residual=None):
-    """What ``pointwise`` is to compute, in float64."""
-    x = torch.cat(maps, dim=3).double()
-    if affine:
-        x = x * affine[0].double()[:, None, None] + affine[1].double()[:, None, None]
-    out = x @ weight[:, :, 0, 0].double().t() + bias.double()
-    return out if residual is None else out + residual.double()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 8), (9, 15), (16, 16)])
@@ -316,7 +297,7 @@ def test_a_pointwise_convolution_that_does_not_fit_is_refused(changed):
     with pytest.raises(ValueError, match=MISFIT):
         KERNELS.pointwise(**{**right, **changed})
     with pytest.raises(ValueError, match=MISFIT):
-        KERNELS.convolve([random(2, 8, 8, 32)], packed, random(1, 48))
+        KERNELS.convolve([random(2, 8, 8, 32)], packed, random(48))
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 2, 2), (48, 32, 5, 5), (48, 32, 3, 1)])
@@ -402,7 +383,7 @@ def test_other_instruction_sets(level, monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "_FLAGS", [*flags, f"-march={level}"])
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     other = kernels.load.__wrapped__()
-    x, bias = random(2, 9, 13, 96), random(1, 48, seed=4)
+    x, bias = random(2, 9, 13, 96), random(48, seed=4)
     norm, weight = nn.GroupNorm(32, 96), random(48, 96, 3, 3, seed=1)
     affine = other.group_norm([x], norm)
     own = KERNELS.group_norm([x], norm)
@@ -413,8 +394,8 @@ def test_other_instruction_sets(level, monkeypatch, tmp_path):
         output = other.convolve([x], other.pack_weights(weight), bias, **options)
         assert error(output, convolution([x], weight, bias, **options)) < 3e-6
     weight = weight[:, :, :1, :1]
-    output = other.pointwise([x], other.pack_weights(weight), bias[0], affine=affine)
-    assert error(output, pointwise([x], weight, bias[0], affine)) < 2e-6
+    output = other.pointwise([x], other.pack_weights(weight), bias, affine=affine)
+    assert error(output, pointwise([x], weight, bias, affine)) < 2e-6
     assert error(other.attend(x, 2, True), KERNELS.attend(x, 2, True)) < 3e-6
     states = torch.arange(2 * 625, dtype=torch.int32).view(2, 625)
     states[:, -1] = 600
@@ -439,7 +420,7 @@ def build(monkeypatch, tmp_path):
 def works(built):
     x = random(1, 8, 8, 32)
     weight = random(32, 32, 3, 3)
-    built.convolve([x], built.pack_weights(weight), torch.zeros(1, 32))
+    built.convolve([x], built.pack_weights(weight), torch.zeros(32))
     return True
 
 

@@ -11,6 +11,7 @@ FLOORS = [
     {"inpaint_plan", "train_files", "train_report"},
     {"script_util"},
     {"image_datasets", "image_writer", "fast", "fused"},
+    {"gpu_kernels"},
     {"unet"},
     {
         "gaussian_diffusion",
@@ -22,6 +23,7 @@ FLOORS = [
         "nn",
         "conf",
         "kernels",
+        "triton_kernels",
     },
     {"schema"},
 ]
