@@ -4,10 +4,12 @@ Arithmetic (the ``precision`` key), memory layout, compilation and CUDA graphs. 
 device or an installation lacks is left out with one warning, and the exact eager network goes on.
 """
 
+import contextlib
 import ctypes
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -236,12 +238,42 @@ def _compile_blocks(network: nn.Module, undo: bool = False) -> None:
                 module.compile(dynamic=False)
 
 
-def batch_that_fits(device: torch.device, batch_size: int, weights: int) -> int:
-    """Return how many images the GPU's free memory would hold at once.
+class CallMemory:
+    """What a call of the network takes of a device's memory beside the weights, and what is left.
 
-    Judged by the peak of memory that ``batch_size`` images took beside ``weights`` bytes.
+    Measured at its first call on a GPU; on a CPU, under Linux, at the second, because at the first
+    one weights are packed.
     """
-    each = max(1, torch.cuda.max_memory_allocated(device) - weights) / batch_size
-    free, _ = torch.cuda.mem_get_info(device)
-    usable = free + torch.cuda.memory_reserved(device) - weights
-    return int(0.9 * usable / each)  # a tenth is for fragmentation
+
+    def __init__(self, device: torch.device, weights: int) -> None:
+        self._device, self._weights = device, weights  # bytes
+        self._before: int | None = None  # bytes of the process before the second call
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # loading is not what a call takes
+
+    def after_call(self) -> tuple[int, int] | None:
+        """Return bytes taken at once and bytes that are free without them; None: not known yet."""
+        if self._device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self._device)
+            free += torch.cuda.memory_reserved(self._device) - self._weights
+            return max(1, torch.cuda.max_memory_allocated(self._device) - self._weights), free
+        try:
+            if self._before is not None:
+                peak = _bytes_of("/proc/self/status", "VmHWM")
+                free = _bytes_of("/proc/meminfo", "MemAvailable")
+                return max(1, peak - self._before), free + peak - self._before
+            with contextlib.suppress(AttributeError):  # another C library than glibc
+                ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
+            self._before = _bytes_of("/proc/self/status", "VmRSS")
+        except (OSError, LookupError):  # another system than Linux, or it does not tell
+            pass
+        return None
+
+
+def _bytes_of(path: str, name: str) -> int:
+    """Return a value that Linux states in kB."""
+    for line in Path(path).read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise LookupError(name)

@@ -240,9 +240,9 @@ class Inpainter:
                 fast.set_arithmetic(conf.precision, conf.classifier_use_fp16, self.device)
             )
             self.gradient = self._fast_gradient()
-        self._has_advised = False
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)  # loading is not what a batch takes
+        networks = [self.model, *([self.classifier] if self.classifier else [])]
+        weights = sum(p.nbytes for network in networks for p in network.parameters())
+        self._memory: fast.CallMemory | None = fast.CallMemory(self.device, weights)
 
     def _fast_network(self) -> Callable[..., Tensor]:
         """Return what computes ``self.model`` fastest on its device."""
@@ -274,14 +274,16 @@ class Inpainter:
         return classifier_gradient(self.classifier, y, self.conf.classifier_scale)(x, timesteps)
 
     def _advise(self, batch_size: int) -> None:
-        """Say once what ``batch_size`` the GPU's memory would allow."""
-        if self._has_advised or self.device.type != "cuda" or not is_main():
-            return
-        self._has_advised = True
-        networks = [self.model, *([self.classifier] if self.classifier else [])]
-        weights = sum(p.nbytes for network in networks for p in network.parameters())
-        most = fast.batch_that_fits(self.device, batch_size, weights)
-        tqdm.write(f"batch_size {batch_size}: the GPU's free memory would hold about {most}")
+        """Say once what memory a call takes, and what ``batch_size`` it would allow."""
+        if self._memory and (known := self._memory.after_call()):
+            self._memory = None
+            taken, free = known
+            most = max(batch_size, int(0.9 * free * batch_size / taken))  # a tenth is for gaps
+            if is_main():
+                tqdm.write(
+                    f"batch_size {batch_size}: takes up to {taken / 1e9:.2g} GB beside the "
+                    f"weights; free memory would hold about {most}"
+                )
 
     @property
     def is_reduced(self) -> bool:
@@ -324,7 +326,8 @@ class Inpainter:
         )
         for step in walk:
             yield step
-            self._advise(len(gt))
+            if step.pred_xstart is not None:
+                self._advise(len(gt))
 
     def noise_source(
         self, generators: Sequence[torch.Generator], shape: Sequence[int]

@@ -451,12 +451,30 @@ def test_a_gpu_computes_the_same(network, switches, precision, most, compiled):
             assert relative(output.cpu(), reference[:count]) < most
 
 
-def test_the_batch_size_that_memory_allows(monkeypatch):
-    """10 units of weights and 4 of activations for 2 images; 100 units in all, 20 of others."""
+def test_what_a_call_takes_of_a_gpus_memory(monkeypatch):
+    """10 units of weights and 4 of activations; 100 units in all, 20 of others."""
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 14)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 15)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (65, 100))
-    assert fast.batch_that_fits(torch.device("cuda", 0), 2, 10) == int(0.9 * (80 - 10) / 2)
+    assert fast.CallMemory(torch.device("cuda", 0), 10).after_call() == (4, 80 - 10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_a_call_takes_of_a_cpus_memory():
+    memory = fast.CallMemory(CPU, 0)
+    torch.ones(2**24)  # at the first call weights are packed, which is not counted
+    assert memory.after_call() is None
+    torch.ones(2**25)
+    taken, free = memory.after_call()
+    assert 2**27 <= taken < 2**27 + 2**24
+    assert free > taken
+
+
+def test_where_nobody_tells_how_much_memory_there_is(monkeypatch):
+    monkeypatch.setattr(fast.Path, "read_text", lambda _: "VmPeak: 3 kB")
+    memory = fast.CallMemory(CPU, 0)
+    assert [memory.after_call() for _ in range(3)] == [None] * 3
 
 
 # ---- Nothing waits for the device ----------------------------------------------------------------
