@@ -200,10 +200,10 @@ def test_several_processes_give_the_same_results_and_one_summary(tmp_path, singl
     ended = run_apart(tmp_path, *options, "--set", "data.batch_size=2", processes=processes)
     assert ended.status == 0, ended.err
     assert_same(results(tmp_path / LOG), single, levels=1)
-    lines = ended.out.splitlines()
-    assert len(lines) == 2
-    assert lines[0] == "5 images, 50.0% of the pixels to generate, seed 5"
-    assert re.match(r"log/run: 10 images, 6 network calls and [0-9.]+ s an image", lines[1])
+    first, *memory, last = ended.out.splitlines()
+    assert first == "5 images, 50.0% of the pixels to generate, seed 5"
+    assert [line[:10] for line in memory] in ([], ["batch_size"])  # not every system tells
+    assert re.match(r"log/run: 10 images, 6 network calls and [0-9.]+ s an image", last)
     assert len(re.findall(r"images: 100%", ended.err)) == 1
     record = load_yaml(tmp_path / LOG / "run.yml")["record"]
     assert record["processes"] == processes
