@@ -1,4 +1,4 @@
-"""The yardstick: the network and the loop as a straightforward port writes them.
+"""The yardstick: both networks and the loop as a straightforward port writes them.
 
 Eager, in one type, every tensor in its own memory: group normalisation in float32 and cast back,
 scale and shift as separate operations, attention as an explicit softmax; the loop looks its
@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.unet import AttentionBlock, Downsample, ResBlock, UNetModel, Upsample
+from guided_diffusion.unet import (
+    AttentionBlock,
+    AttentionPool,
+    Downsample,
+    EncoderUNetModel,
+    ResBlock,
+    Trunk,
+    UNetModel,
+    Upsample,
+)
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -51,6 +60,15 @@ def res_block(block: ResBlock, x: Tensor, emb: Tensor, resize: str | None) -> Te
     return (x if isinstance(skip, nn.Identity) else skip(x)) + h
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend over positions, a head each: three of (N·heads, d, L) → (N·heads, d, L)."""
+    scale = 1 / math.sqrt(math.sqrt(q.shape[1]))
+    weight = torch.einsum("bct,bcs->bts", q * scale, k * scale)
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    weight = torch.softmax(weight.type(exact), dim=-1).type(weight.dtype)
+    return torch.einsum("bts,bcs->bct", weight, v)
+
+
 def attention(block: AttentionBlock, x: Tensor) -> Tensor:
     """(N, C, H, W) → (N, C, H, W)."""
     n, c, *size = x.shape
@@ -61,12 +79,18 @@ def attention(block: AttentionBlock, x: Tensor) -> Tensor:
         q, k, v = (part.reshape(n * heads, d, -1) for part in qkv.chunk(3, dim=1))
     else:
         q, k, v = qkv.reshape(n * heads, 3 * d, -1).split(d, dim=1)
-    scale = 1 / math.sqrt(math.sqrt(d))
-    weight = torch.einsum("bct,bcs->bts", q * scale, k * scale)
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    weight = torch.softmax(weight.type(exact), dim=-1).type(weight.dtype)
-    h = torch.einsum("bts,bcs->bct", weight, v).reshape(n, c, -1)
+    h = attend(q, k, v).reshape(n, c, -1)
     return (x + block.proj_out(h)).reshape(n, c, *size)
+
+
+def attention_pool(pool: AttentionPool, x: Tensor) -> Tensor:
+    """(N, C, H, W) → (N, out)."""
+    n, c, *_ = x.shape
+    x = x.reshape(n, c, -1)
+    x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + pool.positional_embedding
+    heads, d = pool.num_heads, c // pool.num_heads
+    q, k, v = (part.reshape(n * heads, d, -1) for part in pool.qkv_proj(x).chunk(3, dim=1))
+    return pool.c_proj(attend(q, k, v).reshape(n, c, -1))[:, :, 0]
 
 
 def layers(block: nn.Sequential, h: Tensor, emb: Tensor, resize: str | None) -> Tensor:
@@ -80,31 +104,68 @@ def layers(block: nn.Sequential, h: Tensor, emb: Tensor, resize: str | None) -> 
         elif isinstance(layer, Upsample):
             h = conv3x3(layer.conv, F.interpolate(h, scale_factor=2, mode="nearest"))
         else:
-            h = layer.op(h) if isinstance(layer, Downsample) else layer(h)
+            h = layer.op(h) if isinstance(layer, Downsample) else conv3x3(layer, h)
     return h
 
 
-def unet(model: UNetModel, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-    """(N, 3, S, S) → (N, 3 or 6, S, S)."""
-    levels, per_level = len(model.cfg.channel_mult), model.cfg.num_res_blocks + 1
+def embed_time(model: Trunk, timesteps: Tensor) -> Tensor:
+    """(N,) → (N, 4·model_channels)."""
     half = model.cfg.model_channels // 2
     exact = model.time_embed[0].weight.dtype
     rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=exact) / half)
-    args = timesteps[:, None].type(exact) * rates.to(x.device)[None]
-    emb = model.time_embed(torch.cat([torch.cos(args), torch.sin(args)], dim=-1))
-    if model.label_emb is not None:
-        emb = emb + model.label_emb(y)
+    args = timesteps[:, None].type(exact) * rates.to(timesteps.device)[None]
+    return model.time_embed(torch.cat([torch.cos(args), torch.sin(args)], dim=-1))
+
+
+def encode(model: Trunk, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return the middle's output and every input block's."""
+    levels, per_level = len(model.cfg.channel_mult), model.cfg.num_res_blocks + 1
     h, hs = x.type(model.dtype), []
     for i, block in enumerate(model.input_blocks):
         is_down = i % per_level == 0 and 0 < i < levels * per_level
         h = layers(block, h, emb, "down" if is_down else None)
         hs.append(h)
-    h = layers(model.middle_block, h, emb, None)
+    return layers(model.middle_block, h, emb, None), hs
+
+
+def unet(model: UNetModel, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+    """(N, 3, S, S) → (N, 3 or 6, S, S)."""
+    levels, per_level = len(model.cfg.channel_mult), model.cfg.num_res_blocks + 1
+    emb = embed_time(model, timesteps)
+    if model.label_emb is not None:
+        emb = emb + model.label_emb(y)
+    h, hs = encode(model, x, emb)
     for i, block in enumerate(model.output_blocks):
         is_up = len(block) > 1 and (i + 1) % per_level == 0 and i + 1 < levels * per_level
         h = layers(block, torch.cat([h, hs.pop()], dim=1), emb, "up" if is_up else None)
     h = h.type(x.dtype)
     return model.out[2](F.silu(group_norm(model.out[0], h)))
+
+
+def classifier(model: EncoderUNetModel, x: Tensor, timesteps: Tensor) -> Tensor:
+    """(N, 3, S, S) → logits (N, classes)."""
+    h, hs = encode(model, x, embed_time(model, timesteps))
+    if model.pool.startswith("spatial"):
+        means = [feature.type(x.dtype).mean(dim=(2, 3)) for feature in [*hs, h]]
+        first, *norm, _, last = model.out
+        h = first(torch.cat(means, dim=-1))
+        return last(F.silu(group_norm(norm[0], h)) if norm else F.relu(h))
+    norm, _, pool, *rest = model.out
+    h = F.silu(group_norm(norm, h.type(x.dtype)))
+    if model.pool == "attention":
+        return attention_pool(pool, h)
+    return rest[0](h.mean(dim=(2, 3), keepdim=True)).flatten(1)
+
+
+def classifier_gradient(
+    model: EncoderUNetModel, x: Tensor, timesteps: Tensor, y: Tensor, scale: float
+) -> Tensor:
+    """Return scale · ∇_x log p(y | x), (N, 3, S, S)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.clone().requires_grad_()
+        log_probs = F.log_softmax(classifier(model, x, timesteps), dim=-1)
+        selected = log_probs[range(len(y)), y]
+        return torch.autograd.grad(selected.sum(), x)[0] * scale
 
 
 def repaint(

@@ -2,30 +2,44 @@
 
     python tests/benchmarks/sampler.py                          the published 256×256 network
     python tests/benchmarks/sampler.py --network demo --batch_sizes 1,4
-    python tests/benchmarks/sampler.py --conf_path confs/demo.yml
+    python tests/benchmarks/sampler.py --conf_path confs/inet64.yml --classifier
 
-A mode is ``plain`` (plain.py) or ``ours``, then optionally a ``precision``, then optionally
-``compiled`` or ``eager``: ``plain-float16``, ``ours-bfloat16-compiled``. Every round times every
-mode once, so that what else the machine does falls on all of them alike. Prints a Markdown table;
-``--json`` writes all figures to a file. Weights are random unless ``--conf_path`` names a
+A mode is ``plain`` (plain.py) or ``ours``, then optionally a ``precision``, and of ours optionally
+``compiled`` (``compile: true``) or ``eager`` (``compile: false``; else it is ``auto``):
+``plain-float16``, ``ours-bfloat16-compiled``. Every round times every mode once, so that what else
+the machine does falls on all of them alike. With ``--classifier`` it is not the network that is
+timed but the gradient of the noisy classifier. Weights are random unless ``--conf_path`` names a
 checkpoint that is there: the speed is the same.
+
+Prints Markdown tables; ``--markdown`` writes what is printed to a file, ``--json`` all figures. An
+error is the largest beside plain.py in float64, over the largest output. FLOPs are plain.py's
+products and convolutions, counted, and the matrix rate is what a large product reaches.
+
+A cold start goes from the configuration to the end of the first call: building, loading, compiling.
+Weights come from the page cache. Unless ``--keep_cache``, a mode finds no code on disk, not even
+our C++ kernels for CPUs. It does find what this process has: libraries that are imported, Triton's
+kernels and cuDNN's choices of an earlier mode or batch size. ``--modes`` with one mode and a
+single batch size gives the honest number.
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import json
 import os
 import platform
-import resource
+import re
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -33,20 +47,23 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-HERE = Path(__file__).resolve()
-sys.path[0:1] = [str(HERE.parent.parent.parent), str(HERE.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import plain  # noqa: E402
+import plain
 
-from guided_diffusion.conf import DataConf, InpaintConf, load_conf  # noqa: E402
-from guided_diffusion.dist_util import get_device  # noqa: E402
-from guided_diffusion.fast import keep_freed_memory  # noqa: E402
-from guided_diffusion.scheduler import count_steps  # noqa: E402
-from guided_diffusion.script_util import (  # noqa: E402
+from guided_diffusion import OptionParser, command_line, kernels
+from guided_diffusion.conf import DataConf, InpaintConf, load_conf
+from guided_diffusion.dist_util import get_device
+from guided_diffusion.fast import keep_freed_memory
+from guided_diffusion.image_writer import check_folder, write_text_atomic
+from guided_diffusion.scheduler import count_steps, get_schedule_jump
+from guided_diffusion.script_util import (
     Inpainter,
+    create_classifier,
     create_gaussian_diffusion,
     create_model,
     create_schedule,
+    load_classifier,
     load_model,
 )
 
@@ -57,8 +74,20 @@ NETWORKS = {
         "attention_resolutions": "16,8", "num_head_channels": 32,
     },
 }  # fmt: skip
+# What Inpainter builds beside a classifier, and nobody calls.
+SMALLEST = {
+    "num_channels": 32, "channel_mult": "1", "num_res_blocks": 1, "attention_resolutions": "",
+    "num_head_channels": 32, "class_cond": False, "model_path": "absent.pt",
+}  # fmt: skip
+MODE = re.compile(
+    "(?P<kind>plain|ours)(-(?P<precision>float32|tf32|float16|bfloat16))?"
+    "(-(?P<way>compiled|eager))?"
+)
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 FEW_CALLS = 50  # below this the table says that it extrapolates from less
+
+Network = Callable[..., Tensor]  # of x, timesteps and maybe y
+Clock = Callable[[], float]
 
 
 @dataclass
@@ -66,65 +95,118 @@ class Mode:
     """One way to run the network, and what was measured of it."""
 
     name: str
-    network: Callable[..., Tensor]
-    synchronises: bool  # after every call, as plain does
+    network: Network
+    dtype: torch.dtype  # of the convolutions
+    is_plain: bool  # synchronises after every call, and frees memory as usual
     tf32: tuple[bool, bool]  # of matrix products and convolutions: global switches of torch
-    weights: int  # bytes
-    cold_start: float  # s, from nothing to the end of the first call
+    cold_start: float = 0.0  # s, from nothing to the end of the first call
+    peak: int | None = None  # bytes of memory; None where the system does not tell
     error: float = 0.0  # largest, over the largest output, against float64
-    peak: int = 0  # bytes of the GPU's memory
-    rate: float = 0.0  # FLOP/s of a large product of matrices in this arithmetic
     ms: list[float] = field(default_factory=list)  # a call, a value for each round
 
 
-def parse_args() -> argparse.Namespace:
+# ---- What to run ---------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """Parse an integer above 0."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected an integer above 0, found {text!r}")
+    return int(text)
+
+
+def batch_sizes(text: str) -> list[int]:
+    """Parse ``--batch_sizes``."""
+    return [positive(part) for part in text.split(",")]
+
+
+def mode_names(text: str) -> list[str]:
+    """Parse ``--modes``."""
+    for name in text.split(","):
+        match = MODE.fullmatch(name)
+        if not match or (match["kind"] == "plain" and match["way"]):
+            raise argparse.ArgumentTypeError(f"no such mode: {name!r}")
+    return text.split(",")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; raises UserError."""
     text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
+    parser = OptionParser(description=__doc__, formatter_class=text)
     parser.add_argument("--network", choices=NETWORKS, default="256")
     parser.add_argument("--conf_path", metavar="YAML", help="its network and schedule instead")
-    parser.add_argument("--batch_sizes", default="1", help="such as 1,4,8")
+    parser.add_argument("--classifier", action="store_true", help="time the gradient of the noisy "
+                        "classifier that the configuration's keys make")  # fmt: skip
+    parser.add_argument("--batch_sizes", type=batch_sizes, default=[1], help="such as 1,4,8")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    parser.add_argument("--modes", help="with commas; default: those that the device is good for")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--calls", type=int, default=5, help="network calls a mode in each round")
-    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--modes", type=mode_names, help="with commas; default: those that the "
+                        "device is good for")  # fmt: skip
+    parser.add_argument("--rounds", type=positive, default=10)
+    parser.add_argument("--calls", type=positive, default=5, help="of each mode in every round")
+    parser.add_argument("--threads", type=positive, help="of the CPU")
     parser.add_argument("--cpu_time", action="store_true", help="count the process's CPU seconds "
                         "and not the clock's: for a CPU that others use too")  # fmt: skip
     parser.add_argument("--keep_cache", action="store_true", help="find and leave compiled code in "
                         "the user's folder: a second run starts warm")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
-    return parser.parse_args()
+    parser.add_argument("--markdown", metavar="FILE", help="write there what is printed")
+    args = parser.parse_args(argv)
+    for path in filter(None, (args.json, args.markdown)):
+        check_folder(Path(path).parent)
+    return args
+
+
+def default_modes(device: torch.device) -> list[str]:
+    """Return what is worth comparing on a device."""
+    if device.type == "cuda":
+        return ["plain", "plain-float16", "ours", "ours-compiled", "ours-eager", "ours-tf32",
+                "ours-float16", "ours-bfloat16", "ours-bfloat16-compiled",
+                "ours-bfloat16-eager"]  # fmt: skip
+    return ["plain", "ours-eager", "ours"]
 
 
 def configuration(args: argparse.Namespace, device: torch.device) -> InpaintConf:
+    """Return the configuration of what is timed, ``guided`` if that is the classifier."""
     if args.conf_path:
         conf = load_conf(args.conf_path, InpaintConf)
-        return dataclasses.replace(conf, device=str(device), precision=None, use_fp16=False)
-    data = DataConf(name="set", gt_path="gt", mask_path="mask")
-    keys = {"name": "speed", "model_path": "absent.pt", "data": data, "device": str(device)}
-    return InpaintConf(**{**keys, **NETWORKS[args.network]})
+    else:
+        data = DataConf(name="set", gt_path="gt", mask_path="mask")
+        keys = {"name": "speed", "model_path": "absent.pt", "data": data}
+        conf = InpaintConf(**keys, **NETWORKS[args.network])
+    changes = {"precision": None, "use_fp16": False, "classifier_use_fp16": False}
+    if args.classifier:
+        path, scale = conf.classifier_path or "absent.pt", conf.classifier_scale or 1.0
+        changes |= {**SMALLEST, "classifier_path": path, "classifier_scale": scale}
+    else:
+        changes["classifier_path"] = None
+    return dataclasses.replace(conf, device=str(device), **changes)
 
 
-def with_checkpoint(conf: InpaintConf, folder: str) -> InpaintConf:
-    """Return the configuration with a checkpoint that exists: its own, or random weights."""
-    if conf.model_path and Path(conf.model_path).exists():
-        return conf
+def with_checkpoints(conf: InpaintConf, folder: str) -> InpaintConf:
+    """Return the configuration with checkpoints that exist: its own, or random weights."""
     torch.manual_seed(0)
-    model = create_model(conf)
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    path = f"{folder}/model.pt"
-    torch.save(model.state_dict(), path)
-    return dataclasses.replace(conf, model_path=path)
+    networks = {"model_path": create_model}
+    if conf.guided:
+        networks["classifier_path"] = create_classifier
+    for key, create in networks.items():
+        if Path(getattr(conf, key)).exists():
+            continue
+        network, path = create(conf), f"{folder}/{key}.pt"
+        for parameter in network.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+        torch.save(network.state_dict(), path)
+        conf = dataclasses.replace(conf, **{key: path})
+    return conf
+
+
+# ---- Measuring -----------------------------------------------------------------------------------
 
 
 class Benchmark:
     """All modes on one device with one batch size."""
 
-    def __init__(
-        self, conf: InpaintConf, device: torch.device, batch: int, clock: Callable
-    ) -> None:
+    def __init__(self, conf: InpaintConf, device: torch.device, batch: int, clock: Clock) -> None:
         self.conf, self.device, self.batch, self.clock = conf, device, batch, clock
         self.diffusion = create_gaussian_diffusion(conf)
         self.times = create_schedule(conf, self.diffusion)
@@ -132,20 +214,27 @@ class Benchmark:
         shape = (batch, 3, conf.image_size, conf.image_size)
         self.x = torch.randn(shape, generator=generator).to(device)
         self.levels = self.diffusion.network_times(device)[:, None].expand(-1, batch)
-        self.y = [torch.arange(batch, device=device)] if conf.class_cond else []
+        y = torch.arange(batch, device=device) % conf.num_classes
+        self.y = [y] if conf.guided or conf.class_cond else []
 
     def synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def call(self, mode: Mode, count: int) -> Tensor:
-        """Call the network ``count`` times at changing levels; returns the last output."""
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = mode.tf32
+    def prepare(self, is_plain: bool, tf32: tuple[bool, bool]) -> None:
+        """Set the process's switches as a mode has them."""
+        torch.backends.cudnn.benchmark = True  # as Inpainter does: all calls have the same shapes
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         if self.device.type == "cpu":
-            return_freed_memory() if mode.synchronises else keep_freed_memory()
+            return_freed_memory() if is_plain else keep_freed_memory()
+        self.synchronise()
+
+    @torch.inference_mode()
+    def call(self, mode: Mode, count: int = 1) -> Tensor:
+        """Call the network ``count`` times at changing levels; returns the last output."""
         for i in range(count):
             output = mode.network(self.x, self.level(i), *self.y)
-            if mode.synchronises:
+            if mode.is_plain:
                 output.flatten()[0].item()
         self.synchronise()
         return output
@@ -156,76 +245,106 @@ class Benchmark:
 
     def build(self, name: str) -> Mode:
         """Load the weights and call the network once; that is its cold start."""
-        kind, *options = name.split("-")
-        if kind not in ("plain", "ours"):
-            raise SystemExit(f"unknown mode {name}")
-        # auto would judge by the walk's length; what is measured is a long one.
-        compile = True if self.device.type == "cuda" else "auto"
-        compile = {"eager": False, "compiled": True}.get(options[-1] if options else "", compile)
-        precision = next((o for o in options if o not in ("compiled", "eager")), None)
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
-        self.synchronise()
+        kind, precision, way = MODE.fullmatch(name).group("kind", "precision", "way")
+        is_plain = kind == "plain"
+        if self.device.type == "cpu":
+            return_freed_memory()
+        # Without a precision they are torch's own.
+        self.prepare(is_plain, (precision == "tf32", precision != "float32"))
+        before, is_told = self._memory(), self._reset_peak()
         started = self.clock()
-        if kind == "plain":
-            model = load_model(self.conf, self.device)
-            model.convert_trunk(TYPES.get(precision, torch.float32))
-
-            def network(x: Tensor, t: Tensor, *y: Tensor) -> Tensor:
-                return plain.unet(model, x, t, *y)
+        if is_plain:
+            dtype = TYPES.get(precision, torch.float32)
+            network = self._plain(dtype)
         else:
-            changed = dataclasses.replace(
-                self.conf, precision=precision, compile=compile, classifier_path=None
-            )
-            inpainter = Inpainter(changed, self.times)
-            model, network = inpainter.model, inpainter.network
+            network, dtype = self._ours(precision, way)
         tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        weights = sum(parameter.nbytes for parameter in model.parameters())
-        mode = Mode(name, network, kind == "plain", tf32, weights, 0.0)
-        self._reset_peak()
-        before = self._allocated()
-        self.call(mode, 1)  # where it is recorded, later calls allocate nothing
-        mode.peak = weights + self._peak() - before
+        mode = Mode(name, network, dtype, is_plain, tf32)
+        self.call(mode)
         mode.cold_start = self.clock() - started
-        dtype = TYPES.get(precision, torch.float32)
-        torch.backends.cuda.matmul.allow_tf32 = tf32[1]  # as the convolutions do
-        mode.rate = matrix_rate(self.device, dtype, self.clock)
+        if self.device.type == "cuda":
+            self._call_again(mode)
+        if before is not None and is_told:
+            mode.peak = self._memory(peak=True) - before
         return mode
 
-    def exact(self) -> Tensor:
-        """Return the output of one call in float64."""
-        model = load_model(self.conf, self.device).double()
-        model.dtype = torch.float64
-        return plain.unet(model, self.x.double(), self.level(0), *self.y)
+    def _plain(self, dtype: torch.dtype) -> Network:
+        load = load_classifier if self.conf.guided else load_model
+        model = load(self.conf, self.device)
+        if dtype == torch.float64:
+            model.double()
+        model.convert_trunk(dtype)
+        if self.conf.guided:
+            return partial(plain.classifier_gradient, model, scale=self.conf.classifier_scale)
+        return partial(plain.unet, model)
 
-    def measure(self, modes: list[Mode], rounds: int, calls: int) -> None:
+    def _ours(self, precision: str | None, way: str | None) -> tuple[Network, torch.dtype]:
+        compile = {"compiled": True, "eager": False, None: "auto"}[way]
+        is_half = precision == "float16"
+        changes = {"precision": precision, "compile": compile, "classifier_use_fp16": is_half}
+        # ``auto`` may judge by the walk's length; what is measured is a long one.
+        times = get_schedule_jump(t_T=250)
+        inpainter = Inpainter(dataclasses.replace(self.conf, **changes), times)
+        if self.conf.guided:
+            return inpainter.gradient, inpainter.classifier.dtype
+        return inpainter.network, inpainter.model.dtype
+
+    def _call_again(self, mode: Mode) -> None:
+        """Call for the peak of memory alone, now that all algorithms are chosen.
+
+        A recording is made anew: what it holds is not allocated again in later calls.
+        """
+        if getattr(mode.network, "_recording", None) is not None:
+            mode.network._recording = None
+        self._reset_peak()
+        self.call(mode)
+
+    def _memory(self, *, peak: bool = False) -> int | None:
+        """Return the bytes that are taken, or at most were since ``_reset_peak``."""
+        if self.device.type == "cuda":
+            read = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+            return read(self.device)
+        return status_bytes("VmHWM" if peak else "VmRSS")
+
+    def _reset_peak(self) -> bool:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return True
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False
+        return True
+
+    def exact(self) -> Tensor:
+        """Return the output of one call in float64, made image by image to fit a GPU."""
+        torch.backends.cudnn.benchmark = False  # its trials take memory, too
+        network, inputs = self._plain(torch.float64), (self.x.double(), self.level(0), *self.y)
+        images = [[tensor[i : i + 1] for tensor in inputs] for i in range(self.batch)]
+        with torch.inference_mode():
+            return torch.cat([network(*image) for image in images])
+
+    def measure(self, modes: list[Mode], reference: Tensor, rounds: int, calls: int) -> None:
         """Time all modes in turns, and take their errors."""
-        reference = self.exact()
         for mode in modes:
-            difference = (self.call(mode, 1) - reference).abs().max()
+            self.prepare(mode.is_plain, mode.tf32)
+            difference = (self.call(mode) - reference).abs().max()
             mode.error = (difference / reference.abs().max()).item()
-        del reference
         for _ in range(rounds):
             for mode in modes:
+                self.prepare(mode.is_plain, mode.tf32)
+                self.call(mode)  # the first finds caches and heap as another mode left them
                 started = self.clock()
                 self.call(mode, calls)
                 mode.ms.append((self.clock() - started) / calls * 1000)
 
-    def _reset_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def _allocated(self) -> int:
-        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
-
-    def _peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
-
+    @torch.inference_mode()
     def overhead(self, transitions: int = 300, rounds: int = 9) -> dict[str, float]:
         """Return µs a transition of each loop around a network that returns zeros.
 
         With the same random numbers, which each draws its own way; ``… noise`` is that part alone.
         """
-        inpainter = Inpainter(dataclasses.replace(self.conf, classifier_path=None), self.times)
+        inpainter = Inpainter(self.conf, self.times)
         channels = 6 if self.conf.learn_sigma else 3
         zeros = self.x.new_zeros(self.batch, channels, *self.x.shape[2:])
         mask = (self.x > 0).float()
@@ -278,12 +397,31 @@ def return_freed_memory() -> None:
         library.malloc_trim(0)  # what was kept before would go on serving
 
 
+def status_bytes(name: str) -> int | None:
+    """Return a figure of /proc/self/status in bytes; None on systems without."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
 def forget_compiled() -> None:
-    """Free what the modes of one batch size compiled and recorded."""
+    """Free what is no longer used, and what was compiled in this process."""
     gc.collect()  # compiled modules refer to themselves
     torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def use_new_cache(folder: str) -> None:
+    """Let everything be compiled anew, into a new folder within this one."""
+    own = tempfile.mkdtemp(dir=folder)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = own
+    os.environ["TRITON_CACHE_DIR"] = f"{own}/triton"
+    kernels.load.cache_clear()
+    if inductor := sys.modules.get("torch._inductor.utils"):
+        inductor.clear_caches()  # by their source it finds kernels that are loaded
 
 
 def wake_up(device: torch.device) -> None:
@@ -293,49 +431,67 @@ def wake_up(device: torch.device) -> None:
     a[0, 0] @ a[0, 0]
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, clock: Callable) -> float:
-    """Return the FLOP/s of a large product of matrices with the switches as they are."""
-    side = 8192 if device.type == "cuda" else 2048
+@functools.cache
+def matrix_rate(device: torch.device, dtype: torch.dtype, tf32: bool, clock: Clock) -> float:
+    """Return the FLOP/s of a large product of matrices: torch's, or ours on a CPU if better."""
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    is_cuda = device.type == "cuda"
+    side, count = (8192, 3) if is_cuda else (2048, 1)
     a, b = (torch.randn(side, side, device=device).type(dtype) for _ in range(2))
+    products = [lambda: a @ b]
+    if not is_cuda:
+        keep_freed_memory()
+    if not is_cuda and dtype == torch.float32:
+        with contextlib.suppress(kernels.KernelError):  # MKL's is slow on other makers' processors
+            products.append(own_product(a, b))
     spent = []
-    for _ in range(4):
-        if device.type == "cuda":
+    for product in products * 4:
+        if is_cuda:
             torch.cuda.synchronize(device)
         started = clock()
-        for _ in range(3):
-            a @ b
-        if device.type == "cuda":
+        for _ in range(count):
+            product()
+        if is_cuda:
             torch.cuda.synchronize(device)
-        spent.append((clock() - started) / 3)
-    return 2 * side**3 / min(spent[1:])
+        spent.append((clock() - started) / count)
+    return 2 * side**3 / min(spent[len(products) :])
+
+
+def own_product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    """Return b · aᵀ of two float32 matrices (2048, 2048) as a convolution; raises KernelError."""
+    library = kernels.load()
+    weight, bias = library.pack_weights(a[:, :, None, None]), a.new_zeros(len(a))
+    return lambda: library.pointwise([b.view(1, 32, 64, -1)], weight, bias)
 
 
 def count_flops(conf: InpaintConf) -> int:
     """Return the floating-point operations of one call for one image; a multiply-add is two."""
     with torch.device("meta"):
-        model = create_model(conf).eval()
-        size = conf.image_size
-        y = [torch.zeros(1, dtype=torch.long)] if conf.class_cond else []
-        inputs = (torch.zeros(1, 3, size, size), torch.zeros(1))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        plain.unet(model, *inputs, *y)
+        model = (create_classifier if conf.guided else create_model)(conf)
+        inputs = (torch.zeros(1, 3, conf.image_size, conf.image_size), torch.zeros(1))
+        y = [torch.zeros(1, dtype=torch.long)] if conf.guided or conf.class_cond else []
+    model.eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        if conf.guided:
+            plain.classifier_gradient(model, *inputs, *y, scale=1.0)
+        else:
+            plain.unet(model, *inputs, *y)
     return counter.get_total_flops()
 
 
-def report(bench: Benchmark, modes: list[Mode], overhead: dict[str, float]) -> list[dict]:
-    """Print the table of one batch size; return its rows with every figure."""
+# ---- Reporting -----------------------------------------------------------------------------------
+
+
+def figures(bench: Benchmark, modes: list[Mode], overhead: dict[str, float]) -> list[dict]:
+    """Return every figure of one batch size, a dictionary for each mode."""
     flops = count_flops(bench.conf) * bench.batch
     calls, undos = count_steps(bench.times)
-    print(f"\nbatch size {bench.batch}; {flops / bench.batch / 1e9:.4g} GFLOP an image and call; "
-          f"{calls} calls and {undos} undos an image\n")  # fmt: skip
-    print("| mode | ms a call and image | spread | against plain | s an image | error | "
-          "TFLOP/s | share of matrix rate | peak GB | cold start s |")  # fmt: skip
-    print("| --- " * 10 + "|")
     rows = []
     for mode in modes:
         ms, low, high = statistics.median(mode.ms), min(mode.ms), max(mode.ms)
-        beside = overhead["plain" if mode.synchronises else "ours"] / 1e6
+        beside = overhead.get("plain" if mode.is_plain else "ours", 0) / 1e6
         ratios = [a / b for a, b in zip(modes[0].ms, mode.ms, strict=True)]
+        rate = matrix_rate(bench.device, mode.dtype, mode.tf32[1], bench.clock)
         row = {
             "mode": mode.name,
             "batch_size": bench.batch,
@@ -345,68 +501,101 @@ def report(bench: Benchmark, modes: list[Mode], overhead: dict[str, float]) -> l
             "seconds_an_image": (calls * ms / 1000 + (calls + undos) * beside) / bench.batch,
             "forward_error": mode.error,
             "tflops": flops / ms / 1e9,
-            "share_of_matrix_rate": flops / (ms / 1000) / mode.rate,
-            "peak_gb": mode.peak / 1e9 if bench.device.type == "cuda" else None,
+            "share_of_matrix_rate": flops / (ms / 1000) / rate,
+            "peak_gb": None if mode.peak is None else mode.peak / 1e9,
             "cold_start_s": mode.cold_start,
         }
         rows.append(row)
-        peak = f"{row['peak_gb']:.2f}" if row["peak_gb"] else "-"
-        print(f"| {mode.name} | {row['ms_a_call_and_image']:.4g} | {row['spread_ms'][0]:.4g} to "
-              f"{row['spread_ms'][1]:.4g} | {row['speed_against_first_mode']:.2f}× | "
-              f"{row['seconds_an_image']:.4g} | {mode.error:.1e} | {row['tflops']:.3g} | "
-              f"{row['share_of_matrix_rate']:.0%} | {peak} | {mode.cold_start:.1f} |")  # fmt: skip
     return rows
 
 
-def default_modes(device: torch.device) -> list[str]:
-    if device.type == "cuda":
-        return ["plain", "plain-float16", "ours-eager", "ours", "ours-float32", "ours-tf32",
-                "ours-float16", "ours-bfloat16", "ours-bfloat16-eager"]  # fmt: skip
-    return ["plain", "ours-eager", "ours"]
+def table(rows: list[dict]) -> str:
+    """Return the rows in Markdown."""
+    lines = [f"| mode | ms a call and image | spread | against {rows[0]['mode']} | s an image | "
+             "error | TFLOP/s | share of matrix rate | peak GB | cold start s |",
+             "| --- " * 10 + "|"]  # fmt: skip
+    for row in rows:
+        low, high = row["spread_ms"]
+        peak = "-" if row["peak_gb"] is None else f"{row['peak_gb']:.3g}"
+        cells = [row["mode"], f"{row['ms_a_call_and_image']:.4g}", f"{low:.4g} to {high:.4g}",
+                 f"{row['speed_against_first_mode']:.2f}×", f"{row['seconds_an_image']:.4g}",
+                 f"{row['forward_error']:.1e}", f"{row['tflops']:.3g}",
+                 f"{row['share_of_matrix_rate']:.0%}", peak,
+                 f"{row['cold_start_s']:.1f}"]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-@torch.inference_mode()
+def notes(bench: Benchmark, overhead: dict[str, float]) -> str:
+    """Return how the table's figures were made."""
+    calls, undos = count_steps(bench.times)
+    if overhead:
+        text = ", ".join(f"{name} {value:.0f}" for name, value in overhead.items())
+        beside = (f"{calls + undos} transitions times the µs that each takes around a network that "
+                  f"returns zeros: {text}")  # fmt: skip
+    else:
+        beside = "nothing of the loop and the network, which come on top"
+    which = "a later call" if bench.device.type == "cuda" else "building and the first call"
+    return (f"s an image: {calls} calls times ms, and {beside}; over the batch size.\n"
+            f"peak GB: what {which} took at most, with the weights.")  # fmt: skip
+
+
+def run(
+    args: argparse.Namespace, device: torch.device, clock: Clock, show: Callable[[str], None]
+) -> Iterable[list[dict]]:
+    """Show the table of each batch size in turn, and yield its figures."""
+    names = args.modes or default_modes(device)
+    with tempfile.TemporaryDirectory() as folder:
+        wake_up(device)
+        conf = with_checkpoints(configuration(args, device), folder)
+        for batch in args.batch_sizes:
+            forget_compiled()  # of the last batch size
+            bench, modes = Benchmark(conf, device, batch, clock), []
+            reference = bench.exact()
+            for name in names:
+                forget_compiled()
+                if not args.keep_cache:
+                    use_new_cache(folder)
+                modes.append(bench.build(name))
+            bench.measure(modes, reference, args.rounds, args.calls)
+            overhead = {} if conf.guided else bench.overhead()
+            rows, flops = figures(bench, modes, overhead), count_flops(conf) / 1e9
+            what = "the classifier's gradient" if conf.guided else "the network"
+            show(f"\n{what}, batch size {batch}; {flops:.4g} GFLOP an image and call\n")
+            show(f"{table(rows)}\n\n{notes(bench, overhead)}")
+            yield [*rows, {"batch_size": batch, "overhead_us_a_transition": overhead}]
+            del modes, bench, reference
+
+
 def main() -> None:
+    """Print and write what the command line asks for."""
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = get_device(args.device)
+    device, lines, results = get_device(args.device), [], []
     clock = time.process_time if args.cpu_time else time.perf_counter
-    names = args.modes.split(",") if args.modes else default_modes(device)
-    cuda = device.type == "cuda"
-    machine = torch.cuda.get_device_name(device) if cuda else processor()
+
+    def show(text: str) -> None:
+        print(text, flush=True)
+        lines.append(text)
+
     settings = {
-        "machine": machine,
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "clock": clock.__name__,
         "calls_a_mode": args.rounds * args.calls,
         "command": " ".join(sys.argv[1:]),
     }
-    print(", ".join(f"{key} {value}" for key, value in settings.items() if value))
+    show(", ".join(f"{key} {value}" for key, value in settings.items() if value))
     if args.rounds * args.calls < FEW_CALLS:
-        print(f"s an image is extrapolated from {args.rounds * args.calls} calls only")
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        if not args.keep_cache:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"  # of the kernels, too
-        wake_up(device)
-        conf = with_checkpoint(configuration(args, device), folder)
-        for batch in map(int, args.batch_sizes.split(",")):
-            bench = Benchmark(conf, device, batch, clock)
-            modes = [bench.build(name) for name in names]
-            bench.measure(modes, args.rounds, args.calls)
-            overhead = bench.overhead()
-            results += report(bench, modes, overhead)
-            text = ", ".join(f"{name} {value:.0f}" for name, value in overhead.items())
-            print(f"\nµs a transition around a network that returns zeros: {text}")
-            results.append({"batch_size": batch, "overhead_us_a_transition": overhead})
-            del modes, bench
-            forget_compiled()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(f"peak of the whole process, all modes together: {peak:.2f} GB")
-    if args.json:
-        Path(args.json).write_text(json.dumps({**settings, "results": results}, indent=1))
+        show(f"s an image is extrapolated from {args.rounds * args.calls} calls only")
+    for rows in run(args, device, clock, show):
+        results += rows
+        if args.json:
+            write_text_atomic(args.json, json.dumps({**settings, "results": results}, indent=1))
+        if args.markdown:
+            write_text_atomic(args.markdown, "\n".join([*lines, ""]))
 
 
 def processor() -> str:
@@ -419,4 +608,4 @@ def processor() -> str:
 
 if __name__ == "__main__":
     warnings.simplefilter("default")
-    main()
+    command_line(main)

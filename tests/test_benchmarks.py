@@ -1,0 +1,122 @@
+"""The benchmarks run, and their plain port computes what the networks do; nothing asserts time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from guided_diffusion import UserError
+from guided_diffusion.gaussian_diffusion import classifier_gradient
+from guided_diffusion.nn import GroupNorm32
+from guided_diffusion.unet import EncoderUNetModel, TrunkConfig
+
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+import plain
+import sampler
+
+CLASSIFIER = """
+name: benchmark
+model_path: absent.pt
+image_size: 64
+timestep_respacing: '4'
+schedule_jump_params: {t_T: 4}
+classifier_width: 64
+classifier_depth: 1
+classifier_attention_resolutions: '8'
+data: {eval: {set: {gt_path: gt, mask_path: mask}}}
+"""
+
+
+def relative(output, reference):
+    return ((output - reference).abs().max() / reference.abs().max()).item()
+
+
+def benchmark(folder, *arguments):
+    """Return the rows of ``sampler.py``, after a look at what it printed."""
+    figures, tables = folder / "figures.json", folder / "tables.md"
+    command = [sys.executable, sampler.__file__, "--rounds", "1", "--calls", "1"]
+    files = ["--json", figures, "--markdown", tables]
+    ended = subprocess.run([*command, *arguments, *files], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert tables.read_text(encoding="utf-8") == ended.stdout
+    rows = [row for row in json.loads(figures.read_text())["results"] if "mode" in row]
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [r["mode"] for r in rows]
+    return rows
+
+
+@pytest.mark.parametrize("what", ["network", "classifier"])
+def test_the_sampler_is_timed_and_exact(what, tmp_path):
+    if what == "network":
+        rows = benchmark(tmp_path, "--network", "demo", "--batch_sizes", "1")
+    else:
+        conf = tmp_path / "conf.yml"
+        conf.write_text(CLASSIFIER)
+        options = ["--conf_path", conf, "--classifier", "--batch_sizes", "2"]
+        rows = benchmark(tmp_path, *options)
+    assert [row["mode"] for row in rows] == ["plain", "ours-eager", "ours"]
+    for row in rows:
+        assert 0 < row["forward_error"] < 1e-4
+        assert row["ms_a_call_and_image"] > 0
+        assert row["cold_start_s"] > 0
+        if sys.platform == "linux":
+            assert row["peak_gb"] is None or row["peak_gb"] > 0.005
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--modes", "plain,fast"],
+        ["--modes", "plain-compiled"],
+        ["--modes", "ours-compiled-float16"],
+        ["--modes", ""],
+        ["--batch_sizes", "1,0"],
+        ["--batch_sizes", "1,,2"],
+        ["--batch_sizes", "-1"],
+        ["--rounds", "0"],
+    ],
+)
+def test_options_are_checked_before_anything_runs(arguments):
+    with pytest.raises(UserError, match=arguments[0]):
+        sampler.parse_args(arguments)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_default_modes_are_understood(device):
+    names = sampler.default_modes(torch.device(device))
+    assert sampler.parse_args(["--modes", ",".join(names)]).modes == names
+
+
+@pytest.mark.parametrize("updown", [True, False])
+@pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
+def test_the_plain_classifier_is_the_networks_in_float64(pool, updown, monkeypatch):
+    cfg = TrunkConfig(
+        16, 32, (1, 2), 1, (8,), num_head_channels=16, resblock_updown=updown,
+        use_scale_shift_norm=updown,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    model = EncoderUNetModel(cfg, 5, pool).double().eval().requires_grad_(False)
+    model.dtype = torch.float64
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    x = torch.randn(2, 3, 16, 16, generator=generator, dtype=torch.float64)
+    t, y = torch.tensor([10, 700]), torch.tensor([1, 3])
+    # The network itself does these in float32.
+    monkeypatch.setattr(GroupNorm32, "forward", nn.GroupNorm.forward)
+    monkeypatch.setattr(model, "embed_time", lambda t: plain.embed_time(model, t))
+    assert relative(plain.classifier(model, x, t), model(x, t)) < 1e-12
+    own = classifier_gradient(model, y, 3.0)(x, t)
+    assert relative(plain.classifier_gradient(model, x, t, y, 3.0), own) < 1e-12
+
+
+def test_the_plain_classifier_is_the_networks_as_it_is():
+    torch.manual_seed(0)
+    cfg = TrunkConfig(16, 32, (1, 2), 1, (8,), num_head_channels=16)
+    model = EncoderUNetModel(cfg, 5, "attention").eval()
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([10, 700])
+    with torch.inference_mode():
+        assert relative(plain.classifier(model, x, t), model(x, t)) < 1e-5
