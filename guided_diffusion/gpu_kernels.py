@@ -47,7 +47,7 @@ class GpuKernels:
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """As ``kernels.Kernels.convolve``; the result has the weights' type."""
+        """As ``kernels.Kernels.convolve``; computes in the weights' type."""
         x = self._applied(maps, affine, weight.dtype, silu=affine is not None, resize=resize)
         h = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=1).permute(0, 2, 3, 1)
         return self._sum(h.contiguous(), bias, residual, out)
@@ -65,11 +65,12 @@ class GpuKernels:
         if affine:
             maps = [self._applied(maps, affine, weight.dtype)]
         parts = weight[:, :, 0, 0].split([part.shape[3] for part in maps], dim=1)
-        first, *others = maps
+        first, *others = (part.flatten(0, 2) for part in maps)  # of two dimensions cuBLAS adds bias
         with _products_as_convolutions():
             h = F.linear(first, parts[0], bias if residual is None else None)
             for part, own in zip(others, parts[1:], strict=True):
-                h.flatten(0, 2).addmm_(part.flatten(0, 2), own.t())
+                h.addmm_(part, own.t())
+        h = h.unflatten(0, maps[0].shape[:3])
         return h if residual is None else self._sum(h, bias, residual, h)
 
     def attend(self, qkv: Tensor, num_heads: int, new_order: bool) -> Tensor:
