@@ -61,6 +61,12 @@ def write_affine(
 
 
 @triton.jit
+def pixels_of(chunk, pixels, PER_CHUNK: tl.constexpr):
+    """Return how many pixels each chunk has, as a column."""
+    return tl.minimum(pixels - chunk * PER_CHUNK, PER_CHUNK).to(tl.float32)[:, None]
+
+
+@triton.jit
 def affine_of_moments(
     moments, pixels, chunks, total, weight, bias, added, added_stride, gain, offset, gain_stride,
     scale, shift, PER_CHUNK: tl.constexpr, EPS: tl.constexpr, ADDED: tl.constexpr,
@@ -77,22 +83,20 @@ def affine_of_moments(
     sums = tl.zeros([BP, BC], tl.float32)
     for first in range(0, chunks, BP):
         chunk = first + tl.arange(0, BP)
-        count = tl.minimum(pixels - chunk * PER_CHUNK, PER_CHUNK).to(tl.float32)
         mask = (chunk < chunks)[:, None] & own[None, :]
         place = moments + (n * chunks + chunk)[:, None] * 2 * total + channels[None, :]
         means = tl.load(place, mask, 0.0) + extra[None, :]
-        sums += tl.where(mask, means * count[:, None], 0.0)
+        sums += tl.where(mask, means * pixels_of(chunk, pixels, PER_CHUNK), 0.0)
     numbers = pixels * size
     mean = tl.sum(tl.sum(sums, axis=0), axis=0) / numbers
     sums = tl.zeros([BP, BC], tl.float32)
     for first in range(0, chunks, BP):
         chunk = first + tl.arange(0, BP)
-        count = tl.minimum(pixels - chunk * PER_CHUNK, PER_CHUNK).to(tl.float32)
         mask = (chunk < chunks)[:, None] & own[None, :]
         place = moments + (n * chunks + chunk)[:, None] * 2 * total + channels[None, :]
         deviation = tl.load(place, mask, 0.0) + extra[None, :] - mean
-        squares = tl.load(place + total, mask, 0.0) + deviation * deviation * count[:, None]
-        sums += tl.where(mask, squares, 0.0)
+        squares = deviation * deviation * pixels_of(chunk, pixels, PER_CHUNK)
+        sums += tl.where(mask, squares + tl.load(place + total, mask, 0.0), 0.0)
     variance = tl.sum(tl.sum(sums, axis=0), axis=0) / numbers
     write_affine(
         mean, variance, n, channels, total, own, weight, bias, added, added_stride, gain, offset,
