@@ -5,6 +5,7 @@ import copy
 import platform
 import re
 import sys
+import tempfile
 import warnings
 from itertools import islice
 from pathlib import Path
@@ -219,7 +220,7 @@ def with_backend(monkeypatch, backend):
         compile(module, **options, backend=backend)
 
     monkeypatch.setattr(nn.Module, "compile", replaced)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/repaint-unused")
     torch._dynamo.reset()
     return seen
 
