@@ -1,14 +1,14 @@
 // What a network computes on CPUs: convolutions, group normalisation and attention, fused.
 //
-// A map is float32 (N, H, W, C) with channels contiguous; C is a multiple of LANES wherever it is
-// read as input. Convolutions of 3x3 use Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2016): a tile of
-// 4x4 outputs takes 36 multiplications a pair of channels, where the definition takes 144. The
-// interpolation points 0, +-1/sqrt(2), +-sqrt(2) and infinity keep rounding errors small (Barabasz
-// et al. 2020). What comes before the convolution in a block (normalisation, SiLU, halving or
-// doubling, joining two maps) is applied as tiles are read, what comes after (bias, residual) as
-// they are written, so that a map passes memory once, and once before for its moments. Every output
-// is computed in the same order whatever the batch and the number of threads: results do not depend
-// on either.
+// A map is float32 (N, H, W, C) with channels contiguous; C is a multiple of LANES wherever a
+// convolution or a normalisation reads it. Convolutions of 3x3 use Winograd's minimal filtering
+// F(4x4, 3x3) (Lavin & Gray 2016): a tile of 4x4 outputs takes 36 multiplications a pair of
+// channels, where the definition takes 144. The interpolation points 0, +-1/sqrt(2), +-sqrt(2) and
+// infinity keep rounding errors small (Barabasz et al. 2020). What comes before the convolution in
+// a block (normalisation, SiLU, halving or doubling, joining two maps) is applied as tiles are
+// read, what comes after (bias, residual) as they are written, so that a map passes memory once,
+// and once before for its moments. Every output is computed in the same order whatever the batch
+// and the number of threads: results do not depend on either.
 
 #include <stdlib.h>
 #include <string.h>
@@ -18,11 +18,12 @@
 enum { ROWS = LANES == 16 ? 8 : 4, COLUMNS = 2 };  // of the product that registers hold
 enum { BLOCK = COLUMNS * LANES };                  // output channels computed together
 enum { TILE = 4, PATCH = 6, POINTS = PATCH * PATCH, TAPS = 9 };
-enum { TILES = 16 };    // of a block, at most
+enum { TILES = 32 };    // of a block, at most
 enum { PAD = 16 };      // floats between rows, as powers of two would share a cache set
 enum { DEPTH = 64 };    // input channels whose weights are transformed at a time
 enum { AHEAD = 16 };    // input channels whose weights are fetched early
 enum { CHUNK = 64 };    // pixels whose moments are taken together
+enum { WIDE = 4 };      // vectors whose moments are taken together
 enum { PIXELS = 64 };   // of a pointwise convolution's block, at most
 enum { QUERIES = 32 };  // of attention's block, at most
 
@@ -374,6 +375,32 @@ int64_t convolve(const Convolution *given, int64_t threads) {
   }
   return failed;
 }
+}
+
+// Means of some vectors of channels in a chunk, with ``added``, and sums of squared distances.
+template <int vectors>
+static inline void chunk_moments(const float *x, int64_t channels, int64_t pixels,
+                                 const float *added, float *mean, float *squares) {
+  vec origin[vectors] = {}, sum[vectors] = {}, sum2[vectors] = {};
+  for (int64_t p = 0; p < pixels; p++)
+    for (int i = 0; i < vectors; i++) origin[i] += load(x + p * channels + i * LANES);
+  // The means but for rounding, which the second pass mends.
+  for (int i = 0; i < vectors; i++) origin[i] *= 1.0f / pixels;
+  for (int64_t p = 0; p < pixels; p++)
+    for (int i = 0; i < vectors; i++) {
+      vec d = load(x + p * channels + i * LANES) - origin[i];
+      sum[i] += d;
+      sum2[i] += d * d;
+    }
+  for (int i = 0; i < vectors; i++) {
+    vec average = sum[i] * (1.0f / pixels), rest = sum2[i] - sum[i] * average;
+    vec own = added ? load(added + i * LANES) : (vec){};
+    store(mean + i * LANES, origin[i] + average + own);
+    store(squares + i * LANES, rest < 0.0f ? (vec){} : rest);  // rounding may take it below 0
+  }
+}
+
+extern "C" {
 
 struct Normalisation {
   const float *x[2];
@@ -383,7 +410,7 @@ struct Normalisation {
   double eps;
   const float *added;          // (N or 1, C) to add to the maps before, or NULL
   int64_t added_stride;        // from one image to the next
-  const float *gain, *offset;  // (N, C) for (1 + gain) norm(x) + offset, or NULL
+  const float *gain, *offset;  // (N or 1, C) for (1 + gain) norm(x) + offset, or NULL
   int64_t gain_stride;         // from one image to the next
   float *moments;              // (N, chunks, 2, C): room to work in
   float *scale, *shift;        // (N, C): the same as scale x + shift
@@ -406,20 +433,12 @@ void group_norm(const Normalisation *given, int64_t threads) {
         int64_t own = norm.channels[part];
         if (!own) continue;
         const float *x = norm.x[part] + (n * norm.pixels + first) * own;
-        for (int64_t c = 0; c < own; c += LANES) {
-          vec origin = {}, sum = {}, sum2 = {};
-          for (int64_t p = 0; p < pixels; p++) origin += load(x + p * own + c);
-          origin *= 1.0f / pixels;  // the mean but for rounding, which the second pass mends
-          for (int64_t p = 0; p < pixels; p++) {
-            vec d = load(x + p * own + c) - origin;
-            sum += d;
-            sum2 += d * d;
-          }
-          vec average = sum * (1.0f / pixels);
-          vec added = norm.added ? load(norm.added + n * norm.added_stride + before + c) : (vec){};
-          store(mean + c, origin + average + added);
-          store(squares + c, sum2 - sum * average);
-        }
+        const float *added = norm.added ? norm.added + n * norm.added_stride + before : NULL;
+        int64_t c = 0;
+        for (; c + WIDE * LANES <= own; c += WIDE * LANES)
+          chunk_moments<WIDE>(x + c, own, pixels, added ? added + c : NULL, mean + c, squares + c);
+        for (; c < own; c += LANES)
+          chunk_moments<1>(x + c, own, pixels, added ? added + c : NULL, mean + c, squares + c);
         mean += own, squares += own, before += own;
       }
     }
@@ -456,13 +475,14 @@ void group_norm(const Normalisation *given, int64_t threads) {
     }
   }
 }
+
 struct Pointwise {
   const float *x[2];   // one or two maps, joined along the channels
   int64_t channels[2];
   int64_t count, pixels;
   const float *scale, *shift;  // (N, C) of scale x + shift; NULL: x as it is
   const float *weight;         // packed, one value a pair of channels
-  const float *bias;           // (out_channels)
+  const float *bias;           // (out_channels), or NULL
   const float *residual;       // (N, pixels, out_channels) to add, or NULL; may be ``out``
   float *out;                  // (N, pixels, out_channels)
   int64_t out_channels;
@@ -519,7 +539,7 @@ int64_t pointwise(const Pointwise *given, int64_t threads) {
         products<1>(x, stride, weight, channels, rows, m, false);
       for (int64_t c = 0; c < width; c += LANES) {
         int64_t at = channel + c, count = smaller(LANES, conv.out_channels - at);
-        vec bias = load_some(conv.bias + at, count);
+        vec bias = conv.bias ? load_some(conv.bias + at, count) : (vec){};
         for (int64_t row = 0; row < rows; row++) {
           int64_t place = (n * conv.pixels + first + row) * conv.out_channels + at;
           vec value = load(m + row * width + c) + bias;
@@ -567,7 +587,7 @@ static void pack_head(const Attention &a, const float *keys, float *packed) {
         packed[i] = first + i < a.width ? values[token * row + first + i] : 0;
 }
 
-// Turns the scores of a query, in blocks ``step`` apart, into their exponentials; returns their sum.
+// Turns a query's scores, in blocks ``step`` apart, into their exponentials; returns their sum.
 static float exponentials(float *scores, int64_t step, int64_t tokens) {
   vec largest = all(-3e38f);
   for (int64_t first = 0; first < tokens; first += BLOCK) {

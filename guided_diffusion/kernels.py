@@ -35,6 +35,8 @@ _CACHE = os.path.expanduser("~/.cache/repaint")  # noqa: PTH111 - pathlib's fail
 _VECTOR = 16  # channels, of the widest instructions
 _TIMEOUT = 300  # s; it takes about one
 
+_empty = functools.partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever the defaults
+
 Affine = tuple[Tensor, Tensor]  # scale and shift, each (N, C)
 
 
@@ -171,7 +173,7 @@ class Kernels:
         else:
             raise ValueError(f"no kernels for weights {tuple(weight.shape)}")
         sizes = c_int64(channels), c_int64(out_channels), c_int64(values)
-        packed = torch.empty(self._library.packed_size(*sizes))
+        packed = _empty(self._library.packed_size(*sizes))
         source = c_void_p(_pointer(weight, weight.numel()))
         self._library.pack_weights(source, *sizes, c_void_p(packed.data_ptr()), _threads())
         return Packed(packed, values, channels, out_channels)
@@ -202,8 +204,13 @@ class Kernels:
         if not numbers:
             raise ValueError(f"nothing is left of {x.count} maps of {x.height}×{x.width}")
         if out is None:
-            out = torch.empty(x.count, height, width, weight.out_channels)
+            out = _empty(x.count, height, width, weight.out_channels)
+        shape = (x.count, height, width, weight.out_channels)
         is_half = residual is not None and residual.shape[1] < height
+        if residual is not None:
+            count, *sides, channels = residual.shape
+            if (count, *(side << is_half for side in sides), channels) != shape:
+                raise _mismatch(residual, f"{shape}, or half the height and width")
         scale, shift = affine or (None, None)
         call = _Convolution(
             x=x.pointers,
@@ -242,7 +249,7 @@ class Kernels:
         """
         x = _Maps(maps)
         x.require(weight, (1,))
-        out = torch.empty(x.count, x.height, x.width, weight.out_channels)
+        out = _empty(x.count, x.height, x.width, weight.out_channels)
         scale, shift = affine or (None, None)
         call = _Pointwise(
             x=x.pointers,
@@ -270,7 +277,7 @@ class Kernels:
         head_width = channels // 3 // num_heads
         if head_width * 3 * num_heads != channels:
             raise ValueError(f"{channels} channels are not q, k and v of {num_heads} heads")
-        out = torch.empty(count, height, width, channels // 3)
+        out = _empty(count, height, width, channels // 3)
         call = _Attention(
             qkv=_pointer(qkv, 3 * out.numel()),
             count=count,
@@ -281,7 +288,7 @@ class Kernels:
             part_step=channels // 3 if new_order else head_width,
             out=out.data_ptr(),
         )
-        packed = torch.empty(self._library.attention_size(ctypes.byref(call)))
+        packed = _empty(self._library.attention_size(ctypes.byref(call)))
         call.packed = packed.data_ptr()
         if self._library.attend(ctypes.byref(call), _threads()):
             raise MemoryError("out of memory in attention")
@@ -303,11 +310,15 @@ class Kernels:
         """
         x = _Maps(maps)
         chunks = self._library.chunks_of(c_int64(x.height * x.width))
-        moments = torch.empty(x.count, chunks, 2, x.total)
-        scale, shift = torch.empty(2, x.count, x.total).unbind()
+        moments = _empty(x.count, chunks, 2, x.total)
+        scale, shift = _empty(2, x.count, x.total).unbind()
         added_pointer, added_stride = _rows(added, x.count, x.total)
         gain_pointer, gain_stride = _rows(gain, x.count, x.total)
         offset_pointer, offset_stride = _rows(offset, x.count, x.total)
+        if norm.weight is None or norm.bias is None:
+            raise ValueError("a normalisation without weight and bias")
+        if (gain is None) != (offset is None):
+            raise ValueError("gain and offset come together")
         if offset_stride != gain_stride:
             raise ValueError("gain and offset lie differently in memory")
         call = _Normalisation(
@@ -407,6 +418,8 @@ class _Maps:
         widths = [channels] if len(maps) == 1 else [part.shape[3] for part in maps]
         self.total = sum(widths)
         _require_whole_vectors(*widths)
+        if not pixels * self.total:
+            raise ValueError(f"nothing is left of maps {tuple(maps[0].shape)}")
         pointers = [
             _pointer(part, pixels * width) for part, width in zip(maps, widths, strict=True)
         ]
@@ -429,7 +442,8 @@ def _pointer(tensor: Tensor | None, numbers: int) -> int | None:
     """Return where a tensor of so many numbers begins; None of none."""
     if tensor is None:
         return None
-    if not (tensor.numel() == numbers and tensor.dtype is torch.float32 and tensor.is_contiguous()):
+    is_right = tensor.numel() == numbers and tensor.dtype is torch.float32 and tensor.is_cpu
+    if not (is_right and tensor.is_contiguous()):
         raise _mismatch(tensor, f"{numbers} numbers, contiguous")
     return tensor.data_ptr()
 
@@ -440,7 +454,7 @@ def _rows(tensor: Tensor | None, count: int, width: int) -> tuple[int | None, in
         return None, 0
     (rows, own_width), (stride, step) = tensor.shape, tensor.stride()
     is_right = rows in (1, count) and own_width == width and step == 1
-    if not is_right or tensor.dtype is not torch.float32:
+    if not (is_right and tensor.dtype is torch.float32 and tensor.is_cpu):
         raise _mismatch(tensor, f"1 or {count} rows of {width} numbers")
     return tensor.data_ptr(), 0 if rows == 1 else stride
 

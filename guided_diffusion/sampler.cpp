@@ -1,8 +1,8 @@
-// What the sampler computes beside the network on CPUs: noise, and the steps of the loop, each in one
-// pass over memory.
+// What the sampler computes beside the network on CPUs: noise, and the steps of the loop, each in
+// one pass over memory.
 //
-// Noise is that of torch's generator (Mersenne Twister 19937, Matsumoto & Nishimura 1998; Box & Muller
-// 1958), number by number, to rounding.
+// Noise is that of torch's generator (Mersenne Twister 19937, Matsumoto & Nishimura 1998; Box &
+// Muller 1958), number by number, to rounding.
 
 #include <math.h>
 #include <string.h>
@@ -122,7 +122,7 @@ void draw_normal(Generator *generators, int64_t count, int64_t size, float *out,
 // out = a x + b y.
 void mix(float a, const float *x, float b, const float *y, float *out, int64_t size,
          int64_t threads) {
-#pragma omp parallel for simd num_threads(threads) if (size > FEW)
+#pragma omp parallel for simd num_threads(threads) if (parallel : size > FEW)
   for (int64_t i = 0; i < size; i++) out[i] = a * x[i] + b * y[i];
 }
 

@@ -193,6 +193,13 @@ def test_normalisation_far_from_zero():
     assert error(scale[0], expected) < 1e-4
 
 
+def test_normalisation_of_a_huge_constant():
+    """Rounding does not take the variance below zero."""
+    x = (1e8 * (1 + random(64) / 3)).expand(1, 7, 9, 64).contiguous()
+    scale, _ = KERNELS.group_norm([x], nn.GroupNorm(64, 64))
+    assert scale.isfinite().all()
+
+
 def test_normalisation_of_a_map_with_one_huge_value():
     x = random(1, 16, 16, 64)
     x[0, 0, 0] = 1e6
@@ -221,6 +228,8 @@ def test_normalisation_of_a_map_with_one_huge_value():
         {"affine": (random(2, 1).expand(2, 32), random(2, 32))},
         {"residual": random(2, 8, 8, 32)},
         {"residual": random(2, 3, 3, 48)},
+        {"maps": [random(2, 5, 4, 32)], "residual": random(2, 1, 5, 48)},  # a quarter, not a half
+        {"maps": [random(2, 8, 8, 32).to("meta")]},
         {"out": random(2, 8, 8, 16)},
     ],
 )
@@ -240,6 +249,9 @@ def test_a_normalisation_that_does_not_fit_is_refused():
     for gain in ((rows, rows), (rows[:2], rows[:1]), (rows[:2, ::2], rows[:2, ::2])):
         with pytest.raises(ValueError, match=MISFIT):
             KERNELS.group_norm([x], norm, gain=gain[0], offset=gain[1])
+    for alone in ({"gain": rows[:1]}, {"offset": rows[:1]}):
+        with pytest.raises(ValueError, match="come together"):
+            KERNELS.group_norm([x], norm, **alone)
     for added in (rows, rows[:1, :32], rows[:1].double()):
         with pytest.raises(ValueError, match=MISFIT):
             KERNELS.group_norm([x], norm, added=added)
@@ -248,6 +260,16 @@ def test_a_normalisation_that_does_not_fit_is_refused():
     norm.weight = nn.Parameter(torch.ones(1).expand(64), requires_grad=False)
     with pytest.raises(ValueError, match=MISFIT):
         KERNELS.group_norm([x], norm)
+
+
+def test_defaults_of_new_tensors_do_not_matter(pack):
+    x, weight, bias = random(1, 8, 8, 32), random(32, 32, 3, 3), random(32)
+    expected, before = KERNELS.convolve([x], pack(weight), bias), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(KERNELS.convolve([x], pack(weight), bias), expected)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_weights_in_another_order_in_memory(pack):
@@ -288,6 +310,8 @@ def test_a_pointwise_convolution(size, widths, out):
         {"affine": (random(1, 32), random(2, 32))},
         {"residual": random(2, 8, 8, 32)},
         {"weight": KERNELS.pack_weights(random(48, 32, 3, 3))},
+        {"maps": [random(0, 8, 8, 32)]},
+        {"maps": [random(2, 0, 8, 32)]},
     ],
 )
 def test_a_pointwise_convolution_that_does_not_fit_is_refused(changed):
