@@ -300,7 +300,9 @@ class InpaintConf(ModelConf):
     samples_per_image: int = key(1, "Different results to make of each picture: number j, from 0, "
                                  "uses seed + k + j * 1000003.", low=1, high=1_000_000)
     precision: str | None = key(None, "Arithmetic: tf32, float16 and bfloat16 are for GPUs, and "
-                                "less exact; absent: float32, with use_fp16 float16.",
+                                "less exact; absent: as PyTorch does it, in float32 but for "
+                                "convolutions on GPUs, which are in TF32, and with use_fp16 "
+                                "float16.",
                                 choices=("float32", "tf32", "float16", "bfloat16"))
     compile: bool | str = key("auto", "How calls of the network are made fast: auto, by kernels of "
                               "its own, built in seconds at the first run; true, on a GPU by "

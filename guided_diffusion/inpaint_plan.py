@@ -41,10 +41,10 @@ SAMPLE_SEED_STRIDE = 1_000_003  # sample j of image k: seed + k + j · this, so 
 
 # Settings that change how a run goes, but not what a result looks like.
 _WITHOUT_EFFECT_ON_RESULTS = (
-    "name", "show_progress", "overview", "save_process", "device", "samples_per_image", "dropout",
-    "use_checkpoint", "use_kl", "rescale_learned_sigmas", "data.image_size", "data.batch_size",
-    "data.deterministic", "data.drop_last", "data.offset", "data.max_len", "data.paths.srs",
-    "data.paths.lrs", "data.paths.gts", "data.paths.gt_keep_masks",
+    "name", "show_progress", "overview", "save_process", "device", "samples_per_image", "compile",
+    "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "data.image_size",
+    "data.batch_size", "data.deterministic", "data.drop_last", "data.offset", "data.max_len",
+    "data.paths.srs", "data.paths.lrs", "data.paths.gts", "data.paths.gt_keep_masks",
 )  # fmt: skip
 
 

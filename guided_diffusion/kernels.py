@@ -484,8 +484,11 @@ def load() -> Kernels:
 
 def _compilers() -> list[list[str]]:
     """Return the command lines to try; raises KernelError where there is no compiler at all."""
-    own = os.environ.get("CXX")
-    commands = [shlex.split(own)] if own else [[name] for name in _COMPILERS]
+    own = os.environ.get("CXX", "").strip()
+    try:
+        commands = [shlex.split(own)] if own else [[name] for name in _COMPILERS]
+    except ValueError as error:  # an open quotation
+        raise KernelError(f"CXX={own}: {error}") from error
     found = [[path, *options] for name, *options in commands if (path := shutil.which(name))]
     if not found:
         names = ", ".join(name for name, *_ in commands)
@@ -494,19 +497,30 @@ def _compilers() -> list[list[str]]:
 
 
 def _built(compiler: list[str]) -> Kernels:
-    name = f"kernels-{_fingerprint(compiler)}.so"
+    name = f"kernels-{_fingerprint(compiler)}"
+    # A folder that is full or allows no programs leaves the temporary one.
     if (folder := _cache_folder()) is not None:
-        library = folder / name
-        # A file that was cut short is built anew; a folder that is full or allows no programs
-        # leaves the temporary one.
-        for is_there in (library.exists(), False):
-            with contextlib.suppress(OSError, AttributeError, KernelError):
-                if not is_there:
-                    _build(compiler, library)
-                return Kernels(ctypes.CDLL(str(library)))
+        with contextlib.suppress(OSError, AttributeError, KernelError):
+            whole = [path for path in folder.glob(f"{name}-*.so") if _is_whole(path)]
+            return _opened(whole[0] if whole else _build(compiler, folder, name))
     with tempfile.TemporaryDirectory() as private:
-        _build(compiler, Path(private, name))
-        return Kernels(ctypes.CDLL(f"{private}/{name}"))
+        return _opened(_build(compiler, Path(private), name))
+
+
+def _opened(library: Path) -> Kernels:
+    return Kernels(ctypes.CDLL(str(library)))
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a file is as it was built; one that was cut short would crash the process."""
+    try:
+        return library.stem.endswith(f"-{_digest(library.read_bytes())}")
+    except OSError:
+        return False
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _cache_folder() -> Path | None:
@@ -515,7 +529,7 @@ def _cache_folder() -> Path | None:
     try:
         if not folder.is_absolute():  # a user without a home
             return None
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         is_own = status.st_uid == os.geteuid() and not status.st_mode & stat.S_IWOTH
     except (OSError, AttributeError):  # of a system without users, too
@@ -532,16 +546,15 @@ def _fingerprint(compiler: list[str]) -> str:
     parts = [*compiler, version, *_FLAGS, str(torch.__version__), platform.machine()]
     text = "\n".join([*parts, *sorted(processor)])
     sources = b"".join((_FOLDER / name).read_bytes() for name in _SOURCES)
-    digest = hashlib.sha256(text.encode(errors="surrogateescape") + sources)
-    return digest.hexdigest()[:16]
+    return _digest(text.encode(errors="surrogateescape") + sources)
 
 
-def _build(compiler: list[str], library: Path) -> None:
+def _build(compiler: list[str], folder: Path, name: str) -> Path:
     """Compile to a temporary name and rename: other processes may do the same at this moment."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        linked, compiled = f"{folder}/kernels.so", []
+    with tempfile.TemporaryDirectory(dir=folder) as private:
+        linked, compiled = f"{private}/kernels.so", []
         for source in (_FOLDER / name for name in _SOURCES if name.endswith(".cpp")):
-            compiled.append(f"{folder}/{source.stem}.o")
+            compiled.append(f"{private}/{source.stem}.o")
             _run([*compiler, *_FLAGS, "-fopenmp", "-c", str(source), "-o", compiled[-1]])
         # First without OpenMP's own library, so that it is the one that torch has loaded already:
         # the threads of two would keep each other from the cores.
@@ -554,7 +567,7 @@ def _build(compiler: list[str], library: Path) -> None:
                 problem = error
         else:
             raise KernelError(str(problem))
-        Path(linked).replace(library)
+        return Path(linked).replace(folder / f"{name}-{_digest(Path(linked).read_bytes())}.so")
 
 
 def _run(command: list[str]) -> str:

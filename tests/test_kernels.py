@@ -518,13 +518,19 @@ def test_a_compiler_that_writes_rubbish(build, monkeypatch, tmp_path):
     assert list(folder.glob("*.so")) == []
 
 
-def test_a_library_that_was_cut_short_is_built_anew(build):
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.98])
+def test_a_library_that_was_cut_short_is_built_anew(build, share):
+    """Loading it would crash the process, or worse, would not."""
     load, folder = build
-    folder.mkdir(parents=True)
-    path = folder / f"kernels-{kernels._fingerprint(kernels._compilers()[0])}.so"
-    path.write_bytes(b"\x7fELF")
-    assert works(load())
-    assert path.stat().st_size > 1000  # in its place, so that the next start finds it
+    load()
+    (library,) = folder.iterdir()
+    whole = library.read_bytes()
+    for spoilt in (whole[: int(share * len(whole))], whole[:5000] + bytes(5000) + whole[10000:]):
+        library.unlink()  # this process has the file mapped
+        library.write_bytes(spoilt)
+        assert works(load())
+        # Built again under the name of what it holds, so that the next start finds it.
+        assert any(kernels._is_whole(path) for path in folder.iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -609,6 +615,20 @@ def test_a_compiler_that_cannot_be_run(build, monkeypatch, tmp_path, text):
     monkeypatch.setenv("CXX", str(path))
     with pytest.raises(kernels.KernelError, match="cannot be run"):
         load()
+
+
+@pytest.mark.parametrize("text", ["g++ 'open", '"'])
+def test_a_quotation_that_does_not_end(build, monkeypatch, text):
+    load, _ = build
+    monkeypatch.setenv("CXX", text)
+    with pytest.raises(kernels.KernelError, match=r"CXX=.*: No closing quotation"):
+        load()
+
+
+def test_an_empty_cxx_is_none(build, monkeypatch):
+    load, _ = build
+    monkeypatch.setenv("CXX", " ")
+    assert works(load())
 
 
 def test_a_compiler_that_does_not_write_utf8(build, monkeypatch, tmp_path):
