@@ -18,7 +18,7 @@
 enum { ROWS = LANES == 16 ? 8 : 4, COLUMNS = 2 };  // of the product that registers hold
 enum { BLOCK = COLUMNS * LANES };                  // output channels computed together
 enum { TILE = 4, PATCH = 6, POINTS = PATCH * PATCH, TAPS = 9 };
-enum { TILES = 32 };    // of a block, at most
+enum { TILES = 16, MORE_TILES = 32 };  // of a block, at most; more where it transforms weights
 enum { PAD = 16 };      // floats between rows, as powers of two would share a cache set
 enum { DEPTH = 64 };    // input channels whose weights are transformed at a time
 enum { AHEAD = 16 };    // input channels whose weights are fetched early
@@ -154,7 +154,7 @@ struct Convolution {
 struct Shape {
   int64_t height, width;             // of the output
   int64_t down, across;              // tiles of an image
-  int64_t images, tall, wide;        // of a block of tiles
+  int64_t tiles, images, tall, wide;  // of a block: at most, and how they lie
   int64_t channels, stride;          // of the input; from one tile's row to the next
 };
 
@@ -297,10 +297,11 @@ static Shape shape_of(const Convolution &conv) {
   s.height = conv.resize < 0 ? conv.height / 2 : conv.height << conv.resize;
   s.width = conv.resize < 0 ? conv.width / 2 : conv.width << conv.resize;
   s.down = ceil_div(s.height, TILE), s.across = ceil_div(s.width, TILE);
+  s.tiles = conv.values == TAPS ? MORE_TILES : TILES;
   s.wide = smaller(s.across, 4);
-  s.tall = smaller(s.down, TILES / s.wide);
-  s.wide = smaller(s.across, TILES / s.tall);
-  s.images = smaller(conv.count, TILES / (s.tall * s.wide));
+  s.tall = smaller(s.down, s.tiles / s.wide);
+  s.wide = smaller(s.across, s.tiles / s.tall);
+  s.images = smaller(conv.count, s.tiles / (s.tall * s.wide));
   s.channels = conv.channels[0] + conv.channels[1];
   s.stride = s.channels + PAD;
   return s;
@@ -318,7 +319,7 @@ int64_t convolve(const Convolution *given, int64_t threads) {
   int64_t channel_blocks = ceil_div(padded, BLOCK);
   int64_t parts = blocks < 2 * threads ? smaller(channel_blocks, ceil_div(2 * threads, blocks)) : 1;
   int64_t patch_size = (s.tall * TILE + 2) * (s.wide * TILE + 2) * s.channels;
-  int64_t step = TILES * s.stride + PAD, m_step = TILES * BLOCK + PAD;
+  int64_t step = s.tiles * s.stride + PAD, m_step = s.tiles * BLOCK + PAD;
   int64_t own_step = DEPTH * BLOCK + PAD;
   int64_t failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(| : failed)
