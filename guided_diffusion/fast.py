@@ -248,6 +248,7 @@ class CallMemory:
     def __init__(self, device: torch.device, weights: int) -> None:
         self._device, self._weights = device, weights  # bytes
         self._before: int | None = None  # bytes of the process before the second call
+        self._is_told = True  # on a CPU, by the system
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # loading is not what a call takes
 
@@ -257,22 +258,24 @@ class CallMemory:
             free, _ = torch.cuda.mem_get_info(self._device)
             free += torch.cuda.memory_reserved(self._device) - self._weights
             return max(1, torch.cuda.max_memory_allocated(self._device) - self._weights), free
+        if not self._is_told:
+            return None
         try:
             if self._before is not None:
-                peak = _bytes_of("/proc/self/status", "VmHWM")
-                free = _bytes_of("/proc/meminfo", "MemAvailable")
+                peak = bytes_of("/proc/self/status", "VmHWM")
+                free = bytes_of("/proc/meminfo", "MemAvailable")
                 return max(1, peak - self._before), free + peak - self._before
             with contextlib.suppress(AttributeError):  # another C library than glibc
                 ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
-            self._before = _bytes_of("/proc/self/status", "VmRSS")
+            self._before = bytes_of("/proc/self/status", "VmRSS")
         except (OSError, LookupError):  # another system than Linux, or it does not tell
-            pass
+            self._is_told = False  # so that no further call pays for asking
         return None
 
 
-def _bytes_of(path: str, name: str) -> int:
-    """Return a value that Linux states in kB."""
+def bytes_of(path: str, name: str) -> int:
+    """Return what Linux states of ``name`` in a file below /proc; raises OSError, LookupError."""
     for line in Path(path).read_text().splitlines():
         if line.startswith(f"{name}:"):
             return 1024 * int(line.split()[1])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guided_diffusion.kernels import Affine
+from guided_diffusion.kernels import Affine, resized
 from guided_diffusion.unet import attend
 
 _TILE = 8192  # numbers that a program works on
@@ -135,9 +135,7 @@ class GpuKernels:
         if affine is None and len(maps) == 1 and not resize and maps[0].dtype == dtype:
             return maps[0]
         x = _Maps(maps)
-        height, width = (
-            side // 2 if resize < 0 else side << resize for side in (x.height, x.width)
-        )
+        height, width = resized(x.height, x.width, resize)
         out = torch.empty(x.count, height, width, x.total, dtype=dtype, device=x.device)
         tile = x.tile(64)
         block = _TILE // 2 // tile

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -197,15 +198,13 @@ class Kernels:
         """
         x = _Maps(maps)
         x.require(weight, (_TAPS, _POINTS))
-        height, width = (
-            side // 2 if resize < 0 else side << resize for side in (x.height, x.width)
-        )
-        numbers = x.count * height * width * weight.out_channels
+        height, width = resized(x.height, x.width, resize)
+        shape = (x.count, height, width, weight.out_channels)
+        numbers = math.prod(shape)
         if not numbers:
             raise ValueError(f"nothing is left of {x.count} maps of {x.height}×{x.width}")
         if out is None:
-            out = _empty(x.count, height, width, weight.out_channels)
-        shape = (x.count, height, width, weight.out_channels)
+            out = _empty(*shape)
         is_half = residual is not None and residual.shape[1] < height
         if residual is not None:
             count, *sides, channels = residual.shape
@@ -403,6 +402,11 @@ class DenoiseSettings(NamedTuple):
     mean_x: float
     sigma_slope: float  # ln sigma = slope · v + offset
     sigma_offset: float
+
+
+def resized(height: int, width: int, resize: int) -> tuple[int, int]:
+    """Return a map's height and width after ``resize``: 1 doubles, -1 halves, 0 does nothing."""
+    return (height // 2, width // 2) if resize < 0 else (height << resize, width << resize)
 
 
 def _threads() -> c_int64:

@@ -227,7 +227,7 @@ class Inpainter:
             fast.keep_freed_memory()
         torch.backends.cudnn.benchmark = True  # all calls have the same shapes
         is_fused = self.device.type == "cpu" and conf.compile is not False
-        self._kernels = load_kernels() if is_fused else None
+        self._kernels = load_kernels() if is_fused else None  # on CPUs
         kind = partial(FusedDiffusion, self._kernels) if self._kernels else GaussianDiffusion
         self.diffusion = create_gaussian_diffusion(conf, kind=kind)
         self.model = load_model(conf, self.device)
@@ -246,12 +246,12 @@ class Inpainter:
 
     def _fast_network(self) -> Callable[..., Tensor]:
         """Return what computes ``self.model`` fastest on its device."""
-        if self.device.type == "cpu" and self._kernels and self.model.dtype == torch.float32:
+        if self._kernels and self.model.dtype == torch.float32:
             return FusedUNet(self._kernels, self.model)
         if self.device.type == "cuda" and self.conf.compile == "auto":
-            fast.lay_out(self.model, self.device)
             kernels = load_gpu_kernels(self.device, self.model.dtype)
             if kernels:
+                fast.lay_out(self.model, self.device)
                 fused = FusedUNet(kernels, self.model)
                 return fast.Accelerated(fused, self.model, recorded=True)
         return self._accelerated(self.model, self.model)

@@ -476,6 +476,8 @@ def test_where_nobody_tells_how_much_memory_there_is(monkeypatch):
     monkeypatch.setattr(fast.Path, "read_text", lambda _: "VmPeak: 3 kB")
     memory = fast.CallMemory(CPU, 0)
     assert [memory.after_call() for _ in range(3)] == [None] * 3
+    monkeypatch.setattr(fast.Path, "read_text", None)  # is not asked again, which costs time
+    assert memory.after_call() is None
 
 
 # ---- Nothing waits for the device ----------------------------------------------------------------

@@ -239,6 +239,7 @@ def test_a_process_that_dies_costs_only_what_it_was_at(here, tmp_path, rank):
     assert process.returncode != 0
     known = finished(tmp_path)
     assert 2 <= len(known) < 8
+    assert len(leftovers(tmp_path)) <= 1  # what the killed one was writing; nobody else leaves any
     assert "finished earlier" not in out
     if rank == 1:  # the main process was asked to end, and says so
         assert f"interrupted: {len(known)} of 8 results are in log/run; go on with: the sa" in err

@@ -197,6 +197,7 @@ def test_resume_with_nothing_there_simply_runs(here, tmp_path):
         {"data__drop_last": False},
         {"show_progress": False},
         {"overview": True},
+        {"compile": False},
         {"save_process": 2},
         {"device": "cpu"},
         {"dropout": 0.5},

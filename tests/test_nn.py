@@ -40,6 +40,14 @@ def test_timestep_embedding_takes_fractions():
     assert got[1, 0].item() == pytest.approx(math.cos(2.0))
 
 
+def test_group_norm_of_one_number_a_group():
+    """The smallest feature map of one picture: nothing is left but the bias."""
+    norm = GroupNorm32(32)
+    nn.init.normal_(norm.bias)
+    out = norm(torch.randn(1, 32, 1, 1))
+    assert torch.allclose(out.flatten(), norm.bias, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("shape", [(2, 64, 5), (2, 64, 3, 5), (3, 64)])
 def test_group_norm_by_hand(shape):
     generator = np.random.default_rng(0)

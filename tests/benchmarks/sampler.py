@@ -54,7 +54,7 @@ import plain
 from guided_diffusion import OptionParser, command_line, kernels
 from guided_diffusion.conf import DataConf, InpaintConf, load_conf
 from guided_diffusion.dist_util import get_device
-from guided_diffusion.fast import keep_freed_memory
+from guided_diffusion.fast import bytes_of, keep_freed_memory
 from guided_diffusion.image_writer import check_folder, write_text_atomic
 from guided_diffusion.scheduler import count_steps, get_schedule_jump
 from guided_diffusion.script_util import (
@@ -399,10 +399,8 @@ def return_freed_memory() -> None:
 
 def status_bytes(name: str) -> int | None:
     """Return a figure of /proc/self/status in bytes; None on systems without."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError, LookupError):
+        return bytes_of("/proc/self/status", name)
     return None
 
 
