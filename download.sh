@@ -90,14 +90,17 @@ def check_keys(path, network, conf):
     except ImportError:
         print("  torch is not installed: the file's table is checked, not its keys")
         return
-    from guided_diffusion import UserError, conf as confs, dist_util, script_util
+    from guided_diffusion import script_util
+    from guided_diffusion.config.keys import load_conf
+    from guided_diffusion.errors import UserError
+    from guided_diffusion.io.checkpoints import state_dict_shapes
 
     create = {"model": script_util.create_model, "classifier": script_util.create_classifier}
     with torch.device("meta"):
-        built = create[network](confs.load_conf(f"confs/{conf}.yml"))
+        built = create[network](load_conf(f"confs/{conf}.yml"))
     expected = {key: tuple(tensor.shape) for key, tensor in built.state_dict().items()}
     try:
-        found = {key: tuple(shape) for key, shape in dist_util.state_dict_shapes(path).items()}
+        found = {key: tuple(shape) for key, shape in state_dict_shapes(path).items()}
     except UserError as error:
         refuse(f"cannot be read: {error}")
     wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))

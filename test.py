@@ -4,15 +4,10 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from guided_diffusion import OptionParser, UserError, command_line
-from guided_diffusion.conf import InpaintConf, help_text, load_conf
-
-RESULT_FOLDERS = {
-    "srs": "inpainted",
-    "lrs": "gt_masked",
-    "gts": "gt",
-    "gt_keep_masks": "gt_keep_mask",
-}
+from guided_diffusion.cli import OptionParser, command_line
+from guided_diffusion.config.docs import help_text
+from guided_diffusion.config.keys import RESULT_FOLDERS, InpaintConf, load_conf
+from guided_diffusion.errors import UserError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,16 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     conf = load_conf(args.conf_path, InpaintConf, overrides_of(args))
     # Only a configuration without mistakes is worth the seconds that torch takes to import.
-    from guided_diffusion import dist_util, inpaint_plan, inpaint_util
+    from guided_diffusion.dist_util import Team
+    from guided_diffusion.run import inpaint
+    from guided_diffusion.run.plan import Summary, plan_run
 
-    team = dist_util.Team()
-    plan = inpaint_plan.plan_run(conf, team, resume=args.resume)
-    summary = inpaint_plan.Summary()
+    team = Team()
+    plan = plan_run(conf, team, resume=args.resume)
+    summary = Summary()
     if plan.todo:
-        inpainter = inpaint_util.build(plan)
-        summary = inpaint_util.run(plan, inpainter, team)
+        inpainter = inpaint.build(plan)
+        summary = inpaint.run(plan, inpainter, team)
     if team.is_main:
-        print(inpaint_util.conclude(plan, summary))
+        print(inpaint.conclude(plan, summary))
     return 1 if summary.failures else 0
 
 

@@ -7,8 +7,9 @@ torchrun's own options. The result runs at once: ``python test.py --conf_path <o
 import argparse
 import sys
 
-from guided_diffusion import OptionParser, command_line
-from guided_diffusion.conf import TrainConf, help_text, load_conf
+from guided_diffusion.cli import OptionParser, command_line
+from guided_diffusion.config.docs import help_text
+from guided_diffusion.config.keys import TrainConf, load_conf
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,37 +34,39 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     conf = load_conf(args.conf_path, TrainConf, args.overrides)
     # Only a configuration without mistakes is worth the seconds that torch takes to import.
-    from guided_diffusion import dist_util, train_files, train_util
+    from guided_diffusion.dist_util import get_device, is_main
     from guided_diffusion.script_util import create_gaussian_diffusion, create_model
+    from guided_diffusion.training import files, loop
+    from guided_diffusion.training.trainer import Trainer, TrainingStoppedError, seeded
 
     if args.export is not None:
-        print(train_files.export(conf, args.export))
+        print(files.export(conf, args.export))
         return 0
-    device = dist_util.get_device(conf.device)
-    start = train_files.check(conf, device, resume=args.resume)
+    device = get_device(conf.device)
+    start = files.check(conf, device, resume=args.resume)
     if start >= conf.iterations:
         print(f"{conf.out_dir}: {start} steps are done; to go on raise iterations")
         return 0
     diffusion = create_gaussian_diffusion(conf)
     sample_diffusion = create_gaussian_diffusion(conf, "sample_respacing")
-    with train_util.seeded(conf.seed):
+    with seeded(conf.seed):
         model = create_model(conf)
     if conf.init_from and not start:
-        train_files.load_initial(model, conf.init_from)
-    train_files.check_disk(conf, sum(p.numel() for p in model.parameters()))
-    images = train_util.load_images(conf)
-    with train_util.process_group(device):
-        trainer = train_util.Trainer(conf, model, diffusion, images, device)
+        files.load_initial(model, conf.init_from)
+    files.check_disk(conf, sum(p.numel() for p in model.parameters()))
+    images = loop.load_images(conf)
+    with loop.process_group(device):
+        trainer = Trainer(conf, model, diffusion, images, device)
         if start:
             trainer.load(start)
         try:
-            train_util.train(trainer, sample_diffusion)
-        except train_util.TrainingStoppedError as error:
-            if dist_util.is_main():
+            loop.train(trainer, sample_diffusion)
+        except TrainingStoppedError as error:
+            if is_main():
                 print(f"error: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(train_files.last_saved(conf)) from None
+            raise KeyboardInterrupt(files.last_saved(conf)) from None
     return 0
 
 

@@ -5,13 +5,9 @@ In a mask 255 is known and 0 is generated. Run as a program it writes a folder o
     python guided_diffusion/masks.py --kind thick --count 8 --size 256 --seed 0 --out DIR
 """
 
-import argparse
-import contextlib
 import math
-import os
+import runpy
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +16,9 @@ from PIL import Image, ImageDraw
 
 FAMILIES = ("thin", "thick", "ev2li", "nn2", "ex64", "genhalf")
 KNOWN, GENERATED = 255, 0
-
 # Below this a stroke of one pixel is a large part of the picture, and redrawing need not end soon.
 MIN_SIZE = 8
 MAX_SIZE = 16384
-MAX_COUNT = 1_000_000  # file names have six digits
-
-PREVIEW_TILES, PREVIEW_COLUMNS, PREVIEW_SIDE, PREVIEW_GAP = 64, 8, 128, 4
 
 
 @dataclass(frozen=True)
@@ -142,138 +134,6 @@ def _draw_boxes(draw: ImageDraw.ImageDraw, size: int, rng: np.random.Generator) 
         draw.rectangle([left, top, left + width - 1, top + height - 1], fill=GENERATED)
 
 
-@contextlib.contextmanager
-def _replaced_when_done(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside ``path`` that takes its place once the block has ended well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    with _replaced_when_done(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
-
-
-def _contact_sheet(masks: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the masks side by side on gray, eight a row, reduced to 128 px where larger."""
-    side = min(PREVIEW_SIDE, masks[0].shape[0])
-    columns = min(PREVIEW_COLUMNS, len(masks))
-    rows = math.ceil(len(masks) / columns)
-    step = side + PREVIEW_GAP
-    sheet = Image.new("L", (columns * step + PREVIEW_GAP, rows * step + PREVIEW_GAP), 128)
-    for index, mask in enumerate(masks):
-        row, column = divmod(index, columns)
-        tile = Image.fromarray(mask).resize((side, side), Image.Resampling.BOX)
-        sheet.paste(tile, (column * step + PREVIEW_GAP, row * step + PREVIEW_GAP))
-    return np.array(sheet)
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from guided_diffusion import OptionParser, UserError
-
-    parser = OptionParser(
-        description="Write a folder of inpainting masks of one of the paper's six families.",
-        epilog="Polarity: in a mask white (255) is known and kept, black (0) is generated. "
-        "A run that finds its masks the wrong way round can turn them with invert_mask: true.",
-    )
-    parser.add_argument(
-        "--kind",
-        required=True,
-        metavar="FAMILY",
-        help="thin or thick: random strokes; ev2li: every other line known; nn2: one pixel in "
-        "four known; ex64: only the centre known; genhalf: only the left half known",
-    )
-    parser.add_argument("--count", type=int, default=1, help="how many masks (default: 1)")
-    parser.add_argument("--size", type=int, default=256, help="side in pixels (default: 256)")
-    parser.add_argument("--seed", type=int, default=0, help="0 or above (default: 0)")
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder for 000000.png, 000001.png, ..."
-    )
-    parser.add_argument(
-        "--preview",
-        action="store_true",
-        help="also write a contact sheet of the first 64, DIR_preview.png, beside the folder",
-    )
-    options = parser.parse_args(argv)
-    if options.kind not in FAMILIES:
-        raise UserError(key="--kind", expected=f"one of {', '.join(FAMILIES)}", got=options.kind)
-    for key, low, high in (
-        ("count", 1, MAX_COUNT),
-        ("size", MIN_SIZE, MAX_SIZE),
-        ("seed", 0, 2**63 - 1),
-    ):
-        if not low <= getattr(options, key) <= high:
-            raise UserError(
-                key=f"--{key}",
-                expected=f"a whole number in {low}..{high}",
-                got=getattr(options, key),
-            )
-    return options
-
-
-def _prepare_folder(folder: Path, written: set[str]) -> None:
-    """Make the folder, and warn of pictures in it that a run over the folder would also take."""
-    folder.mkdir(parents=True, exist_ok=True)
-    others = [
-        path.name
-        for path in folder.rglob("*")
-        if path.name not in written and path.suffix.lower() in (".png", ".jpg", ".jpeg", ".gif")
-    ]
-    if others:
-        warnings.warn(
-            f"{folder} holds {len(others)} other pictures, such as {min(others)}, "
-            "which a run over this folder takes for masks too",
-            stacklevel=2,
-        )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the masks that the command line asks for; mask i depends on the seed and i alone.
-
-    Raises:
-        UserError: an option is out of range, or the folder cannot be written to.
-    """
-    from guided_diffusion import UserError
-
-    options = _parse(argv)
-    folder = Path(options.out)
-    shares, tiles = [], []
-    try:
-        _prepare_folder(folder, {f"{index:06d}.png" for index in range(options.count)})
-        for index in range(options.count):
-            rng = np.random.default_rng([options.seed, index])
-            mask = make_mask(options.kind, options.size, rng)
-            _write_png(folder / f"{index:06d}.png", mask)
-            shares.append(100 * generated_share(mask))
-            if options.preview and index < PREVIEW_TILES:
-                tiles.append(mask)
-        if options.preview:
-            # Beside the folder: inside it a later run would take the sheet for a mask.
-            sheet = folder.resolve().with_name(f"{folder.resolve().name}_preview.png")
-            _write_png(sheet, _contact_sheet(tiles))
-    except OSError as error:
-        raise UserError(
-            f"cannot be written ({error.strerror or error})", path=folder, key="--out"
-        ) from error
-    print(
-        f"{options.count} {options.kind} masks of {options.size}x{options.size} in {folder}, "
-        f"generated pixels: mean {np.mean(shares):.1f} %, min {min(shares):.1f} %, "
-        f"max {max(shares):.1f} %"
-    )
-    if options.preview:
-        print(f"contact sheet: {sheet}")
-    return 0
-
-
-if __name__ == "__main__":
-    # As a script this file's own folder comes first on the path; the package lies one above it.
+if __name__ == "__main__":  # the program lies in tools/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from guided_diffusion import command_line
-
-    command_line(main)
+    runpy.run_module("guided_diffusion.tools.make_masks", run_name="__main__")

@@ -14,8 +14,9 @@ import torch
 import yaml
 from PIL import Image
 
-from guided_diffusion import command_line
-from guided_diffusion.conf import InpaintConf, conf_from_dict
+from guided_diffusion.cli import command_line
+from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.schema import conf_from_dict
 from guided_diffusion.script_util import create_model
 
 ROOT = Path(__file__).resolve().parent.parent

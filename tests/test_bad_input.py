@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from run_cases import load_yaml, run_apart, run_here, snapshot, tiny_tree, write_run, write_tree
 
-from guided_diffusion import inpaint_plan
+from guided_diffusion.run import plan
 
 # ---- ways to spoil a run -------------------------------------------------------------------------
 # Each is a function of the run's folder; what it returns, if anything, are further options.
@@ -408,7 +408,7 @@ def test_files_that_may_not_be_read_or_folders_written(template, tmp_path, monke
         closed.add(name)
         check(run_here(capsys, "--conf_path", "c.yml"), words)
         closed.clear()
-    monkeypatch.setattr(inpaint_plan.os, "access", lambda *_: False)
+    monkeypatch.setattr(plan.os, "access", lambda *_: False)
     check(
         run_here(capsys, "--conf_path", "c.yml"), "results cannot be written there: no permission"
     )
@@ -420,7 +420,7 @@ def test_a_nearly_full_disk_is_warned_of(template, tmp_path, monkeypatch, capsys
     shutil.copytree(template, folder)
     monkeypatch.chdir(folder)
     usage = shutil.disk_usage(folder)._replace(free=1000)
-    monkeypatch.setattr(inpaint_plan.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage)
     outcome = run_here(capsys, "--conf_path", "c.yml")
     assert outcome.status == 0
     [line] = outcome.lines

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from guided_diffusion import UserError
+from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import classifier_gradient
 from guided_diffusion.nn import GroupNorm32
 from guided_diffusion.unet import EncoderUNetModel, TrunkConfig

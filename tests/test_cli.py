@@ -27,7 +27,8 @@ from run_cases import (
     write_run,
 )
 
-from guided_diffusion.conf import InpaintConf, describe
+from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.schema import describe
 
 
 @pytest.fixture

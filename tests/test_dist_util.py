@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from guided_diffusion import UserError, dist_util
-from guided_diffusion.dist_util import fingerprint, get_device, load_state_dict, state_dict_shapes
+from guided_diffusion import dist_util
+from guided_diffusion.dist_util import get_device
+from guided_diffusion.errors import UserError
+from guided_diffusion.io.checkpoints import fingerprint, load_state_dict, state_dict_shapes
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
 

@@ -16,6 +16,7 @@ from guided_diffusion.gaussian_diffusion import (
 )
 from guided_diffusion.respace import respaced_betas, space_timesteps
 from guided_diffusion.scheduler import get_schedule_jump
+from guided_diffusion.training.losses import training_losses, vb_terms_bits
 from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -88,7 +89,7 @@ def test_the_network_is_told_original_and_scaled_times(time_scale):
 
     gt = torch.zeros(2, 3, 4, 4)
     last(diffusion.repaint(model, gt, gt, [2, 1, 0, -1], noise_source(gt.shape)))
-    diffusion.training_losses(model, gt, torch.tensor([2, 1]), gt)
+    training_losses(diffusion, model, gt, torch.tensor([2, 1]), gt)
     expected = [[999.0, 999.0], [500.0, 500.0], [0.0, 0.0], [999.0, 500.0]]
     assert [(t / time_scale).tolist() for t in seen] == expected
 
@@ -162,12 +163,12 @@ def test_golden_losses(respacing):
     assert (t > 0).any()
     diffusion = chain(respacing, rescale_learned_sigmas=True)
     torch.testing.assert_close(diffusion.q_sample(x_start, t, noise), x_t, rtol=0, atol=1e-6)
-    got = diffusion.training_losses(lambda x, t: output, x_start, t, noise)
+    got = training_losses(diffusion, lambda x, t: output, x_start, t, noise)
     for key, expected in (("mse", mse), ("vb", vb), ("loss", loss)):
         torch.testing.assert_close(got[key], expected, rtol=1e-4, atol=1e-7)
-    unscaled = chain(respacing).training_losses(lambda x, t: output, x_start, t, noise)
+    unscaled = training_losses(chain(respacing), lambda x, t: output, x_start, t, noise)
     torch.testing.assert_close(unscaled["vb"], vb * 1000 / int(respacing), rtol=1e-4, atol=1e-7)
-    whole = chain(respacing, use_kl=True).training_losses(lambda x, t: output, x_start, t, noise)
+    whole = training_losses(chain(respacing, use_kl=True), lambda x, t: output, x_start, t, noise)
     torch.testing.assert_close(whole["loss"], vb * 1000, rtol=1e-4, atol=1e-4)
     assert set(whole) == {"loss", "vb"}
 
@@ -826,7 +827,7 @@ def test_variational_term_is_the_divergence(learn_sigma, predict_xstart):
     x_start = x_start.clamp(-1, 1)
     t = torch.tensor([1, 8])
     x = diffusion.q_sample(x_start, t, noise)
-    got = diffusion.vb_terms_bits(output, x_start, x, t).numpy()
+    got = vb_terms_bits(diffusion, output, x_start, x, t).numpy()
     for i, level in enumerate(t.tolist()):
         abar, beta = diffusion.alphas_cumprod[level], diffusion.betas[level]
         before = diffusion.alphas_cumprod[level - 1]
@@ -851,7 +852,7 @@ def test_perfect_prediction_costs_nothing_above_level_0():
     _, x_start, noise, _ = step_inputs()
     t = torch.tensor([2, 11])
     lower = torch.cat([noise, -torch.ones_like(noise)], 1)  # the posterior's own variance
-    losses = diffusion.training_losses(lambda x, t: lower, x_start.clamp(-1, 1), t, noise)
+    losses = training_losses(diffusion, lambda x, t: lower, x_start.clamp(-1, 1), t, noise)
     torch.testing.assert_close(losses["vb"], torch.zeros(2), rtol=0, atol=1e-6)
     assert losses["mse"].tolist() == [0, 0]
 
@@ -865,7 +866,7 @@ def test_probabilities_of_all_values_sum_to_one(mean, v):
     output = torch.full((256, 6, 1, 1), mean)
     output[:, 3:] = v
     x = torch.zeros_like(x_start)
-    bits = diffusion.vb_terms_bits(output, x_start, x, torch.zeros(256, dtype=torch.int64))
+    bits = vb_terms_bits(diffusion, output, x_start, x, torch.zeros(256, dtype=torch.int64))
     assert (bits >= 0).all()
     assert (2.0 ** -bits.double()).sum().item() == pytest.approx(1, abs=1e-4)
     deviation = math.exp(0.5 * diffusion.pred_log_variance(output, 0)[0, 0, 0, 0].item())
@@ -879,7 +880,7 @@ def test_the_least_probability():
     diffusion = chain("250", predict_xstart=True)
     output = torch.cat([torch.full((1, 3, 1, 1), -1.0), torch.zeros(1, 3, 1, 1)], 1)
     x_start = torch.ones(1, 3, 1, 1)  # far from what is predicted
-    bits = diffusion.vb_terms_bits(output, x_start, x_start, torch.tensor([0]))
+    bits = vb_terms_bits(diffusion, output, x_start, x_start, torch.tensor([0]))
     assert bits.item() == pytest.approx(-math.log2(1e-12), rel=1e-5)
 
 
@@ -887,7 +888,7 @@ def losses_of(diffusion, channels=6):
     output, x_start, noise, _ = step_inputs(channels)
     output.requires_grad_()
     t = torch.tensor([0, 5])
-    losses = diffusion.training_losses(lambda x, t: output, x_start.clamp(-1, 1), t, noise)
+    losses = training_losses(diffusion, lambda x, t: output, x_start.clamp(-1, 1), t, noise)
     (gradient,) = torch.autograd.grad(losses["loss"].sum(), output)
     return losses, gradient, output, x_start.clamp(-1, 1), noise
 

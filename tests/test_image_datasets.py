@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from guided_diffusion import UserError, masks
-from guided_diffusion import image_datasets as data
+from guided_diffusion import image_datasets, masks
+from guided_diffusion.errors import UserError
+from guided_diffusion.io import images as pictures
 
 GOLDEN = Path(__file__).parent / "golden"
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -38,7 +39,7 @@ def save(path, array=None, **options):
 
 
 def pixels(path):
-    return np.asarray(data.read_rgb(str(path)))
+    return np.asarray(pictures.read_rgb(str(path)))
 
 
 def folder_of(path, names):
@@ -49,8 +50,9 @@ def folder_of(path, names):
 
 def reads(monkeypatch):
     """Count what is read from disk from here on."""
-    paths, real = [], data.read_rgb
-    monkeypatch.setattr(data, "read_rgb", lambda path: (paths.append(path), real(path))[1])
+    paths, real = [], pictures.read_rgb
+    for module in (pictures, image_datasets):
+        monkeypatch.setattr(module, "read_rgb", lambda path: (paths.append(path), real(path))[1])
     return paths
 
 
@@ -60,7 +62,7 @@ def reads(monkeypatch):
 @pytest.mark.parametrize("number", range(6))
 def test_crops_equal_the_published_programs(number):
     expected = np.load(GOLDEN / "crop" / "expect.npz")[str(number)]
-    crop = data.center_crop(data.read_rgb(str(GOLDEN / "crop" / f"{number}.png")), 64)
+    crop = pictures.center_crop(pictures.read_rgb(str(GOLDEN / "crop" / f"{number}.png")), 64)
     assert crop.dtype == np.uint8
     assert np.array_equal(crop, expected)
 
@@ -68,10 +70,10 @@ def test_crops_equal_the_published_programs(number):
 @pytest.mark.parametrize("run", ["plain", "guided"])
 def test_pairs_equal_the_published_programs(run):
     expected = np.load(GOLDEN / run / "expect.npz")
-    pairs = data.pair_images(str(GOLDEN / run / "gt"), str(GOLDEN / run / "mask"))
+    pairs = image_datasets.pair_images(str(GOLDEN / run / "gt"), str(GOLDEN / run / "mask"))
     assert len(pairs) == len(expected["gt_u8"])
     for pair, gt_u8, mask_u8 in zip(pairs, expected["gt_u8"], expected["mask_u8"], strict=True):
-        gt, mask = data.load_pair(pair, gt_u8.shape[0])
+        gt, mask = image_datasets.load_pair(pair, gt_u8.shape[0])
         assert np.array_equal(gt, gt_u8)
         assert np.array_equal(mask, mask_u8)
 
@@ -88,19 +90,19 @@ def test_lists_recursively_any_case_sorted_by_the_whole_path(tmp_path):
     (tmp_path / "png").touch()
     expected = sorted(f"{tmp_path}/{name}" for name in names)
     assert expected[1] == f"{tmp_path}/b-1.jpeg"  # "-" < "." < "/": not folder by folder
-    assert data.list_images(str(tmp_path)) == expected
+    assert image_datasets.list_images(str(tmp_path)) == expected
 
 
 def test_one_file_is_listed_whatever_its_suffix(tmp_path):
     path = save(tmp_path / "photo.webp", format="PNG")
-    assert data.list_images(path) == [path]
+    assert image_datasets.list_images(path) == [path]
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
     save(tmp_path / "real" / "x.png")
     (tmp_path / "linked").symlink_to(tmp_path / "real")
     (tmp_path / "real" / "back").symlink_to(tmp_path)
-    found = [os.path.relpath(path, tmp_path) for path in data.list_images(str(tmp_path))]
+    found = [os.path.relpath(path, tmp_path) for path in image_datasets.list_images(str(tmp_path))]
     assert found == ["linked/x.png", "real/x.png"]
 
 
@@ -116,7 +118,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 def test_nothing_to_list_is_told_in_one_line(tmp_path, monkeypatch, path, problem):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=problem) as caught:
-        data.list_images(path, key="gt_path")
+        image_datasets.list_images(path, key="gt_path")
     assert "gt_path" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -150,15 +152,15 @@ def test_remote_paths_go_through_blobfile(tmp_path, monkeypatch):
     one = save(tmp_path / "one.png")
     blobs = FakeBlobs({"gs://b/p/2.png": one, "gs://b/p/1.JPG": one, "gs://b/p/x.txt": one})
     monkeypatch.setitem(sys.modules, "blobfile", blobs)
-    assert data.list_images("gs://b/p/") == ["gs://b/p/1.JPG", "gs://b/p/2.png"]
-    pairs = data.pair_images("gs://b/p", "gs://b/p/2.png")
+    assert image_datasets.list_images("gs://b/p/") == ["gs://b/p/1.JPG", "gs://b/p/2.png"]
+    pairs = image_datasets.pair_images("gs://b/p", "gs://b/p/2.png")
     assert [(pair.name, pair.mask_path) for pair in pairs] == [
         ("1.png", "gs://b/p/2.png"),
         ("2.png", "gs://b/p/2.png"),
     ]
     assert np.array_equal(pixels("gs://b/p/2.png"), picture())
     with pytest.raises(UserError, match="no such file"):
-        data.list_images("gs://b/other")
+        image_datasets.list_images("gs://b/other")
 
 
 def test_without_blobfile_remote_paths_say_what_to_install(monkeypatch):
@@ -172,7 +174,7 @@ def test_without_blobfile_remote_paths_say_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "blobfile", raising=False)
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(UserError, match="pip install blobfile"):
-        data.list_images("gs://b/p")
+        image_datasets.list_images("gs://b/p")
 
 
 # ---- pairing -----------------------------------------------------------------------------------
@@ -189,25 +191,25 @@ def test_without_blobfile_remote_paths_say_what_to_install(monkeypatch):
     ],
 )
 def test_a_result_has_its_inputs_name(path, name):
-    assert data.output_name(path) == name
+    assert image_datasets.output_name(path) == name
 
 
 def test_pairs_by_position_with_offset_and_length(tmp_path):
     gt = folder_of(tmp_path / "gt", ["a.png", "b.png", "c.png", "d.png"])
     mask = folder_of(tmp_path / "mask", ["1.png", "2.png", "3.png", "4.png"])
-    pairs = data.pair_images(gt, mask, offset=1, max_len=2)
+    pairs = image_datasets.pair_images(gt, mask, offset=1, max_len=2)
     assert [(pair.index, pair.name, Path(pair.mask_path).name) for pair in pairs] == [
         (1, "b.png", "2.png"),
         (2, "c.png", "3.png"),
     ]
-    assert len(data.pair_images(gt, mask, max_len=100)) == 4  # at most
+    assert len(image_datasets.pair_images(gt, mask, max_len=100)) == 4  # at most
 
 
 def test_one_mask_file_serves_all(tmp_path):
     gt = folder_of(tmp_path / "gt", ["a.png", "b.png"])
     mask = save(tmp_path / "m.png")
-    assert [pair.mask_path for pair in data.pair_images(gt, mask)] == [mask, mask]
-    assert len(data.pair_images(f"{gt}/a.png", mask)) == 1
+    assert [pair.mask_path for pair in image_datasets.pair_images(gt, mask)] == [mask, mask]
+    assert len(image_datasets.pair_images(f"{gt}/a.png", mask)) == 1
 
 
 @pytest.mark.parametrize(
@@ -217,7 +219,7 @@ def test_one_mask_file_serves_all(tmp_path):
 def test_nothing_left_names_the_key(tmp_path, options, key):
     gt = folder_of(tmp_path / "gt", ["a.png", "b.png"])
     with pytest.raises(UserError) as caught:
-        data.pair_images(gt, gt, **options)
+        image_datasets.pair_images(gt, gt, **options)
     assert caught.value.key == key
 
 
@@ -225,18 +227,18 @@ def test_different_numbers_are_both_told(tmp_path):
     gt = folder_of(tmp_path / "gt", ["a.png", "b.png", "c.png"])
     mask = folder_of(tmp_path / "mask", ["a.png", "b.png"])
     with pytest.raises(UserError, match=r"expected 3 masks.*found 2") as caught:
-        data.pair_images(gt, mask)
+        image_datasets.pair_images(gt, mask)
     assert caught.value.key == "mask_path"
     # A folder with a single mask is not taken for a mask of all: that would hide a lost file.
     one = folder_of(tmp_path / "one", ["a.png"])
     with pytest.raises(UserError, match="found 1"):
-        data.pair_images(gt, one)
+        image_datasets.pair_images(gt, one)
 
 
 def test_missing_mask_path_tells_the_families(tmp_path):
     gt = folder_of(tmp_path / "gt", ["a.png"])
     with pytest.raises(UserError, match=r"thikc.*mask_path.*thick") as caught:
-        data.pair_images(gt, "thikc")
+        image_datasets.pair_images(gt, "thikc")
     assert "\n" not in str(caught.value)
 
 
@@ -252,40 +254,40 @@ def test_colliding_results_name_both_inputs(tmp_path, names, samples, clash):
     gt = folder_of(tmp_path / "gt", names)
     mask = save(tmp_path / "m.png")
     with pytest.raises(UserError) as caught:
-        data.pair_images(gt, mask, samples_per_image=samples)
+        image_datasets.pair_images(gt, mask, samples_per_image=samples)
     for part in (*names, clash):
         assert part in str(caught.value)
 
 
 def test_names_that_only_look_alike_do_not_collide(tmp_path):
     gt = folder_of(tmp_path / "gt", ["a.png", "a_1.png", "a.b.png"])
-    assert len(data.pair_images(gt, save(tmp_path / "m.png"))) == 3
+    assert len(image_datasets.pair_images(gt, save(tmp_path / "m.png"))) == 3
 
 
 def test_too_long_a_sample_name_is_found_before_the_run(tmp_path):
     gt = folder_of(tmp_path / "gt", ["x" * 251 + ".png"])
     mask = save(tmp_path / "m.png")
-    assert len(data.pair_images(gt, mask)) == 1
+    assert len(image_datasets.pair_images(gt, mask)) == 1
     with pytest.raises(UserError, match="too long"):
-        data.pair_images(gt, mask, samples_per_image=2)
+        image_datasets.pair_images(gt, mask, samples_per_image=2)
 
 
 def test_sample_names():
-    assert data.sample_names("a.b.png", 1) == ["a.b.png"]
-    assert data.sample_names("a.b.png", 3) == ["a.b_1.png", "a.b_2.png", "a.b_3.png"]
+    assert image_datasets.sample_names("a.b.png", 1) == ["a.b.png"]
+    assert image_datasets.sample_names("a.b.png", 3) == ["a.b_1.png", "a.b_2.png", "a.b_3.png"]
 
 
 def test_shifted_names_warn_once(tmp_path):
     gt = folder_of(tmp_path / "gt", ["a.png", "b.png", "c.png"])
     mask = folder_of(tmp_path / "mask", ["b.png", "c.png", "d.png"])
     with pytest.warns(UserWarning, match="by sorted position") as caught:
-        data.pair_images(gt, mask)
+        image_datasets.pair_images(gt, mask)
     assert len(caught) == 1
     other = folder_of(tmp_path / "other", ["1.png", "2.png", "3.png"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        data.pair_images(gt, other)
-        data.pair_images(gt, gt)
+        image_datasets.pair_images(gt, other)
+        image_datasets.pair_images(gt, gt)
 
 
 # ---- drawn masks -------------------------------------------------------------------------------
@@ -294,16 +296,16 @@ def test_shifted_names_warn_once(tmp_path):
 def test_a_family_draws_masks_from_seed_and_index_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     gt = folder_of(tmp_path / "gt", ["a.png", "b.png", "c.png"])
-    pairs = data.pair_images(gt, "thin")
-    later = data.pair_images(gt, "thin", offset=1)
+    pairs = image_datasets.pair_images(gt, "thin")
+    later = image_datasets.pair_images(gt, "thin", offset=1)
     state = torch.get_rng_state()
-    drawn = [data.load_mask(pair, 32, seed=3) for pair in pairs]
+    drawn = [image_datasets.load_mask(pair, 32, seed=3) for pair in pairs]
     assert torch.equal(state, torch.get_rng_state())
     assert drawn[0].shape == (32, 32, 3)
     assert set(np.unique(drawn[0])) == {0, 255}
     assert not np.array_equal(drawn[0], drawn[1])
-    assert not np.array_equal(drawn[0], data.load_mask(pairs[0], 32, seed=4))
-    assert np.array_equal(drawn[1], data.load_mask(later[0], 32, seed=3))
+    assert not np.array_equal(drawn[0], image_datasets.load_mask(pairs[0], 32, seed=4))
+    assert np.array_equal(drawn[1], image_datasets.load_mask(later[0], 32, seed=3))
     expected = masks.make_mask("thin", 32, np.random.default_rng([3, 1]))
     assert np.array_equal(drawn[1][:, :, 2], expected)
 
@@ -312,7 +314,7 @@ def test_a_folder_called_like_a_family_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     gt = folder_of(tmp_path / "gt", ["a.png"])
     folder_of(tmp_path / "thick", ["m.png"])
-    assert data.pair_images(gt, "thick")[0].mask_path == "thick/m.png"
+    assert image_datasets.pair_images(gt, "thick")[0].mask_path == "thick/m.png"
 
 
 # ---- reading -----------------------------------------------------------------------------------
@@ -458,11 +460,11 @@ def make_truncated(path, **options):
 def test_what_is_no_whole_picture_is_refused_by_name(tmp_path, name, make, problem):
     make(tmp_path / name)
     with pytest.raises(UserError, match=problem) as caught:
-        data.read_rgb(str(tmp_path / name))
+        pictures.read_rgb(str(tmp_path / name))
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
     if name != "absent.png":
-        assert data.list_images(str(tmp_path)) == [
+        assert image_datasets.list_images(str(tmp_path)) == [
             str(tmp_path / name)
         ]  # listed, so that it is found
 
@@ -475,7 +477,7 @@ def test_no_permission_is_refused_by_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(UserError, match=r"secret\.png: cannot be read: Permission denied"):
-        data.read_rgb(path)
+        pictures.read_rgb(path)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
@@ -483,7 +485,7 @@ def test_unlistable_folder_is_refused_by_name(tmp_path):
     inner = tmp_path / "inner"
     inner.mkdir(mode=0)
     with pytest.raises(UserError, match=r"inner.*Permission denied"):
-        data.list_images(str(tmp_path))
+        image_datasets.list_images(str(tmp_path))
     inner.chmod(0o700)
 
 
@@ -494,14 +496,14 @@ def test_decompression_bombs_are_an_error_not_a_warning(tmp_path, monkeypatch, f
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserError, match=r"bomb\.png.*too many"):
-            data.read_rgb(path)
+            pictures.read_rgb(path)
     assert Image.MAX_IMAGE_PIXELS == 900
 
 
 def test_a_narrow_strip_is_refused_before_it_is_enlarged(tmp_path):
     path = save(tmp_path / "strip.png", Image.new("1", (100_000, 1)))
     with pytest.raises(UserError, match=r"strip\.png.*narrow"):
-        data.load_crop(path, 256)
+        pictures.load_crop(path, 256)
 
 
 def test_damaged_bytes_never_escape_as_anything_but_a_user_error(tmp_path):
@@ -517,7 +519,11 @@ def test_damaged_bytes_never_escape_as_anything_but_a_user_error(tmp_path):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
-                    assert data.load_crop(str(tmp_path / "damaged.png"), 16).shape == (16, 16, 3)
+                    assert pictures.load_crop(str(tmp_path / "damaged.png"), 16).shape == (
+                        16,
+                        16,
+                        3,
+                    )
                 except UserError:
                     refused += 1
     assert refused > 20
@@ -530,7 +536,7 @@ def test_damaged_bytes_never_escape_as_anything_but_a_user_error(tmp_path):
 def test_a_crop_has_its_size_and_the_middle(width, height):
     array = np.zeros((height, width, 3), np.uint8)
     array[height // 2 - 1 : height // 2 + 2, width // 2 - 1 : width // 2 + 2] = 255
-    crop = data.center_crop(Image.fromarray(array), 64)
+    crop = pictures.center_crop(Image.fromarray(array), 64)
     assert crop.shape == (64, 64, 3)
     assert crop[29:35, 29:35].max() == crop.max() > 20
 
@@ -538,12 +544,12 @@ def test_a_crop_has_its_size_and_the_middle(width, height):
 def test_sides_are_rounded_not_cut():
     image = Image.fromarray(picture(100, 67))  # 100 * 64 / 67 = 95.5
     expected = np.asarray(image.resize((96, 64), Image.Resampling.BICUBIC))[:, 16:80]
-    assert np.array_equal(data.center_crop(image, 64), expected)
+    assert np.array_equal(pictures.center_crop(image, 64), expected)
 
 
 def test_tensors_are_exact():
     levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
-    image, mask = data.to_model_range(levels), data.mask_to_tensor(levels)
+    image, mask = pictures.to_model_range(levels), pictures.mask_to_tensor(levels)
     assert image.dtype == mask.dtype == torch.float32
     assert image.shape == mask.shape == (3, 16, 16)
     expected = levels.astype(np.float32) / np.float32(127.5) - np.float32(1)
@@ -555,13 +561,13 @@ def test_tensors_are_exact():
 def test_flip_mirrors_both_and_inversion_only_the_mask(tmp_path):
     gt = save(tmp_path / "gt.png", picture(20, 20))
     mask = save(tmp_path / "mask.png", picture(20, 20, seed=1))
-    (pair,) = data.pair_images(gt, mask)
-    image, keep = data.load_pair(pair, 20)
-    flipped, flipped_keep = data.load_pair(pair, 20, flip=True)
+    (pair,) = image_datasets.pair_images(gt, mask)
+    image, keep = image_datasets.load_pair(pair, 20)
+    flipped, flipped_keep = image_datasets.load_pair(pair, 20, flip=True)
     assert np.array_equal(flipped, image[:, ::-1])
     assert np.array_equal(flipped_keep, keep[:, ::-1])
-    data.to_model_range(flipped)  # torch takes no negative strides
-    same, inverted = data.load_pair(pair, 20, invert_mask=True)
+    pictures.to_model_range(flipped)  # torch takes no negative strides
+    same, inverted = image_datasets.load_pair(pair, 20, invert_mask=True)
     assert np.array_equal(same, image)
     assert np.array_equal(inverted, 255 - keep)
 
@@ -575,14 +581,14 @@ def test_check_returns_the_share_of_generated_pixels(tmp_path, monkeypatch):
         mask = np.zeros((32, 32, 3), np.uint8)
         mask[:known] = 255
         save(tmp_path / "mask" / name, mask)
-    pairs = data.pair_images(gt, str(tmp_path / "mask"))
-    assert data.check_pairs(pairs, 32) == [0.75, 0.25]
-    assert data.check_pairs(pairs, 32, invert_mask=True) == [0.25, 0.75]
-    one = data.pair_images(gt, str(tmp_path / "mask" / "1.png"))
+    pairs = image_datasets.pair_images(gt, str(tmp_path / "mask"))
+    assert image_datasets.check_pairs(pairs, 32) == [0.75, 0.25]
+    assert image_datasets.check_pairs(pairs, 32, invert_mask=True) == [0.25, 0.75]
+    one = image_datasets.pair_images(gt, str(tmp_path / "mask" / "1.png"))
     paths = reads(monkeypatch)
-    assert data.check_pairs(one, 32) == [0.75, 0.75]
+    assert image_datasets.check_pairs(one, 32) == [0.75, 0.75]
     assert len(paths) == 3  # the mask that serves both is decoded once
-    drawn = data.check_pairs(data.pair_images(gt, "genhalf"), 32)
+    drawn = image_datasets.check_pairs(image_datasets.pair_images(gt, "genhalf"), 32)
     assert drawn == [0.5, 0.5]
 
 
@@ -593,14 +599,14 @@ def test_check_names_the_first_bad_file(tmp_path, folder):
     for bad in ("3.png", "7.png"):
         (tmp_path / folder / bad).write_text("no")
     with pytest.raises(UserError, match=f"{folder}/3.png"):
-        data.check_pairs(data.pair_images(gt, mask), 16)
+        image_datasets.check_pairs(image_datasets.pair_images(gt, mask), 16)
 
 
 def test_check_names_a_bad_mask_that_serves_all(tmp_path):
     gt = folder_of(tmp_path / "gt", ["a.png", "b.png"])
     (tmp_path / "m.png").write_text("no")
     with pytest.raises(UserError, match=r"m\.png"):
-        data.check_pairs(data.pair_images(gt, str(tmp_path / "m.png")), 16)
+        image_datasets.check_pairs(image_datasets.pair_images(gt, str(tmp_path / "m.png")), 16)
 
 
 @pytest.mark.parametrize(("level", "words"), [(255, "nothing to generate"), (0, "nothing known")])
@@ -608,7 +614,7 @@ def test_check_warns_once_of_masks_without_effect(tmp_path, level, words):
     gt = folder_of(tmp_path / "gt", ["a.png", "b.png", "c.png"])
     mask = save(tmp_path / "m.png", np.full((9, 9, 3), level, np.uint8))
     with pytest.warns(UserWarning, match=words) as caught:
-        data.check_pairs(data.pair_images(gt, mask), 16)
+        image_datasets.check_pairs(image_datasets.pair_images(gt, mask), 16)
     assert len(caught) == 1
     assert "3 of 3" in str(caught[0].message)
 
@@ -625,29 +631,31 @@ def photos(tmp_path):
 
 
 def test_training_pictures_and_classes(photos):
-    images = data.TrainingImages(photos, 16, class_cond=True, random_flip=False)
+    images = image_datasets.TrainingImages(photos, 16, class_cond=True, random_flip=False)
     assert len(images) == 6
     assert images.class_names == ["ant", "cat"]
     batch, labels = images.batch([5, 0, 5], np.random.default_rng(0))
     assert batch.dtype == torch.uint8
     assert batch.shape == (3, 3, 16, 16)
     assert labels.tolist() == [1, 0, 1]
-    assert np.array_equal(batch[1].permute(1, 2, 0).numpy(), data.load_crop(images.paths[0], 16))
+    assert np.array_equal(
+        batch[1].permute(1, 2, 0).numpy(), pictures.load_crop(images.paths[0], 16)
+    )
     assert torch.equal(batch[0], batch[2])
-    assert data.TrainingImages(photos, 16).batch([0], np.random.default_rng(0))[1] is None
+    assert image_datasets.TrainingImages(photos, 16).batch([0], np.random.default_rng(0))[1] is None
 
 
 def test_a_picture_outside_the_classes_is_named(photos):
     save(Path(photos) / "stray.png")
     with pytest.raises(UserError, match=r"stray\.png.*subfolder"):
-        data.TrainingImages(photos, 16, class_cond=True)
+        image_datasets.TrainingImages(photos, 16, class_cond=True)
 
 
 @pytest.mark.parametrize("random_crop", [False, True])
 def test_batches_depend_on_the_generator_alone(photos, random_crop):
-    cached = data.TrainingImages(photos, 16, random_crop=random_crop)
-    uncached = data.TrainingImages(photos, 16, random_crop=random_crop, cache_bytes=0)
-    partly = data.TrainingImages(photos, 16, random_crop=random_crop, cache_bytes=3000)
+    cached = image_datasets.TrainingImages(photos, 16, random_crop=random_crop)
+    uncached = image_datasets.TrainingImages(photos, 16, random_crop=random_crop, cache_bytes=0)
+    partly = image_datasets.TrainingImages(photos, 16, random_crop=random_crop, cache_bytes=3000)
     batches = [
         images.batch(np.array([3, 1, 4, 1]), np.random.default_rng([7, 2]))[0]
         for images in (cached, cached, uncached, partly)
@@ -660,16 +668,16 @@ def test_batches_depend_on_the_generator_alone(photos, random_crop):
 
 def test_the_cache_keeps_to_its_budget(photos, monkeypatch):
     one = 16 * 16 * 3
-    images = data.TrainingImages(photos, 16, cache_bytes=2 * one + one // 2)
+    images = image_datasets.TrainingImages(photos, 16, cache_bytes=2 * one + one // 2)
     paths = reads(monkeypatch)
     images.batch(range(6), np.random.default_rng(0))
     assert sorted(paths) == images.paths[2:]
 
 
 def test_flips_are_half_of_all(photos):
-    images = data.TrainingImages(photos, 16)
+    images = image_datasets.TrainingImages(photos, 16)
     batch, _ = images.batch([0] * 400, np.random.default_rng(0))
-    plain = torch.from_numpy(data.load_crop(images.paths[0], 16)).permute(2, 0, 1)
+    plain = torch.from_numpy(pictures.load_crop(images.paths[0], 16)).permute(2, 0, 1)
     same = sum(torch.equal(one, plain) for one in batch)
     mirrored = sum(torch.equal(one, plain.flip(2)) for one in batch)
     assert same + mirrored == 400
@@ -681,7 +689,9 @@ def test_random_crops_show_between_four_fifths_and_all(tmp_path):
     ramp = np.linspace(0, 255, 320).astype(np.uint8)
     planes = np.stack([*np.meshgrid(ramp, ramp), np.zeros((320, 320), np.uint8)], -1)
     save(tmp_path / "r" / "ramp.png", planes)
-    images = data.TrainingImages(str(tmp_path / "r"), 64, random_crop=True, random_flip=False)
+    images = image_datasets.TrainingImages(
+        str(tmp_path / "r"), 64, random_crop=True, random_flip=False
+    )
     batch, _ = images.batch([0] * 200, np.random.default_rng(0))
     rows = batch[:, 0, 32].float()
     spans = (rows[:, -1] - rows[:, 0]) / 255
@@ -696,7 +706,7 @@ def test_random_crops_show_between_four_fifths_and_all(tmp_path):
 def test_unreadable_training_pictures_are_named_at_once(photos):
     (Path(photos) / "cat" / "bad.png").write_text("no")
     with pytest.raises(UserError, match=r"cat/bad\.png"):
-        data.TrainingImages(photos, 16, cache_bytes=0)
+        image_datasets.TrainingImages(photos, 16, cache_bytes=0)
 
 
 def test_small_training_pictures_are_counted_in_one_warning(photos):
@@ -704,7 +714,7 @@ def test_small_training_pictures_are_counted_in_one_warning(photos):
     save(Path(photos) / "tiny2.png", picture(50, 7))
     for random_crop in (False, True):
         with pytest.warns(UserWarning, match="2 of 8 pictures are smaller") as caught:
-            images = data.TrainingImages(photos, 16, random_crop=random_crop)
+            images = image_datasets.TrainingImages(photos, 16, random_crop=random_crop)
         assert len(caught) == 1
         everything = images.batch(range(8), np.random.default_rng(0))[0]
         assert everything.shape == (8, 3, 16, 16)
@@ -712,10 +722,10 @@ def test_small_training_pictures_are_counted_in_one_warning(photos):
 
 def test_the_split_hangs_on_names_and_survives_additions():
     names = [f"pictures/{number}.png" for number in range(2000)]
-    kept, out = data.split_by_name(names, 0.1)
+    kept, out = image_datasets.split_by_name(names, 0.1)
     assert sorted([*kept, *out]) == list(range(2000))
     assert 150 < len(out) < 250
-    again = data.split_by_name(["new/a.png", *names], 0.1)[1]
+    again = image_datasets.split_by_name(["new/a.png", *names], 0.1)[1]
     assert {0, *out + 1} >= set(again) >= set(out + 1)
 
 
@@ -724,14 +734,14 @@ def test_the_split_hangs_on_names_and_survives_additions():
     [(5, 0.0, (5, 0)), (1, 0.5, (1, 0)), (2, 0.01, (1, 1)), (2, 1.0, (1, 1))],
 )
 def test_each_side_of_the_split_gets_something(count, share, sizes):
-    kept, out = data.split_by_name([f"{number}.png" for number in range(count)], share)
+    kept, out = image_datasets.split_by_name([f"{number}.png" for number in range(count)], share)
     assert (len(kept), len(out)) == sizes
 
 
 def test_training_hides_what_is_held_out(photos):
-    images = data.TrainingImages(photos, 16, holdout=0.3)
+    images = image_datasets.TrainingImages(photos, 16, holdout=0.3)
     names = [str(Path(path).relative_to(photos)) for path in images.paths]
-    expected = data.split_by_name(names, 0.3)
+    expected = image_datasets.split_by_name(names, 0.3)
     assert np.array_equal(images.train, expected[0])
     assert np.array_equal(images.held_out, expected[1])
     assert len(images.held_out) >= 1

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion import UserError, masks
+from guided_diffusion import masks
+from guided_diffusion.errors import UserError
+from guided_diffusion.tools import make_masks
 
 SCRIPT = Path(masks.__file__)
 RANDOM = ("thin", "thick")
@@ -178,7 +180,7 @@ def test_bad_family_names_the_families():
 def test_command_writes_what_it_reports(tmp_path, capsys):
     out = tmp_path / "some where" / "thick"
     arguments = ["--kind", "thick", "--count", "5", "--size", "64", "--seed", "7"]
-    assert masks.main([*arguments, "--out", str(out), "--preview"]) == 0
+    assert make_masks.main([*arguments, "--out", str(out), "--preview"]) == 0
     names = sorted(path.name for path in out.iterdir())
     assert names == [f"{index:06d}.png" for index in range(5)]
     written = [np.array(Image.open(out / name)) for name in names]
@@ -195,7 +197,7 @@ def test_command_writes_what_it_reports(tmp_path, capsys):
 
 def test_a_mask_does_not_depend_on_the_count(tmp_path):
     for count in ("2", "4"):
-        masks.main(
+        make_masks.main(
             ["--kind", "thin", "--size", "32", "--count", count, "--out", str(tmp_path / count)]
         )
     for name in ("000000.png", "000001.png"):
@@ -205,7 +207,7 @@ def test_a_mask_does_not_depend_on_the_count(tmp_path):
 def test_other_pictures_in_the_folder_are_told(tmp_path):
     (tmp_path / "holiday.JPG").touch()
     with pytest.warns(UserWarning, match=r"1 other pictures, such as holiday\.JPG"):
-        masks.main(["--kind", "nn2", "--size", "8", "--out", str(tmp_path)])
+        make_masks.main(["--kind", "nn2", "--size", "8", "--out", str(tmp_path)])
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):
@@ -215,7 +217,7 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(UserError, match=r"--out: cannot be written \(No space left on device\)"):
-        masks.main(["--kind", "nn2", "--size", "8", "--out", str(tmp_path)])
+        make_masks.main(["--kind", "nn2", "--size", "8", "--out", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -246,7 +248,7 @@ def test_bad_options_make_no_folder(tmp_path, change, message):
     options = {"--kind": "thick", "--out": str(tmp_path / "m")} | change
     words = [word for key, value in options.items() if value is not None for word in (key, value)]
     with pytest.raises(UserError) as caught:
-        masks.main(words)
+        make_masks.main(words)
     assert str(caught.value).startswith(message)
     assert list(tmp_path.iterdir()) == []
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from guided_diffusion.conf import InpaintConf, TrainConf, describe
+from guided_diffusion.config.keys import InpaintConf, TrainConf
+from guided_diffusion.config.schema import describe
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "Repaint.ipynb"

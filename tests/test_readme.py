@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from guided_diffusion.conf import InpaintConf, markdown_table, with_keys
+from guided_diffusion.config.docs import markdown_table, with_keys
+from guided_diffusion.config.keys import InpaintConf
 
 ROOT = Path(__file__).parent.parent
 READMES = sorted(ROOT.glob("README*.md"))

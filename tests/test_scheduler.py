@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from guided_diffusion import UserError, scheduler
+from guided_diffusion import scheduler
+from guided_diffusion.errors import UserError
 from guided_diffusion.scheduler import count_steps, get_schedule_jump
+from guided_diffusion.tools import plot_schedule
 
 ROOT = Path(scheduler.__file__).resolve().parent.parent
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "schedules.json").read_text())
@@ -217,7 +219,7 @@ def test_mistakes_are_told_in_one_line(words, told, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("a file where a folder would have to be")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        scheduler.main(words)
+        plot_schedule.main(words)
     assert all(part in str(caught.value) for part in told)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -235,17 +237,17 @@ def test_an_impossible_schedule_names_file_and_key(tmp_path, monkeypatch):
     monkeypatch.setattr(scheduler, "MAX_TRANSITIONS", 1000)
     path = write_conf(tmp_path / "endless.yml", t_T=20, jump_n_sample=1000)
     with pytest.raises(UserError, match=r"endless\.yml: schedule_jump_params: .*1,000 transitions"):
-        scheduler.main(["--conf_path", str(path)])
+        plot_schedule.main(["--conf_path", str(path)])
 
 
 def test_a_walk_that_does_not_fit_its_chain_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_conf(tmp_path / "high.yml", t_T=21)
     with pytest.raises(UserError, match=r"high\.yml: .*t_T.*at most 20"):
-        scheduler.main(["--conf_path", str(path)])
+        plot_schedule.main(["--conf_path", str(path)])
     path = write_conf(tmp_path / "low.yml", t_T=19)
     with pytest.warns(UserWarning, match="t_T: 19"):
-        scheduler.main(["--conf_path", str(path)])
+        plot_schedule.main(["--conf_path", str(path)])
 
 
 def test_measure(tmp_path, monkeypatch, capsys):
@@ -258,8 +260,8 @@ def test_measure(tmp_path, monkeypatch, capsys):
         "attention_resolutions: '16'\nnum_head_channels: 16\ndevice: cpu\n"
     )
     # A clock that adds 1 s a look: the timed transitions take 1 s together.
-    monkeypatch.setattr(scheduler.time, "perf_counter", iter(range(9)).__next__)
-    assert scheduler.main(["--conf_path", str(path), "--measure"]) == 0
+    monkeypatch.setattr(plot_schedule.time, "perf_counter", iter(range(9)).__next__)
+    assert plot_schedule.main(["--conf_path", str(path), "--measure"]) == 0
     *_, line = capsys.readouterr().out.splitlines()
     # 19 18 17 16 17 18 17 16 15: eight transitions with six calls, of 38 that an image takes.
     assert line == "tiny: 6.3 s an image on cpu, 0.167 s a network call"
@@ -268,7 +270,7 @@ def test_measure(tmp_path, monkeypatch, capsys):
 def test_plot_of_a_configuration(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = write_conf(tmp_path / "short.yml", t_T=20, jump_length=5, jump_n_sample=2)
-    assert scheduler.main(["--conf_path", str(path), "--out", "plots/short.PDF"]) == 0
+    assert plot_schedule.main(["--conf_path", str(path), "--out", "plots/short.PDF"]) == 0
     assert "short: 50 transitions, 35 network calls, 15 undos" in capsys.readouterr().out
     assert (tmp_path / "plots" / "short.PDF").read_bytes().startswith(b"%PDF-")
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["short.PDF"]
@@ -281,7 +283,7 @@ def test_comparison_plot(tmp_path, monkeypatch, capsys):
         (tmp_path / folder).mkdir()
         name = f"{folder}/same.yml"
         paths.append(write_conf(tmp_path / name, t_T=20, jump_length=5, jump_n_sample=count))
-    assert scheduler.main(["--compare", *map(str, paths)]) == 0
+    assert plot_schedule.main(["--compare", *map(str, paths)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{paths[0]}: 20 transitions, 20 network calls, 0 undos"
     assert lines[1] == f"{paths[1]}: 50 transitions, 35 network calls, 15 undos"
@@ -296,7 +298,7 @@ def line_through(axes, label):
 def test_what_the_plot_of_one_walk_shows(params):
     times = get_schedule_jump(**params)
     calls, undos = count_steps(times)
-    figure = scheduler.plot_schedules({"name": times})
+    figure = plot_schedule.plot_schedules({"name": times})
     (axes,) = figure.axes
     assert axes.get_xlabel() == "transition"
     assert axes.get_ylabel() == "diffusion time t"
@@ -317,7 +319,7 @@ def test_what_the_plot_of_one_walk_shows(params):
 
 def test_what_a_comparison_shows():
     walks = {"$a_$": get_schedule_jump(30), "_b": get_schedule_jump(20, jump_n_sample=1)}
-    (axes,) = scheduler.plot_schedules(walks).axes
+    (axes,) = plot_schedule.plot_schedules(walks).axes
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
     assert texts == ["210 network calls: $a_$", "20 network calls: _b"]
     assert [list(line.get_ydata()) for line in axes.get_lines()] == list(walks.values())
@@ -335,10 +337,12 @@ def test_importing_the_schedule_loads_no_plotting():
 
 def test_measure_looks_for_every_checkpoint_before_it_loads_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("guided_diffusion.scheduler.measure_call", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "guided_diffusion.tools.plot_schedule.measure_call", lambda *_: pytest.fail("loaded")
+    )
     options = ["--compare", str(ROOT / "confs/demo.yml"), str(ROOT / "confs/inet64.yml")]
     (tmp_path / "data/pretrained").mkdir(parents=True)
     (tmp_path / "data/pretrained/demo64.pt").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"64x64_diffusion\.pt: no such checkpoint"):
-        scheduler.main([*options, "--measure"])
+        plot_schedule.main([*options, "--measure"])
     assert not (tmp_path / "schedule.png").exists()

@@ -11,22 +11,16 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from guided_diffusion import UserError
-from guided_diffusion.conf import (
-    CHANNEL_MULT_BY_SIZE,
-    DataConf,
-    InpaintConf,
-    JumpParams,
-)
+from guided_diffusion.config.checkpoint_flags import classifier_flags, model_flags
+from guided_diffusion.config.keys import CHANNEL_MULT_BY_SIZE, DataConf, InpaintConf, JumpParams
+from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import (
-    classifier_flags,
     create_classifier,
     create_gaussian_diffusion,
     create_model,
     create_schedule,
     load_classifier,
     load_model,
-    model_flags,
 )
 
 CPU = torch.device("cpu")

@@ -5,9 +5,11 @@ import torch
 import yaml
 from PIL import Image
 
-from guided_diffusion.conf import TrainConf, conf_from_dict
+from guided_diffusion.config.keys import TrainConf
+from guided_diffusion.config.schema import conf_from_dict
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
-from guided_diffusion.train_util import Trainer, load_images, seeded
+from guided_diffusion.training.loop import load_images
+from guided_diffusion.training.trainer import Trainer, seeded
 
 TINY = """
 name: tiny

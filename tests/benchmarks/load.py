@@ -26,7 +26,7 @@ sys.path[0:1] = [str(HERE.parent.parent.parent), str(HERE.parent)]
 
 
 def configuration(path: str, small: bool):
-    from guided_diffusion.conf import DataConf, InpaintConf
+    from guided_diffusion.config.keys import DataConf, InpaintConf
 
     sizes = {"image_size": 64, "num_channels": 64, "num_head_channels": 64} if small else {}
     data = DataConf(name="set", gt_path="gt", mask_path="mask")
@@ -51,7 +51,8 @@ def child(mode: str, path: str, started: float, small: bool) -> None:
     import plain
     import torch
 
-    from guided_diffusion.script_util import Inpainter, create_model
+    from guided_diffusion.run.inpainter import Inpainter
+    from guided_diffusion.script_util import create_model
 
     conf = configuration(path, small)
     imported = time.time()

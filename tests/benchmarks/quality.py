@@ -23,20 +23,15 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from guided_diffusion import command_line
-from guided_diffusion.conf import InpaintConf, load_conf
+from guided_diffusion.cli import command_line
+from guided_diffusion.config.keys import InpaintConf, load_conf
 from guided_diffusion.gaussian_diffusion import condition
-from guided_diffusion.image_datasets import (
-    Pair,
-    list_images,
-    load_pair,
-    mask_to_tensor,
-    output_name,
-    to_model_range,
-)
-from guided_diffusion.image_writer import montage, to_uint8, write_png, write_text_atomic
+from guided_diffusion.image_datasets import Pair, list_images, load_pair, output_name
+from guided_diffusion.io.files import write_png, write_text_atomic
+from guided_diffusion.io.images import mask_to_tensor, to_model_range, to_uint8
+from guided_diffusion.io.sheets import montage
+from guided_diffusion.run.inpainter import Inpainter
 from guided_diffusion.scheduler import count_steps, get_schedule_jump
-from guided_diffusion.script_util import Inpainter
 
 FAMILIES = ("thick", "genhalf", "ex64", "ev2li", "nn2")
 

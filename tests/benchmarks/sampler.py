@@ -51,14 +51,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import plain
 
-from guided_diffusion import OptionParser, command_line, kernels
-from guided_diffusion.conf import DataConf, InpaintConf, load_conf
+from guided_diffusion.accel import build, cpu_kernels
+from guided_diffusion.accel.memory import bytes_of, keep_freed_memory
+from guided_diffusion.cli import OptionParser, command_line
+from guided_diffusion.config.keys import DataConf, InpaintConf, load_conf
 from guided_diffusion.dist_util import get_device
-from guided_diffusion.fast import bytes_of, keep_freed_memory
-from guided_diffusion.image_writer import check_folder, write_text_atomic
+from guided_diffusion.io.files import check_folder, write_text_atomic
+from guided_diffusion.run.inpainter import Inpainter
 from guided_diffusion.scheduler import count_steps, get_schedule_jump
 from guided_diffusion.script_util import (
-    Inpainter,
     create_classifier,
     create_gaussian_diffusion,
     create_model,
@@ -417,7 +418,7 @@ def use_new_cache(folder: str) -> None:
     own = tempfile.mkdtemp(dir=folder)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = own
     os.environ["TRITON_CACHE_DIR"] = f"{own}/triton"
-    kernels.load.cache_clear()
+    cpu_kernels.load.cache_clear()
     if inductor := sys.modules.get("torch._inductor.utils"):
         inductor.clear_caches()  # by their source it finds kernels that are loaded
 
@@ -440,7 +441,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, tf32: bool, clock: Clo
     if not is_cuda:
         keep_freed_memory()
     if not is_cuda and dtype == torch.float32:
-        with contextlib.suppress(kernels.KernelError):  # MKL's is slow on other makers' processors
+        with contextlib.suppress(build.KernelError):  # MKL's is slow on other makers' processors
             products.append(own_product(a, b))
     spent = []
     for product in products * 4:
@@ -457,7 +458,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, tf32: bool, clock: Clo
 
 def own_product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
     """Return b · aᵀ of two float32 matrices (2048, 2048) as a convolution; raises KernelError."""
-    library = kernels.load()
+    library = cpu_kernels.load()
     weight, bias = library.pack_weights(a[:, :, None, None]), a.new_zeros(len(a))
     return lambda: library.pointwise([b.view(1, 32, 64, -1)], weight, bias)
 

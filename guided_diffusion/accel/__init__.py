@@ -1,0 +1,1 @@
+"""How the networks are made fast; accelerate.py is the one door."""

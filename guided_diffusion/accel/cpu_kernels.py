@@ -1,0 +1,457 @@
+"""The C++ kernels for CPUs: built on the machine that runs them, given tensors.
+
+kernels.cpp is the network's part, sampler.cpp the loop's. Feature maps are (N, H, W, C), float32
+and contiguous, with C a multiple of 16. What does not have the type, shape or layout that a kernel
+reads is a ValueError.
+"""
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from ctypes import c_double, c_float, c_int64, c_void_p
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from guided_diffusion.accel.build import load_library
+
+_TAPS, _POINTS = 9, 36  # values a pair of channels in packed weights, without and with transform
+_WORDS = 624  # of a generator's state, behind which comes the number of those that are used up
+_FEW_WEIGHTS = 9 * 256 * 512  # at most this many are transformed beforehand
+_VECTOR = 16  # channels, of the widest instructions
+_empty = functools.partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever the defaults
+Affine = tuple[Tensor, Tensor]  # scale and shift, each (N, C)
+
+
+class _Convolution(ctypes.Structure):
+    _fields_ = (
+        ("x", c_void_p * 2),
+        ("channels", c_int64 * 2),
+        ("count", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+        ("scale", c_void_p),
+        ("shift", c_void_p),
+        ("resize", c_int64),
+        ("weight", c_void_p),
+        ("values", c_int64),
+        ("bias", c_void_p),
+        ("residual", c_void_p),
+        ("residual_doubled", c_int64),
+        ("out", c_void_p),
+        ("out_channels", c_int64),
+    )
+
+
+class _Normalisation(ctypes.Structure):
+    _fields_ = (
+        ("x", c_void_p * 2),
+        ("channels", c_int64 * 2),
+        ("count", c_int64),
+        ("pixels", c_int64),
+        ("groups", c_int64),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("eps", c_double),
+        ("added", c_void_p),
+        ("added_stride", c_int64),
+        ("gain", c_void_p),
+        ("offset", c_void_p),
+        ("gain_stride", c_int64),
+        ("moments", c_void_p),
+        ("scale", c_void_p),
+        ("shift", c_void_p),
+    )
+
+
+class _Pointwise(ctypes.Structure):
+    _fields_ = (
+        ("x", c_void_p * 2),
+        ("channels", c_int64 * 2),
+        ("count", c_int64),
+        ("pixels", c_int64),
+        ("scale", c_void_p),
+        ("shift", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("residual", c_void_p),
+        ("out", c_void_p),
+        ("out_channels", c_int64),
+    )
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        ("qkv", c_void_p),
+        ("count", c_int64),
+        ("tokens", c_int64),
+        ("heads", c_int64),
+        ("width", c_int64),
+        ("head_step", c_int64),
+        ("part_step", c_int64),
+        ("packed", c_void_p),
+        ("out", c_void_p),
+    )
+
+
+class _Denoising(ctypes.Structure):
+    _fields_ = (
+        ("output", c_void_p),
+        ("x", c_void_p),
+        ("noise", c_void_p),
+        ("x_start", c_void_p),
+        ("out", c_void_p),
+        ("count", c_int64),
+        ("size", c_int64),
+        ("output_size", c_int64),
+        ("predict_xstart", c_int64),
+        ("clip", c_int64),
+        ("learn_sigma", c_int64),
+        ("from_x", c_float),
+        ("from_eps", c_float),
+        ("mean_x_start", c_float),
+        ("mean_x", c_float),
+        ("sigma_slope", c_float),
+        ("sigma_offset", c_float),
+    )
+
+
+class Packed(NamedTuple):
+    """A convolution's weights as ``Kernels.convolve`` and ``Kernels.pointwise`` take them."""
+
+    weights: Tensor
+    values: int  # a pair of channels: 1 of 1×1; of 3×3 9, or 36 if transformed
+    channels: int
+    out_channels: int
+
+
+class Kernels:
+    """The functions of the built library; AttributeError where it is another."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        for name in (
+            *("packed_size", "chunks_of", "attention_size", "convolve", "pointwise", "attend"),
+            *("pack_weights", "group_norm", "draw_normal", "mix", "denoise"),
+        ):
+            getattr(library, name).restype = c_int64  # of those that return nothing it is not read
+
+    def pack_weights(self, weight: Tensor) -> Packed:
+        """Pack a convolution's ``weight`` (out, C, 3, 3), or (out, C, 1, 1) for ``pointwise``.
+
+        Small ones of 3×3 are transformed, which takes four times their memory; of large ones, which
+        belong to small maps, the transform waits for the call that reads them.
+        """
+        weight = weight.contiguous()
+        out_channels, channels, *sides = weight.shape
+        _require_whole_vectors(channels)
+        if sides == [3, 3]:
+            values = _POINTS if weight.numel() <= _FEW_WEIGHTS else _TAPS
+        elif sides == [1, 1]:
+            values = 1
+        else:
+            raise ValueError(f"no kernels for weights {tuple(weight.shape)}")
+        sizes = c_int64(channels), c_int64(out_channels), c_int64(values)
+        packed = _empty(self._library.packed_size(*sizes))
+        source = c_void_p(_pointer(weight, weight.numel()))
+        self._library.pack_weights(source, *sizes, c_void_p(packed.data_ptr()), _threads())
+        return Packed(packed, values, channels, out_channels)
+
+    def convolve(
+        self,
+        maps: Sequence[Tensor],
+        weight: Packed,
+        bias: Tensor | None = None,
+        *,
+        affine: Affine | None = None,
+        resize: int = 0,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Convolve one or two maps (N, H, W, C), joined: (N, H', W', out_channels).
+
+        ``bias`` is (out_channels). Before it, with ``affine``, comes SiLU(scale · x + shift), then
+        ``resize``: 1 doubles, -1 halves. ``residual`` is added, doubled if it has half the size.
+        The result may be written over it, as ``out``. Raises MemoryError.
+        """
+        x = _Maps(maps)
+        x.require(weight, (_TAPS, _POINTS))
+        height, width = resized(x.height, x.width, resize)
+        shape = (x.count, height, width, weight.out_channels)
+        numbers = math.prod(shape)
+        if not numbers:
+            raise ValueError(f"nothing is left of {x.count} maps of {x.height}×{x.width}")
+        if out is None:
+            out = _empty(*shape)
+        is_half = residual is not None and residual.shape[1] < height
+        if residual is not None:
+            count, *sides, channels = residual.shape
+            if (count, *(side << is_half for side in sides), channels) != shape:
+                raise _mismatch(residual, f"{shape}, or half the height and width")
+        scale, shift = affine or (None, None)
+        call = _Convolution(
+            x=x.pointers,
+            channels=x.channels,
+            count=x.count,
+            height=x.height,
+            width=x.width,
+            scale=_pointer(scale, x.count * x.total),
+            shift=_pointer(shift, x.count * x.total),
+            resize=resize,
+            weight=weight.weights.data_ptr(),
+            values=weight.values,
+            bias=_pointer(bias, weight.out_channels),
+            residual=_pointer(residual, numbers // 4 if is_half else numbers),
+            residual_doubled=is_half,
+            out=_pointer(out, numbers),
+            out_channels=weight.out_channels,
+        )
+        if self._library.convolve(ctypes.byref(call), _threads()):
+            raise MemoryError("out of memory in a convolution")
+        return out
+
+    def pointwise(
+        self,
+        maps: Sequence[Tensor],
+        weight: Packed,
+        bias: Tensor,
+        *,
+        affine: Affine | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Convolve one or two maps (N, H, W, C), joined, with 1×1: (N, H, W, out_channels).
+
+        ``bias`` is (out_channels). Before it, with ``affine``, comes scale · x + shift; after it
+        ``residual`` is added. Raises MemoryError.
+        """
+        x = _Maps(maps)
+        x.require(weight, (1,))
+        out = _empty(x.count, x.height, x.width, weight.out_channels)
+        scale, shift = affine or (None, None)
+        call = _Pointwise(
+            x=x.pointers,
+            channels=x.channels,
+            count=x.count,
+            pixels=x.height * x.width,
+            scale=_pointer(scale, x.count * x.total),
+            shift=_pointer(shift, x.count * x.total),
+            weight=weight.weights.data_ptr(),
+            bias=_pointer(bias, weight.out_channels),
+            residual=_pointer(residual, out.numel()),
+            out=out.data_ptr(),
+            out_channels=weight.out_channels,
+        )
+        if self._library.pointwise(ctypes.byref(call), _threads()):
+            raise MemoryError("out of memory in a convolution")
+        return out
+
+    def attend(self, qkv: Tensor, num_heads: int, new_order: bool) -> Tensor:
+        """Softmax attention over all positions: (N, H, W, 3·C) → (N, H, W, C).
+
+        The order of channels is that of ``unet.attend``. Raises MemoryError.
+        """
+        count, height, width, channels = qkv.shape
+        head_width = channels // 3 // num_heads
+        if head_width * 3 * num_heads != channels:
+            raise ValueError(f"{channels} channels are not q, k and v of {num_heads} heads")
+        out = _empty(count, height, width, channels // 3)
+        call = _Attention(
+            qkv=_pointer(qkv, 3 * out.numel()),
+            count=count,
+            tokens=height * width,
+            heads=num_heads,
+            width=head_width,
+            head_step=head_width if new_order else 3 * head_width,
+            part_step=channels // 3 if new_order else head_width,
+            out=out.data_ptr(),
+        )
+        packed = _empty(self._library.attention_size(ctypes.byref(call)))
+        call.packed = packed.data_ptr()
+        if self._library.attend(ctypes.byref(call), _threads()):
+            raise MemoryError("out of memory in attention")
+        return out
+
+    def group_norm(
+        self,
+        maps: Sequence[Tensor],
+        norm: nn.GroupNorm,
+        *,
+        added: Tensor | None = None,
+        gain: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> Affine:
+        """Return scale and shift, each (N, C), with which the joined maps come out normalised.
+
+        All of them: norm(x + added), or (1 + gain) · norm(x + added) + offset. ``added``, ``gain``
+        and ``offset`` are (1 or N, C).
+        """
+        x = _Maps(maps)
+        chunks = self._library.chunks_of(c_int64(x.height * x.width))
+        moments = _empty(x.count, chunks, 2, x.total)
+        scale, shift = _empty(2, x.count, x.total).unbind()
+        added_pointer, added_stride = _rows(added, x.count, x.total)
+        gain_pointer, gain_stride = _rows(gain, x.count, x.total)
+        offset_pointer, offset_stride = _rows(offset, x.count, x.total)
+        if norm.weight is None or norm.bias is None:
+            raise ValueError("a normalisation without weight and bias")
+        if (gain is None) != (offset is None):
+            raise ValueError("gain and offset come together")
+        if offset_stride != gain_stride:
+            raise ValueError("gain and offset lie differently in memory")
+        call = _Normalisation(
+            x=x.pointers,
+            channels=x.channels,
+            count=x.count,
+            pixels=x.height * x.width,
+            groups=norm.num_groups,
+            weight=_pointer(norm.weight, x.total),
+            bias=_pointer(norm.bias, x.total),
+            eps=norm.eps,
+            added=added_pointer,
+            added_stride=added_stride,
+            gain=gain_pointer,
+            offset=offset_pointer,
+            gain_stride=gain_stride,
+            moments=moments.data_ptr(),
+            scale=scale.data_ptr(),
+            shift=shift.data_ptr(),
+        )
+        self._library.group_norm(ctypes.byref(call), _threads())
+        return scale, shift
+
+    def draw_normal(self, generators: Tensor, out: Tensor) -> Tensor:
+        """Fill ``out`` (N, ...) with the next numbers of ``generators``, which moves them on.
+
+        They are those of ``Tensor.normal_``, to rounding, for 16 numbers an image and more.
+        ``generators`` is int32 (N, 625): the words of each Mersenne Twister, and how many of them
+        are used up.
+        """
+        count, size = len(out), out[0].numel()
+        is_right = generators.shape == (count, _WORDS + 1) and generators.dtype is torch.int32
+        if not (is_right and generators.is_contiguous()):
+            raise _mismatch(generators, f"int32 ({count}, {_WORDS + 1}), contiguous")
+        if size < _VECTOR:
+            raise ValueError(f"{size} numbers an image are fewer than {_VECTOR}")
+        pointers = c_void_p(generators.data_ptr()), c_void_p(_pointer(out, out.numel()))
+        self._library.draw_normal(
+            pointers[0], c_int64(count), c_int64(size), pointers[1], _threads()
+        )
+        return out
+
+    def mix(self, a: float, x: Tensor, b: float, y: Tensor) -> Tensor:
+        """Return a · x + b · y."""
+        out, size = torch.empty_like(x), x.numel()
+        pointers = [c_void_p(_pointer(tensor, size)) for tensor in (x, y, out)]
+        self._library.mix(
+            c_float(a), pointers[0], c_float(b), *pointers[1:], c_int64(size), _threads()
+        )
+        return out
+
+    def denoise(
+        self, output: Tensor, x: Tensor, noise: Tensor | None, settings: "DenoiseSettings"
+    ) -> tuple[Tensor, Tensor]:
+        """Return x_{t-1} and x_0, each (N, 3, S, S), as ``GaussianDiffusion.denoise``."""
+        out, x_start, size = torch.empty_like(x), torch.empty_like(x), x.numel()
+        channels = 2 if settings.learn_sigma else 1
+        call = _Denoising(
+            output=_pointer(output, channels * size),
+            x=_pointer(x, size),
+            noise=_pointer(noise, size),
+            x_start=x_start.data_ptr(),
+            out=out.data_ptr(),
+            count=len(x),
+            size=size // len(x),
+            output_size=channels * (size // len(x)),
+            **settings._asdict(),
+        )
+        self._library.denoise(ctypes.byref(call), _threads())
+        return out, x_start
+
+
+class DenoiseSettings(NamedTuple):
+    """What ``Kernels.denoise`` computes at one level."""
+
+    predict_xstart: bool
+    clip: bool
+    learn_sigma: bool
+    from_x: float  # x_0 = from_x · x + from_eps · eps, unless predicted itself
+    from_eps: float
+    mean_x_start: float  # of x_{t-1}: mean_x_start · x_0 + mean_x · x
+    mean_x: float
+    sigma_slope: float  # ln sigma = slope · v + offset
+    sigma_offset: float
+
+
+def resized(height: int, width: int, resize: int) -> tuple[int, int]:
+    """Return a map's height and width after ``resize``: 1 doubles, -1 halves, 0 does nothing."""
+    return (height // 2, width // 2) if resize < 0 else (height << resize, width << resize)
+
+
+def _threads() -> c_int64:
+    return c_int64(torch.get_num_threads())
+
+
+class _Maps:
+    """One or two maps (N, H, W, C), joined along the channels."""
+
+    def __init__(self, maps: Sequence[Tensor]) -> None:
+        self.count, self.height, self.width, channels = maps[0].shape
+        pixels = self.count * self.height * self.width
+        widths = [channels] if len(maps) == 1 else [part.shape[3] for part in maps]
+        self.total = sum(widths)
+        _require_whole_vectors(*widths)
+        if not pixels * self.total:
+            raise ValueError(f"nothing is left of maps {tuple(maps[0].shape)}")
+        pointers = [
+            _pointer(part, pixels * width) for part, width in zip(maps, widths, strict=True)
+        ]
+        self.pointers, self.channels = (c_void_p * 2)(*pointers), (c_int64 * 2)(*widths)
+
+    def require(self, weight: Packed, values: Sequence[int]) -> None:
+        """Raise ValueError where the maps do not go with the weights."""
+        if self.total != weight.channels or weight.values not in values:
+            own = f"{weight.channels} channels, {weight.values} values a pair"
+            raise ValueError(f"{self.total} channels, and weights for {own}")
+
+
+def _require_whole_vectors(*widths: int) -> None:
+    for width in widths:
+        if width % _VECTOR:
+            raise ValueError(f"{width} channels are not a multiple of {_VECTOR}")
+
+
+def _pointer(tensor: Tensor | None, numbers: int) -> int | None:
+    """Return where a tensor of so many numbers begins; None of none."""
+    if tensor is None:
+        return None
+    is_right = tensor.numel() == numbers and tensor.dtype is torch.float32 and tensor.is_cpu
+    if not (is_right and tensor.is_contiguous()):
+        raise _mismatch(tensor, f"{numbers} numbers, contiguous")
+    return tensor.data_ptr()
+
+
+def _rows(tensor: Tensor | None, count: int, width: int) -> tuple[int | None, int]:
+    """Return where rows (1 or N, width) begin, and how far they are apart: 0 if one serves all."""
+    if tensor is None:
+        return None, 0
+    (rows, own_width), (stride, step) = tensor.shape, tensor.stride()
+    is_right = rows in (1, count) and own_width == width and step == 1
+    if not (is_right and tensor.dtype is torch.float32 and tensor.is_cpu):
+        raise _mismatch(tensor, f"1 or {count} rows of {width} numbers")
+    return tensor.data_ptr(), 0 if rows == 1 else stride
+
+
+def _mismatch(tensor: Tensor, expected: str) -> ValueError:
+    got = f"{tuple(tensor.shape)}, {tensor.dtype}, strides {tensor.stride()}"
+    return ValueError(f"expected float32, {expected}; got {got}")
+
+
+# ---- Building ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def load() -> Kernels:
+    """Return the kernels, built at the first use on a machine; raises KernelError."""
+    return load_library(Kernels)

@@ -1,0 +1,388 @@
+"""PREDICT in fused kernels, on CPUs and GPUs; on CPUs DENOISE, UNDO and the noise, too.
+
+Computes what ``UNetModel.forward`` and ``GaussianDiffusion`` do, to rounding. Feature maps are
+(N, H, W, C) here; ``embs`` are what the residual blocks take of the embedding, in their order.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from guided_diffusion.accel.build import KernelError
+from guided_diffusion.accel.cpu_kernels import Affine, DenoiseSettings, Kernels, Packed, load
+from guided_diffusion.accel.gpu_kernels import GpuKernels
+from guided_diffusion.accel.memory import file_mappings, forget_pages
+from guided_diffusion.dist_util import is_out_of_memory
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.nn import UpConv2d, downsample
+from guided_diffusion.unet import (
+    AttentionBlock,
+    Downsample,
+    EmbedSequential,
+    ResBlock,
+    Trunk,
+    TrunkConfig,
+    UNetModel,
+    Upsample,
+)
+
+AnyKernels = Kernels | GpuKernels
+# Of one map or two joined ones, and of each residual block's (1 or N, out or 2·out).
+Layer = Callable[[list[Tensor], Iterator[Tensor]], Tensor]
+
+
+def load_kernels() -> Kernels | None:
+    """Return the CPU's kernels, or None, with a warning, where they cannot be built."""
+    try:
+        return load()
+    except KernelError as error:
+        warnings.warn(f"compile: no C++ kernels, going on without: {error}", stacklevel=3)
+        return None
+
+
+@torch.inference_mode()
+def load_gpu_kernels(device: torch.device, dtype: torch.dtype) -> GpuKernels | None:
+    """Return a GPU's kernels, or None, with a warning, where they do not compute as they should.
+
+    What is installed is tried on a small network whose trunk has the type ``dtype``.
+    """
+    cfg = TrunkConfig(
+        image_size=128, model_channels=64, channel_mult=(1, 2), num_res_blocks=1,
+        attention_resolutions=(), num_head_channels=64,
+    )  # fmt: skip
+    try:
+        kernels = GpuKernels()
+        error = _largest_error(kernels, cfg, device, dtype)
+        if not error < 0.05:
+            raise KernelError(f"a network's output was wrong by {error:.2g}")
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        text = f"compile: no Triton kernels, going on without: {lines[0][:200]}"
+        warnings.warn(text, stacklevel=3)
+        return None
+    return kernels
+
+
+def _largest_error(
+    kernels: GpuKernels, cfg: TrunkConfig, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Return by how much of the largest value a random network's output is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    model = UNetModel(cfg, 6)
+    for parameter in model.parameters():
+        spread = 1 / max(1, parameter[0].numel()) ** 0.5
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+    model.convert_trunk(dtype)
+    model.eval().to(device, memory_format=torch.channels_last)
+    model.memory_format = torch.channels_last
+    x = torch.randn(1, 3, cfg.image_size, cfg.image_size, generator=generator).to(device)
+    t = torch.full((1,), 500, device=device)
+    expected = model(x, t)
+    return ((FusedUNet(kernels, model)(x, t) - expected).abs().max() / expected.abs().max()).item()
+
+
+class Conv3x3:
+    """A 3×3 convolution whose weights are packed at the first call."""
+
+    def __init__(self, kernels: AnyKernels, conv: nn.Conv2d, mapped: list[range]) -> None:
+        self._kernels, self._conv, self._mapped = kernels, conv, mapped
+        self._weight: Packed | Tensor | None = None
+        self._transposed: Packed | Tensor | None = None  # the weights of ``gradient``
+
+    def __call__(
+        self,
+        *maps: Tensor,
+        affine: Affine | None = None,
+        resize: int = 0,
+        has_bias: bool = True,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """As ``Kernels.convolve``."""
+        if self._weight is None:
+            self._weight = self._kernels.pack_weights(self._conv.weight)
+            forget_pages(self._conv.weight, self._mapped)
+        bias = self._conv.bias if has_bias else None
+        options = {"affine": affine, "resize": resize, "residual": residual, "out": out}
+        return self._kernels.convolve(maps, self._weight, bias, **options)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """(N, H, W, out) → (N, H, W, C): a loss's gradient at the input from that at the output."""
+        weight = self._conv.weight
+        if self._transposed is None:
+            self._transposed = self._kernels.pack_weights(weight.flip(2, 3).transpose(0, 1))
+            forget_pages(weight, self._mapped)
+        return self._kernels.convolve([grad], self._transposed)
+
+
+class Conv1x1:
+    """A convolution of single pixels, 1-D or 2-D, whose weights are packed at the first call."""
+
+    def __init__(
+        self, kernels: AnyKernels, conv: nn.Conv1d | nn.Conv2d, mapped: list[range]
+    ) -> None:
+        self._kernels, self._conv, self._mapped = kernels, conv, mapped
+        self._weight: Packed | Tensor | None = None
+
+    def __call__(
+        self, *maps: Tensor, affine: Affine | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """As ``Kernels.pointwise``."""
+        if self._weight is None:
+            weight = self._conv.weight
+            self._weight = self._kernels.pack_weights(weight.view(*weight.shape[:2], 1, 1))
+            forget_pages(weight, self._mapped)
+        return self._kernels.pointwise(
+            maps, self._weight, self._conv.bias, affine=affine, residual=residual
+        )
+
+
+class FusedResBlock:
+    """``ResBlock`` of one map or two joined ones."""
+
+    def __init__(self, kernels: AnyKernels, block: ResBlock, mapped: list[range]) -> None:
+        self._kernels, self._block = kernels, block
+        skip = block.skip_connection
+        self._conv_skip = Conv1x1(kernels, skip, mapped) if isinstance(skip, nn.Conv2d) else None
+        is_up, is_down = isinstance(block.in_layers[2], UpConv2d), block.resize is downsample
+        self._resize = int(is_up) - int(is_down)
+        self._conv_in = Conv3x3(kernels, block.in_layers[2], mapped)
+        self._conv_out = Conv3x3(kernels, block.out_layers[3], mapped)
+
+    def __call__(self, maps: list[Tensor], embs: Iterator[Tensor]) -> Tensor:
+        """One or two (N, H, W, C) → (N, H', W', out)."""
+        block, group_norm = self._block, self._kernels.group_norm
+        affine = group_norm(maps, block.in_layers[0])
+        h = self._conv_in(*maps, affine=affine, resize=self._resize, has_bias=False)
+        bias = block.in_layers[2].bias[None]  # the normalisation adds it without a pass of its own
+        norm, emb_out = block.out_layers[0], next(embs)
+        if block.use_scale_shift_norm:
+            gain, offset = emb_out.chunk(2, dim=1)
+            affine = group_norm([h], norm, added=bias, gain=gain, offset=offset)
+        else:
+            affine = group_norm([h], norm, added=bias + emb_out)
+        residual, is_own = self._skip(maps)
+        return self._conv_out(h, affine=affine, residual=residual, out=residual if is_own else None)
+
+    def _skip(self, maps: list[Tensor]) -> tuple[Tensor, bool]:
+        """Return the other branch, and whether no one else needs it."""
+        if self._conv_skip:
+            return self._conv_skip(*maps), True
+        if self._resize < 0:
+            return _channels_last(downsample(maps[0].permute(0, 3, 1, 2))), True
+        if len(maps) == 1:
+            return maps[0], False
+        return torch.cat(maps, dim=3), True
+
+
+class FusedAttention:
+    """``AttentionBlock``."""
+
+    def __init__(self, kernels: AnyKernels, block: AttentionBlock, mapped: list[range]) -> None:
+        self._kernels, self._block = kernels, block
+        self._qkv = Conv1x1(kernels, block.qkv, mapped)
+        self._proj_out = Conv1x1(kernels, block.proj_out, mapped)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) → (N, H, W, C)."""
+        block = self._block
+        qkv = self._qkv(x, affine=self._kernels.group_norm([x], block.norm))  # (N, H, W, 3·C)
+        h = self._kernels.attend(qkv, block.num_heads, block.new_order)
+        return self._proj_out(h, residual=x)
+
+
+class FusedUNet:
+    """``model`` in inference, on a CPU in float32; its parameters may not change from here on."""
+
+    def __init__(self, kernels: AnyKernels, model: UNetModel) -> None:
+        self._model, self._kernels = model, kernels
+        self._mapped = file_mappings()
+        self._projections: list[nn.Linear] = []  # of the embedding, a residual block's each
+        self._joined: tuple[Tensor, Tensor] | None = None  # their weights and biases
+        self._input_blocks = [self._fused(block) for block in model.input_blocks[1:]]
+        self._middle_block = self._fused(model.middle_block)
+        self._output_blocks = [self._fused(block) for block in model.output_blocks]
+        self._conv_out = Conv3x3(kernels, model.out[2], self._mapped)
+
+    def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """``UNetModel.forward``."""
+        model = self._model
+        if timesteps.stride() == (0,):  # one time for all: one embedding
+            timesteps = timesteps[:1]
+        emb = model.embed_time(timesteps)
+        if model.label_emb is not None:
+            emb = emb + model.label_emb(y)
+        embs = self._project(F.silu(emb))
+        x = x.to(model.dtype, memory_format=torch.channels_last)
+        h = _channels_last(model.input_blocks[0](x, emb))
+        skips = [h]
+        for block in self._input_blocks:
+            h = _run(block, [h], embs)
+            skips.append(h)
+        h = _run(self._middle_block, [h], embs)
+        for block in self._output_blocks:
+            h = _run(block, [h, skips.pop()], embs)
+        affine = self._kernels.group_norm([h], model.out[0])
+        return self._conv_out(h, affine=affine).permute(0, 3, 1, 2).contiguous()
+
+    def _project(self, emb: Tensor) -> Iterator[Tensor]:
+        """Return the products of all residual blocks with the embedding, computed as one."""
+        sizes = [linear.out_features for linear in self._projections]
+        if self._joined is None:
+            weight = torch.cat([linear.weight for linear in self._projections])
+            bias = torch.cat([linear.bias for linear in self._projections])
+            self._joined = weight, bias
+            for linear, part in zip(self._projections, weight.split(sizes), strict=True):
+                linear.weight = nn.Parameter(part, requires_grad=False)  # no second copy
+        return iter(F.linear(emb, *self._joined).split(sizes, dim=1))
+
+    def _fused(self, block: EmbedSequential) -> list[Layer]:
+        return [self._fused_layer(layer) for layer in block]
+
+    def _fused_layer(self, layer: nn.Module) -> Layer:
+        if isinstance(layer, ResBlock):
+            self._projections.append(layer.emb_layers[1])
+            return FusedResBlock(self._kernels, layer, self._mapped)
+        if isinstance(layer, AttentionBlock):
+            attention = FusedAttention(self._kernels, layer, self._mapped)
+            return lambda maps, embs: attention(*maps)
+        if isinstance(layer, Upsample):
+            conv = Conv3x3(self._kernels, layer.conv, self._mapped)
+            return lambda maps, embs: conv(*maps, resize=1)
+        if isinstance(layer, Downsample):
+            return lambda maps, embs: _downsampled(layer, *maps)
+        raise TypeError(f"no kernels for {type(layer).__name__}")
+
+
+def _downsampled(layer: Downsample, x: Tensor) -> Tensor:
+    return _channels_last(layer(x.permute(0, 3, 1, 2)))
+
+
+def _run(layers: list[Layer], maps: list[Tensor], embs: Iterator[Tensor]) -> Tensor:
+    for layer in layers:
+        maps = [layer(maps, embs)]
+    return maps[0]
+
+
+# ---- With a gradient -----------------------------------------------------------------------------
+
+
+def fuse_convolutions(kernels: Kernels, network: Trunk) -> None:
+    """Let the kernels do the 3×3 convolutions of a network through which gradients pass.
+
+    On a CPU, float32, gradients at its inputs only: its parameters may not change from here on.
+    """
+    network.memory_format = torch.channels_last
+    mapped = file_mappings()
+    for conv in network.modules():
+        is_conv = isinstance(conv, nn.Conv2d) and conv.in_channels > 3  # the picture's are too few
+        if is_conv and (conv.kernel_size, conv.stride) == ((3, 3), (1, 1)):
+            conv.forward = partial(_convolve, Conv3x3(kernels, conv, mapped))
+
+
+def _convolve(conv: Conv3x3, x: Tensor) -> Tensor:
+    """(N, C, H, W) → (N, out, H, W), both channels_last."""
+    return _Convolution.apply(x, conv)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, conv: Conv3x3) -> Tensor:
+        ctx.conv = conv
+        return conv(_channels_last(x)).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.conv.gradient(_channels_last(grad)).permute(0, 3, 1, 2), None
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+# ---- The sampler ---------------------------------------------------------------------------------
+
+
+class FusedDiffusion(GaussianDiffusion):
+    """``GaussianDiffusion`` whose steps pass over memory once, for inference on a CPU."""
+
+    def __init__(
+        self, kernels: Kernels, betas: np.ndarray, timestep_map: list[int], **options: Any
+    ) -> None:
+        super().__init__(betas, timestep_map, **options)
+        self._kernels = kernels
+        self._settings = [self._settings_at(t) for t in range(self.num_timesteps)]
+
+    def q_sample(self, x_start: Tensor, t: int, noise: Tensor) -> Tensor:
+        """As ``GaussianDiffusion.q_sample``, at one level."""
+        signal = self._at("sqrt_alphas_cumprod", t)
+        scale = self._at("sqrt_one_minus_alphas_cumprod", t)
+        return self._kernels.mix(signal, x_start, scale, noise)
+
+    def undo(self, x: Tensor, t: int, noise: Tensor) -> Tensor:
+        """As ``GaussianDiffusion.undo``."""
+        return self._kernels.mix(self._at("sqrt_alphas", t), x, self._at("sqrt_betas", t), noise)
+
+    def denoise(
+        self, output: Tensor, x: Tensor, t: int, noise: Tensor, gradient: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``GaussianDiffusion.denoise``."""
+        if gradient is not None:
+            return super().denoise(output, x, t, noise, gradient)
+        return self._kernels.denoise(output, x, noise if t else None, self._settings[t])
+
+    def _settings_at(self, t: int) -> DenoiseSettings:
+        if self.learn_sigma:
+            upper = self._at("log_betas", t)
+            lower = self._at("posterior_log_variance_clipped", t)
+        else:
+            upper = lower = self._at("fixed_large_log_variance", t)
+        return DenoiseSettings(
+            predict_xstart=self.predict_xstart,
+            clip=self.clip_denoised,
+            learn_sigma=self.learn_sigma,
+            from_x=self._at("sqrt_recip_alphas_cumprod", t),
+            from_eps=-self._at("sqrt_recipm1_alphas_cumprod", t),
+            mean_x_start=self._at("posterior_mean_coef1", t),
+            mean_x=self._at("posterior_mean_coef2", t),
+            sigma_slope=(upper - lower) / 4,
+            sigma_offset=(upper + lower) / 4,
+        )
+
+
+def fused_noise(
+    kernels: Kernels, generators: Sequence[torch.Generator], shape: Sequence[int]
+) -> Callable[[], Tensor] | None:
+    """Return a function that draws noise (N, ...), image k's as from ``generators[k]`` on a CPU.
+
+    Its numbers are those of ``Tensor.normal_``, to rounding; the generators stay as they are. None
+    where this version of torch draws others, or a picture has too few of them.
+    """
+    states = torch.stack([_mersenne_twister(generator) for generator in generators])
+    twin = torch.Generator()
+    twin.set_state(generators[0].get_state())
+    expected = torch.empty(16).normal_(generator=twin)
+    own = kernels.draw_normal(states[:1].clone(), torch.empty(1, 16))
+    if not torch.allclose(own[0], expected, rtol=0, atol=1e-5) or math.prod(shape[1:]) < 16:
+        return None
+    return lambda: kernels.draw_normal(states, torch.empty(shape))
+
+
+def _mersenne_twister(generator: torch.Generator) -> Tensor:
+    """Return a CPU generator's words and how many are used up, as ``Kernels.draw_normal`` has it.
+
+    The layout is that in which torch has kept the state in checkpoints since its first versions.
+    """
+    state = generator.get_state().numpy()
+    left, _, used, *_ = state[8:24].view(np.int32)
+    words = state[24 : 24 + 8 * 624].view(np.uint64).astype(np.uint32).view(np.int32)
+    return torch.from_numpy(np.append(words, np.int32(624 if left == 1 else used)))

@@ -1,0 +1,228 @@
+"""What the shapes of a checkpoint tell: the YAML keys of its network."""
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guided_diffusion.config.keys import CHANNEL_MULT_BY_SIZE, InpaintConf, ModelConf
+from guided_diffusion.errors import UserError
+
+Shapes = Mapping[str, tuple[int, ...]]
+# What shapes cannot tell, of published checkpoints that differ from the defaults: by what they can.
+_SILENT_FLAGS = {
+    (64, 192, 3): {"use_new_attention_order": True, "noise_schedule": "cosine"},
+    (128, 256, 2): {"num_heads": 4, "num_head_channels": -1},
+}
+
+
+def _warn_of_silent_flags(conf: ModelConf) -> None:
+    shape = (conf.image_size, conf.num_channels, conf.num_res_blocks)
+    published = _SILENT_FLAGS.get(shape, {})
+    wrong = {key: value for key, value in published.items() if getattr(conf, key) != value}
+    if wrong and conf.class_cond and conf.learn_sigma:
+        warnings.warn(
+            f"{conf.model_path}: has the shapes of the published {conf.image_size}x"
+            f"{conf.image_size} checkpoint, which needs {_quoted(wrong)}; without, results are "
+            "garbage",
+            stacklevel=3,
+        )
+
+
+# ---- What shapes tell ----------------------------------------------------------------------------
+
+
+def model_flags(
+    shapes: Shapes, image_size: int, channel_mult: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """Return the YAML keys of the network whose ``state_dict`` has these shapes.
+
+    ``image_size`` says which side each level has. Where it is a published size, but the widths are
+    those of another one and not those of ``channel_mult``, that one is meant and named. Empty where
+    this is no such network, or an incomplete one.
+    """
+    up = _resizing_outputs(shapes)
+    blocks, levels = _count(shapes, "output_blocks"), len(up) + 1
+    if blocks < 2 * levels or blocks % levels:
+        return {}
+    per_level = blocks // levels
+    starts = range(blocks - per_level, -1, -per_level)  # of each level's blocks, from the top
+    first = [f"output_blocks.{start}" for start in starts]
+    try:
+        width = shapes["time_embed.0.weight"][1]
+        widths = [shapes[f"{name}.0.out_layers.3.weight"][0] for name in first]
+        out_channels = shapes["out.2.weight"][0]
+        num_classes = shapes.get("label_emb.weight", (None,))[0]
+        has_scale_shift = _has_scale_shift(shapes)
+        mult = tuple(_multiplier(level_width, width) for level_width in widths)
+    except (KeyError, IndexError, ZeroDivisionError):
+        return {}
+    if not (width and all(widths) and num_classes != 0):
+        return {}
+    if channel_mult and [int(m * width) for m in channel_mult] == widths:
+        mult = tuple(channel_mult)
+    elif image_size in CHANNEL_MULT_BY_SIZE:
+        sizes = [size for size, table in CHANNEL_MULT_BY_SIZE.items() if table == mult]
+        image_size = sizes[0] if sizes else image_size
+    attends = [f"{name}.1.qkv.weight" in shapes for name in first]
+    flags = {
+        "image_size": image_size,
+        "num_channels": width,
+        "num_res_blocks": per_level - 1,
+        "channel_mult": mult,
+        "attention_resolutions": {
+            image_size >> i for i, attending in enumerate(attends) if attending
+        },
+        "learn_sigma": out_channels == 6,
+        "class_cond": num_classes is not None,
+        "use_scale_shift_norm": has_scale_shift,
+    }
+    if num_classes is not None:
+        flags["num_classes"] = num_classes
+    if up:
+        flags["resblock_updown"] = any("in_layers" in name for name in up)
+    return flags
+
+
+def classifier_flags(shapes: Shapes, image_size: int) -> dict[str, Any]:
+    """Return the YAML keys of the classifier whose ``state_dict`` has these shapes, or nothing.
+
+    Its widths are always those of the published table; ``image_size`` is named first if it fits.
+    """
+    blocks = _count(shapes, "input_blocks")
+    for size in (image_size, *CHANNEL_MULT_BY_SIZE):
+        table = CHANNEL_MULT_BY_SIZE.get(size, ())
+        if blocks < 2 * len(table) or not table or blocks % len(table):
+            continue
+        depth = blocks // len(table) - 1
+        first = [f"input_blocks.{1 + level * (depth + 1)}" for level in range(len(table))]
+        try:
+            width = shapes["time_embed.0.weight"][1]
+            convs = [shapes.get(f"{name}.0.out_layers.3.weight", (0,)) for name in first]
+            widths = [conv[0] for conv in convs]
+            has_scale_shift = _has_scale_shift(shapes)
+        except (KeyError, IndexError):
+            return {}
+        if width and widths == [int(mult * width) for mult in table]:
+            break
+    else:
+        return {}
+    if "out.2.positional_embedding" in shapes:
+        pool = "attention"
+    elif len(shapes.get("out.3.weight", ())) == 4:
+        pool = "adaptive"
+    else:
+        pool = "spatial_v2" if "out.3.weight" in shapes else "spatial"
+    attends = [f"{name}.1.qkv.weight" in shapes for name in first]
+    return {
+        "image_size": size,
+        "classifier_width": width,
+        "classifier_depth": depth,
+        "classifier_attention_resolutions": {size >> i for i, is_on in enumerate(attends) if is_on},
+        "classifier_use_scale_shift_norm": has_scale_shift,
+        "classifier_resblock_updown": f"input_blocks.{depth + 1}.0.op.weight" not in shapes,
+        "classifier_pool": pool,
+    }
+
+
+def _has_any(shapes: Shapes, list_name: str) -> bool:
+    return any(name.startswith(f"{list_name}.") for name in shapes)
+
+
+def _count(shapes: Shapes, list_name: str) -> int:
+    """Return how many blocks a list has, 0 where one is missing."""
+    found = [re.match(rf"{list_name}\.(\d{{1,4}})\.", name) for name in shapes]
+    numbers = {int(match[1]) for match in found if match}
+    return len(numbers) if numbers == set(range(len(numbers))) else 0
+
+
+def _resizing_outputs(shapes: Shapes) -> list[str]:
+    """Names of one parameter of each output block's resizing layer, which comes last in it."""
+    resizing = re.compile(r"output_blocks\.\d+\.[12]\.(in_layers\.2|conv)\.weight")
+    return [name for name in shapes if resizing.fullmatch(name)]
+
+
+def _has_scale_shift(shapes: Shapes) -> bool:
+    block = "middle_block.0"
+    out = shapes[f"{block}.out_layers.3.weight"][0]
+    return shapes[f"{block}.emb_layers.1.weight"][0] == 2 * out
+
+
+def _multiplier(level_width: int, width: int) -> float:
+    """Return the shortest number whose product with ``width`` has this whole part."""
+    exact = level_width / width
+    rounded = [math.ceil(exact * 10**digits) / 10**digits for digits in range(8)]
+    return next((mult for mult in rounded if int(mult * width) == level_width), exact)
+
+
+def _misfit(
+    path: str,
+    create: Callable[[Any], nn.Module],
+    shapes: Shapes,
+    conf: InpaintConf,
+    flags: Mapping[str, Any],
+) -> UserError:
+    """Say which YAML keys make the checkpoint fit, or how it differs where none does.
+
+    ``create`` builds the network that was asked for; ``flags`` is what the shapes tell of it. A key
+    is named only where a network that is built with it fits, and one without it does not.
+    """
+    changes = {key: _text(value) for key, value in flags.items()}
+    changes = {key: value for key, value in changes.items() if getattr(conf, key) != value}
+    closest = _empty_shapes(create, conf, changes) or _empty_shapes(create, conf, {})
+    if closest == shapes:
+        for key in reversed(list(changes)):
+            fewer = {name: value for name, value in changes.items() if name != key}
+            if _empty_shapes(create, conf, fewer) == shapes:
+                changes = fewer
+        return UserError(f"does not fit the configuration; set {_quoted(changes)}", path=path)
+    for name, shape in closest.items():
+        if shape != shapes.get(name):
+            return UserError(
+                "is damaged, or not a checkpoint of this kind of network",
+                path=path,
+                expected=f"{name} of shape {shape}",
+                got=shapes.get(name, "no such tensor"),
+            )
+    extra = next(name for name in shapes if name not in closest)
+    return UserError("holds a tensor that the network does not have", path=path, got=extra)
+
+
+def _empty_shapes(
+    create: Callable[[Any], nn.Module], conf: InpaintConf, changes: Mapping[str, Any]
+) -> Shapes | None:
+    """Return the shapes of the network of the changed configuration; None if it cannot be."""
+    changed = copy.copy(conf)
+    # Heads leave no trace in shapes, and with one channel each they are possible in any width.
+    vars(changed).update({**changes, "num_head_channels": 1})
+    try:
+        with torch.device("meta"):
+            return _shapes(create(changed).state_dict())
+    except (ValueError, RuntimeError, KeyError):
+        return None
+
+
+def _shapes(state: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _text(value: Any) -> Any:
+    """Write several numbers as a configuration holds them; anything else stays."""
+    if isinstance(value, set | tuple):
+        items = sorted(value, reverse=True) if isinstance(value, set) else value
+        return ",".join(f"{item:.10g}" for item in items)
+    return value
+
+
+def _quoted(flags: Mapping[str, Any]) -> str:
+    """Write flags as in a YAML file, with commas between them."""
+    is_list = ("channel_mult", "attention_resolutions", "classifier_attention_resolutions")
+    values = {
+        key: f"'{value}'" if key in is_list else str(value).lower() for key, value in flags.items()
+    }
+    return ", ".join(f"{key}: {value}" for key, value in values.items())

@@ -1,0 +1,114 @@
+"""The keys for readers: --help, Markdown tables, JSON Schema."""
+
+import dataclasses
+import json
+import sys
+import textwrap
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+from guided_diffusion.cli import command_line
+from guided_diffusion.config.keys import InpaintConf, TrainConf
+from guided_diffusion.config.schema import (
+    BOUNDS,
+    KINDS,
+    Conf,
+    _keys,
+    _kinds,
+    _place,
+    describe,
+)
+
+
+def markdown_table(cls: type[Conf]) -> str:
+    """The keys as a Markdown table."""
+    rows = [("key", "value", "default", "meaning"), ("---",) * 4]
+    rows += [(f"`{doc.key}`", doc.type, doc.default, doc.text) for doc in describe(cls)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def help_text(cls: type[Conf], width: int = 100) -> str:
+    """The keys for a terminal of ``width`` columns."""
+    indent = " " * 6
+    return "".join(
+        f"  {doc.key}  ({doc.type}; default: {doc.default})\n"
+        f"{textwrap.fill(doc.text, width, initial_indent=indent, subsequent_indent=indent)}\n"
+        for doc in describe(cls)
+    )
+
+
+def _json_key(field: dataclasses.Field) -> dict[str, Any]:
+    rules, kind = field.metadata, _kinds(field)[0]
+    schema: dict[str, Any] = {"description": rules["text"]}
+    if field.default not in (MISSING, None):
+        schema["default"] = field.default
+    optional = field.default is not MISSING  # an empty value is an absent one
+    if rules["choices"]:
+        return {**schema, "enum": [*rules["choices"], *([None] if optional else [])]}
+    types = [KINDS[kind][1]] + ["null"] * optional + ["integer"] * (kind is str)
+    if rules["pattern"]:
+        types += ["number", "array"]
+        schema["pattern"] = f"^{rules['pattern'].regex}$"
+    bounds = {BOUNDS[name][2]: limit for name, limit in rules["bounds"].items()}
+    if rules["special"] is not None:
+        return {**schema, "anyOf": [{"type": types, **bounds}, {"const": rules["special"]}]}
+    return {**schema, "type": types, **bounds}
+
+
+def json_schema(cls: type[Conf], root: type[Conf] | None = None, place: str = "") -> dict[str, Any]:
+    """JSON Schema of a configuration's YAML, for editors that complete and check as one types.
+
+    ``cls`` stands at ``place`` in ``root``, which is ``cls`` itself by default.
+    """
+    shut = {"type": "object", "additionalProperties": False}
+    root = root or cls
+    properties: dict[str, Any] = {}
+    for name, field in _keys(cls).items():
+        if not dataclasses.is_dataclass(field.type):
+            properties[name] = _json_key(field)
+            continue
+        inner, under = json_schema(field.type, root, _place(place, field)), field.metadata["under"]
+        if under:
+            one = {"type": "object", "minProperties": 1, "maxProperties": 1}
+            sets = {under: {**one, "additionalProperties": inner}}
+            inner = {**shut, "properties": sets, "required": [under]}
+        properties[name] = inner
+    for ignored, why in root.ignored.items():
+        parent, _, name = ignored.rpartition(".")
+        if parent == place.rstrip("."):
+            properties[name] = {"description": f"Without effect: {why}."}
+    required = [name for name, field in _keys(cls).items() if field.default is MISSING]
+    return {**shut, "properties": properties, "required": required}
+
+
+def schema_files() -> dict[str, str]:
+    """The JSON Schema files of ``confs/``: name and content."""
+    classes = {"schema.json": InpaintConf, "train.schema.json": TrainConf}
+    draft = {"$schema": "http://json-schema.org/draft-07/schema#"}
+    return {
+        name: json.dumps({**draft, **json_schema(cls)}, indent=1) + "\n"
+        for name, cls in classes.items()
+    }
+
+
+def with_keys(readme: str) -> str:
+    """Return a README's text with the table of keys brought up to date between its markers."""
+    before, _, rest = readme.partition("<!-- keys -->\n")
+    _, _, after = rest.partition("<!-- /keys -->")
+    return f"{before}<!-- keys -->\n{markdown_table(InpaintConf)}<!-- /keys -->{after}"
+
+
+def main() -> None:
+    """Write what repeats the keys elsewhere: JSON Schemas in ``confs/``, tables in the READMEs."""
+    root = Path(__file__).resolve().parents[2]
+    for name, text in schema_files().items():
+        (root / "confs" / name).write_text(text, encoding="utf-8")
+    for readme in root.glob("README*.md"):
+        readme.write_text(with_keys(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,156 @@
+"""Whole files or none: written under a temporary name, then renamed."""
+
+import contextlib
+import hashlib
+import io
+import os
+import platform
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from guided_diffusion.errors import UserError
+
+# ---- whole files -------------------------------------------------------------------------------
+
+
+MARK = "repaint"  # the PNG comment that says with which settings a result was made
+
+
+def check_folder(folder: str | os.PathLike) -> Path:
+    """Return the part of ``folder`` that exists; UserError where results could not go there."""
+    parts = (Path(folder), *Path(folder).absolute().parents)
+    there = next(part for part in parts if os.path.lexists(part))
+    if max(len(os.fsencode(part.name)) for part in parts) > 255:
+        raise UserError("results cannot be written there: the name is too long", path=folder)
+    if not there.is_dir():
+        raise UserError("results cannot be written there: not a folder", path=there)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError("results cannot be written there: no permission", path=there)
+    return there
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its name when the block ends well.
+
+    The folder is made if need be. The block must create the file, and must say its format where
+    a writer would guess it from the suffix. After an exception, Ctrl-C included, the temporary
+    file is removed and what stood at ``path`` is untouched. Raises ``UserError`` naming ``path``
+    when the system refuses (disk full, no permission, read-only).
+    """
+    path = Path(path)
+    temporary = path.with_name(_temporary_name())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary, os.O_RDWR)
+        temporary.replace(path)
+        with contextlib.suppress(OSError):  # not every file system can sync a folder
+            _sync(path.parent, os.O_RDONLY)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot be written: {reason}", path=path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _temporary_name() -> str:
+    """Name a file by 16 hexadecimal digits: machine, process, and chance."""
+    return f".{_machine()}{os.getpid() & 0xFFFFFF:06x}{secrets.token_hex(3)}.tmp"
+
+
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:4]
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text_atomic(path: str | os.PathLike, text: str) -> None:
+    """Write ``text`` as UTF-8, whole or not at all; raises ``UserError`` as ``atomic_path``."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))
+
+
+def write_png(path: str | os.PathLike, array_u8: np.ndarray, *, mark: str | None = None) -> None:
+    """Write a picture, uint8 (H, W, 3), whole or not at all; raises as ``atomic_path``.
+
+    ``mark`` is kept in the file as a comment that ``read_mark`` gives back.
+    """
+    image, notes = _as_image(array_u8), PngInfo()
+    if mark is not None:
+        notes.add_text(MARK, mark)
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=notes)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Remove the temporary files that killed processes left in ``folder``.
+
+    Those of a process that lives, or of another machine within a day, belong to a run beside this
+    one.
+    """
+    for leftover in Path(folder).glob(f".{'[0-9a-f]' * 16}.tmp"):
+        machine, process = leftover.name[1:5], int(leftover.name[5:11], 16)
+        with contextlib.suppress(OSError):
+            is_old = time.time() - leftover.stat().st_mtime > 24 * 3600
+            if is_old or (machine == _machine() and not _is_other_alive(process)):
+                leftover.unlink()
+
+
+def _is_other_alive(process: int) -> bool:
+    """Whether another process of this number runs: this one has no files underway yet."""
+    if process == os.getpid() & 0xFFFFFF:
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def write_checkpoint(path: str | os.PathLike, state: object) -> None:
+    """Write what ``torch.save`` can, whole or not at all; raises as ``atomic_path``."""
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        refusals: list[OSError] = []
+        try:
+            torch.save(state, _Noting(stream, refusals))
+        except RuntimeError:  # torch's writer hides the system's refusal behind its own exception
+            if refusals:
+                raise refusals[0] from None
+            raise
+
+
+class _Noting(io.RawIOBase):
+    """A file that notes the exceptions of its writes before passing them on."""
+
+    def __init__(self, stream: io.BufferedWriter, refusals: list[OSError]) -> None:
+        self._stream, self._refusals = stream, refusals
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self._refusals.append(error)
+            raise
+
+
+def _as_image(array_u8: np.ndarray) -> Image.Image:
+    if array_u8.dtype != np.uint8 or array_u8.ndim != 3 or array_u8.shape[2] != 3:
+        raise ValueError(f"not uint8 (H, W, 3): {array_u8.dtype} {array_u8.shape}")
+    return Image.fromarray(np.ascontiguousarray(array_u8))

@@ -1,0 +1,102 @@
+"""Result PNGs and the marks by which a later run knows them."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.io.files import MARK, write_png
+from guided_diffusion.io.images import masked_u8
+
+
+def read_mark(path: str | os.PathLike) -> str | None:
+    """Return the mark of a PNG, or "" where it has none; None where there is no whole PNG."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.load()
+            return image.info.get(MARK, "")
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def result_path(folder: str | os.PathLike, name: str) -> Path:
+    """Join folder and file name; raises ``UserError`` if the name could lead anywhere else."""
+    if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
+        raise UserError("a result's file name must be a plain name", path=folder, got=repr(name))
+    return Path(folder) / name
+
+
+def write_result(
+    folders: Mapping[str, str | None],
+    name: str,
+    sample: np.ndarray,
+    gt_u8: np.ndarray,
+    mask_u8: np.ndarray,
+    *,
+    sample_name: str | None = None,
+    mark: str | None = None,
+) -> list[Path]:
+    """Write one result into its folders and return the paths, the inpainted picture's last.
+
+    ``folders`` maps srs (inpainted), lrs (ground truth with its hole), gts (ground truth; may be
+    missing or None) and gt_keep_masks. All pictures are uint8 (S, S, 3); ground truth and mask
+    are written as they are. ``sample_name`` is the inpainted picture's name where an image has
+    several, ``mark`` is kept in it. It comes last: where it exists, the others do.
+    Raises ``UserError`` as ``atomic_path`` and ``result_path``.
+    """
+    inputs = _input_pictures(folders, name, gt_u8, mask_u8)
+    inpainted = result_path(folders["srs"], sample_name or name)
+    for path, pixels in inputs:
+        write_png(path, pixels)
+    write_png(inpainted, sample, mark=mark)
+    return [*(path for path, _ in inputs), inpainted]
+
+
+def is_written(
+    folders: Mapping[str, str | None],
+    name: str,
+    gt_u8: np.ndarray,
+    mask_u8: np.ndarray,
+    *,
+    sample_name: str | None = None,
+    mark: str,
+) -> bool:
+    """Return whether ``write_result`` has written all files of a result, with this mark."""
+    inputs = _input_pictures(folders, name, gt_u8, mask_u8)
+    inpainted = result_path(folders["srs"], sample_name or name)
+    return (
+        all(_has_end(path) for path in (inpainted, *(path for path, _ in inputs)))
+        and read_mark(inpainted) == mark
+        and all(np.array_equal(_read_back(path), pixels) for path, pixels in inputs)
+    )
+
+
+def _has_end(path: Path) -> bool:
+    """Whether a PNG has its last chunk, which Pillow does not miss."""
+    try:
+        return path.read_bytes().endswith(b"IEND\xaeB`\x82")
+    except OSError:
+        return False
+
+
+def _input_pictures(
+    folders: Mapping[str, str | None], name: str, gt_u8: np.ndarray, mask_u8: np.ndarray
+) -> list[tuple[Path, np.ndarray]]:
+    """List the files beside a result, which are the same for all samples of an image."""
+    pictures = [
+        (folders["gt_keep_masks"], mask_u8),
+        (folders.get("gts"), gt_u8),
+        (folders["lrs"], masked_u8(gt_u8, mask_u8)),
+    ]
+    return [(result_path(folder, name), pixels) for folder, pixels in pictures if folder]
+
+
+def _read_back(path: Path) -> np.ndarray | None:
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError):  # absent, or somebody else's file under this name
+        return None

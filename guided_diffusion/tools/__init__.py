@@ -1,0 +1,1 @@
+"""Programs beside test.py and train.py."""

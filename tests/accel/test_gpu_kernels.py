@@ -1,0 +1,352 @@
+"""The GPU's kernels compute what PyTorch does in float64, in Triton's interpreter where it is.
+
+Everywhere a stand-in takes the place of the Triton programs, so that all around them is tried.
+"""
+
+import dataclasses
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import affine_of, convolution, error, group_norm, pointwise, random
+from torch import nn
+from torch.nn import functional as F
+
+import guided_diffusion.accel
+from guided_diffusion.accel import fused_unet, gpu_kernels, graphs, layout
+from guided_diffusion.config.keys import InpaintConf, load_conf
+from guided_diffusion.run.inpainter import Inpainter
+from guided_diffusion.scheduler import get_schedule_jump
+from guided_diffusion.unet import TrunkConfig, UNetModel, attend
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+if not torch.cuda.is_available() and "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"  # has to be there before Triton is imported
+try:
+    from guided_diffusion.accel import gpu_programs
+except ImportError:
+    gpu_programs = None
+
+
+class StandIn:
+    """The Triton programs in PyTorch, called in the same way."""
+
+    def __getattr__(self, name):
+        class Launch:
+            def __getitem__(_, grid):
+                return getattr(StandIn, f"_{name}")
+
+        return Launch()
+
+    @staticmethod
+    def _joined(x0, x1, c0, c1):
+        assert c1 in (0, x1.shape[3])
+        return (x0 if not c1 else torch.cat([x0, x1], dim=3)).float()
+
+    @staticmethod
+    def _moments(x0, x1, c0, c1, pixels, chunks, out, BP, BC):
+        x = StandIn._joined(x0, x1, c0, c1).flatten(1, 2)
+        for i in range(chunks):
+            part = x[:, i * BP : (i + 1) * BP]
+            out[:, i, 0] = part.mean(1)
+            out[:, i, 1] = (part - part.mean(1, keepdim=True)).square().sum(1)
+
+    @staticmethod
+    def _write(x, weight, bias, added, gain, offset, scale, shift, EPS, GROUPS):
+        """From x (N, rows, C, numbers a row), whose last two are means and squares."""
+        counts, means, squares = x
+        if added is not None:
+            means = means + added[:, None]
+        channels = means.shape[2]
+        counts = counts[:, None].expand(means.shape[1:])
+        grouped = [part.unflatten(-1, (GROUPS, -1)) for part in (counts, means, squares)]
+        counts, means, squares = grouped
+        total = counts.sum((0, 2))
+        mean = (counts * means).sum((1, 3)) / total
+        squares = squares + counts * (means - mean[:, None, :, None]) ** 2
+        rstd = (squares.sum((1, 3)) / total + EPS).rsqrt()
+        own_scale = rstd.repeat_interleave(channels // GROUPS, 1) * weight
+        own_shift = bias - mean.repeat_interleave(channels // GROUPS, 1) * own_scale
+        if gain is not None:
+            own_scale, own_shift = own_scale * (1 + gain), own_shift * (1 + gain) + offset
+        if added is not None:
+            own_shift = own_shift + own_scale * added
+        scale.copy_(own_scale)
+        shift.copy_(own_shift)
+
+    @staticmethod
+    def _affine_of_moments(
+        moments, pixels, chunks, total, weight, bias, added, added_stride, gain, offset,
+        gain_stride, scale, shift, *, PER_CHUNK, EPS, ADDED, GAIN, GROUPS, BP, BC,
+    ):  # fmt: skip
+        counts = torch.full((chunks,), float(PER_CHUNK))
+        counts[-1] = pixels - (chunks - 1) * PER_CHUNK
+        x = counts, moments[:, :, 0], moments[:, :, 1]
+        StandIn._write(x, weight, bias, added, gain, offset, scale, shift, EPS, GROUPS)
+
+    @staticmethod
+    def _affine_of_small(
+        x0, x1, c0, c1, pixels, weight, bias, added, added_stride, gain, offset, gain_stride,
+        scale, shift, *, EPS, ADDED, GAIN, GROUPS, SIZE, BP, BC, ALIGN, num_warps,
+    ):  # fmt: skip
+        assert pixels <= BP
+        assert BC >= SIZE
+        assert num_warps in (4, 8, 16)
+        x = StandIn._joined(x0, x1, c0, c1).flatten(1, 2)
+        x = torch.ones(pixels), x, torch.zeros_like(x)
+        StandIn._write(x, weight, bias, added, gain, offset, scale, shift, EPS, GROUPS)
+
+    @staticmethod
+    def _apply_affine(
+        x0, x1, c0, c1, height, width, scale, shift, out, *, AFFINE, SILU, RESIZE, BP, BC
+    ):
+        x = StandIn._joined(x0, x1, c0, c1)
+        if AFFINE:
+            x = x * scale[:, None, None] + shift[:, None, None]
+        x = F.silu(x) if SILU else x
+        x = x.permute(0, 3, 1, 2)
+        if RESIZE:
+            x = F.interpolate(x, scale_factor=2) if RESIZE > 0 else F.avg_pool2d(x, 2)
+        out.copy_(x.permute(0, 2, 3, 1))
+
+    @staticmethod
+    def _add(h, bias, residual, out, height, width, total, *, BIAS, RESIDUAL, DOUBLED, BP, BC):
+        x = h.float()
+        if BIAS:
+            x = x + bias.float()
+        if RESIDUAL:
+            own = residual.float()
+            if DOUBLED:
+                own = own.repeat_interleave(2, 1).repeat_interleave(2, 2)
+            x = x + own
+        out.copy_(x)
+
+
+@pytest.fixture(params=["stand-in", "interpreter"])
+def kernels(request, monkeypatch):
+    if request.param == "interpreter":
+        if gpu_programs is None:
+            pytest.skip("needs Triton")
+        if torch.cuda.is_available():
+            pytest.skip("Triton compiles where there is a GPU")
+        return gpu_kernels.GpuKernels()
+    stand_in(monkeypatch)
+    return gpu_kernels.GpuKernels()
+
+
+def stand_in(monkeypatch):
+    def init(self):
+        self._programs = StandIn()
+
+    monkeypatch.setattr(gpu_kernels.GpuKernels, "__init__", init)
+
+
+def normalised(channels):
+    norm = nn.GroupNorm(32, channels).requires_grad_(False)
+    norm.weight.copy_(random(channels, seed=5))
+    norm.bias.copy_(random(channels, seed=6))
+    return norm
+
+
+@pytest.mark.parametrize("size", [(8, 8), (19, 35), (70, 66)])
+@pytest.mark.parametrize("widths", [(64,), (32, 96), (256, 128)])
+def test_normalisation(kernels, size, widths):
+    maps, total = [random(2, *size, width, seed=width) for width in widths], sum(widths)
+    norm = normalised(total)
+    rows = [random(2, total, seed=i) for i in (7, 8, 9)]
+    for condition in (
+        {},
+        {"added": rows[0][:1]},
+        {"added": rows[0], "gain": rows[1], "offset": rows[2]},
+        {"gain": rows[1][:1], "offset": rows[2][:1]},
+    ):
+        scale, shift = kernels.group_norm(maps, norm, **condition)
+        output = torch.cat(maps, dim=3) * scale[:, None, None] + shift[:, None, None]
+        assert error(output, group_norm(maps, norm, **condition)) < 3e-6
+
+
+def test_normalisation_in_halves_of_one_tensor(kernels):
+    """As the blocks' gains and offsets come: rows that are further apart than they are long."""
+    maps, norm, both = [random(3, 8, 8, 64)], normalised(64), random(3, 128, seed=1)
+    gain, offset = both.chunk(2, dim=1)
+    scale, shift = kernels.group_norm(maps, norm, gain=gain, offset=offset)
+    output = maps[0] * scale[:, None, None] + shift[:, None, None]
+    assert error(output, group_norm(maps, norm, gain=gain, offset=offset)) < 3e-6
+
+
+@pytest.mark.parametrize("resize", [-1, 0, 1])
+@pytest.mark.parametrize("has_affine", [False, True])
+@pytest.mark.parametrize("widths", [(32,), (32, 96)])
+def test_a_convolution(kernels, resize, has_affine, widths):
+    maps = [random(2, 12, 20, width, seed=width) for width in widths]
+    weight, bias = random(48, sum(widths), 3, 3, seed=1), random(48, seed=4)
+    options = {"affine": affine_of(2, sum(widths)) if has_affine else None, "resize": resize}
+    packed = kernels.pack_weights(weight)
+    plain = convolution(maps, weight, bias, **options)
+    assert error(kernels.convolve(maps, packed, bias, **options), plain) < 3e-6
+    without = kernels.convolve(maps, packed, **options)
+    assert error(without, convolution(maps, weight, torch.zeros(48), **options)) < 3e-6
+    sizes = [plain.shape]
+    if resize >= 0:
+        sizes.append((2, plain.shape[1] // 2, plain.shape[2] // 2, 48))
+    for shape in sizes:
+        residual = random(*shape, seed=5)
+        output = kernels.convolve(maps, packed, bias, residual=residual, **options)
+        reference = convolution(maps, weight, bias, residual=residual, **options)
+        assert error(output, reference) < 3e-6
+    residual = random(*plain.shape, seed=5)
+    reference = convolution(maps, weight, bias, residual=residual, **options)
+    output = kernels.convolve(maps, packed, bias, residual=residual, out=residual, **options)
+    assert output is residual
+    assert error(output, reference) < 3e-6
+
+
+@pytest.mark.parametrize("widths", [(32,), (32, 96)])
+@pytest.mark.parametrize("out", [32, 80])
+def test_a_pointwise_convolution(kernels, widths, out):
+    maps = [random(3, 9, 5, width, seed=width) for width in widths]
+    weight, bias = random(out, sum(widths), 1, 1, seed=1), random(out, seed=4)
+    residual, before = random(3, 9, 5, out, seed=5), [part.clone() for part in maps]
+    for options in ({}, {"affine": affine_of(3, sum(widths))}, {"residual": residual}):
+        output = kernels.pointwise(maps, kernels.pack_weights(weight), bias, **options)
+        assert error(output, pointwise(maps, weight, bias, **options)) < 3e-6
+    assert all(map(torch.equal, maps, before))
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+def test_attention(kernels, new_order):
+    qkv = random(2, 6, 7, 192)
+    output = kernels.attend(qkv, 2, new_order)
+    reference = attend(qkv.double().flatten(1, 2).transpose(1, 2), 2, new_order).transpose(1, 2)
+    assert output.is_contiguous()
+    assert error(output.flatten(1, 2), reference) < 3e-6
+
+
+def test_a_map_in_another_order_in_memory_is_refused(kernels):
+    with pytest.raises(ValueError, match="contiguous map"):
+        kernels.group_norm([random(2, 64, 8, 8).permute(0, 2, 3, 1)], nn.GroupNorm(32, 64))
+
+
+SMALL = TrunkConfig(16, 32, (1, 2), 1, (8,), num_heads=4, num_head_channels=16)
+
+
+def unet(dtype, **changes):
+    network = UNetModel(TrunkConfig(**{**vars(SMALL), **changes}), 6, 5)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    network.convert_trunk(dtype)
+    return network.eval().requires_grad_(False)
+
+
+X, T, Y = random(3, 3, 16, 16), torch.tensor([5, 100, 900]), torch.tensor([4, 0, 2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "most"),
+    [
+        ({}, torch.float32, 1e-5),
+        ({}, torch.float16, 5e-3),
+        ({}, torch.bfloat16, 5e-2),
+        ({"resblock_updown": False}, torch.float16, 5e-3),
+        ({"use_scale_shift_norm": False}, torch.float32, 1e-5),
+        ({"num_res_blocks": 0}, torch.float32, 1e-5),
+    ],
+)
+def test_a_whole_network(kernels, changes, dtype, most):
+    network = unet(dtype, **changes)
+    reference = unet(torch.float32, **changes)(X, T, Y)
+    with torch.inference_mode():
+        layout.lay_out(network, CPU)
+        output = fused_unet.FusedUNet(kernels, network)(X, T, Y)
+    assert output.dtype is torch.float32
+    assert output.is_contiguous()
+    assert error(output, reference) < most
+
+
+def test_kernels_are_tried_before_they_are_used(monkeypatch):
+    stand_in(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fused_unet.load_gpu_kernels(CPU, torch.float32)
+    for broken, message in (
+        (lambda *_, **__: None, "was wrong by"),
+        (lambda *_, **__: 1 / 0, "division by zero"),
+    ):
+        monkeypatch.setattr(StandIn, "_apply_affine", staticmethod(broken))
+        with pytest.warns(UserWarning, match=f"no Triton kernels.*{message}") as caught:
+            assert fused_unet.load_gpu_kernels(CPU, torch.float32) is None
+        assert len(caught) == 1
+
+
+def test_full_memory_while_trying_is_told_as_such(monkeypatch):
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError
+
+    stand_in(monkeypatch)
+    monkeypatch.setattr(StandIn, "_add", staticmethod(full))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        fused_unet.load_gpu_kernels(CPU, torch.float32)
+
+
+def test_without_triton_one_warning(monkeypatch):
+    monkeypatch.setitem(sys.modules, "guided_diffusion.accel.gpu_programs", None)
+    monkeypatch.delattr(guided_diffusion.accel, "gpu_programs", raising=False)
+    with pytest.warns(UserWarning, match="no Triton kernels, going on without") as caught:
+        assert fused_unet.load_gpu_kernels(CPU, torch.float32) is None
+    assert len(caught) == 1
+
+
+# ---- On a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and -m gpu")
+@pytest.mark.parametrize(
+    ("precision", "most"),
+    [("float32", 1e-4), ("tf32", 1e-2), ("float16", 1e-2), ("bfloat16", 5e-2)],
+)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_gpu_computes_the_same(precision, most, recorded):
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    reference = unet(torch.float32)(X, T, Y)
+    network = unet(layout.set_arithmetic(precision, False, GPU)).to(GPU)
+    layout.lay_out(network, GPU)
+    try:
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            kernels = fused_unet.load_gpu_kernels(GPU, network.dtype)
+            run = graphs.Accelerated(
+                fused_unet.FusedUNet(kernels, network), network, recorded=recorded
+            )
+            inputs = [tensor.to(GPU) for tensor in (X, T, Y)]
+            for count in (3, 1, 3):  # recorded, filled up, replayed
+                output = run(*(tensor[:count] for tensor in inputs))
+                assert error(output.cpu(), reference[:count]) < most
+            torch.cuda.set_sync_debug_mode("error")
+            run(*inputs)  # waits for nothing
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and -m gpu")
+@pytest.mark.parametrize("compile", ["auto", False])
+def test_a_walk_waits_for_nothing_and_brings_nothing_to_the_gpu(compile):
+    conf = load_conf(ROOT / "confs/demo.yml", InpaintConf)
+    own = {"model_path": str(ROOT / conf.model_path), "device": "cuda", "compile": compile}
+    times = get_schedule_jump(t_T=20, jump_length=5, jump_n_sample=2)
+    inpainter = Inpainter(dataclasses.replace(conf, **own), times)
+    gt = torch.zeros(2, 3, 64, 64, device=GPU)
+    try:
+        with torch.inference_mode():
+            for number, _ in enumerate(inpainter.steps(gt, gt, [0, 1])):
+                if number == 1:  # what is made once is made
+                    torch.cuda.set_sync_debug_mode("error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,748 @@
+"""The keys: what is published loads, what cannot work is refused by name before anything starts."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from guided_diffusion.config import docs, keys, schema
+from guided_diffusion.config.keys import InpaintConf, JumpParams, OutputPaths, TrainConf, load_conf
+from guided_diffusion.config.schema import conf_from_dict, conf_to_dict
+from guided_diffusion.errors import UserError
+
+CONFS = Path(__file__).resolve().parents[2] / "confs"
+INPAINT = sorted(p for p in CONFS.glob("*.yml") if not p.name.startswith("train"))
+TRAIN = sorted(CONFS.glob("train*.yml"))
+SETS = ("c256", "inet256", "p256")
+MASKS = ("thin", "thick", "ev2li", "nn2", "ex64", "genhalf")
+PUBLISHED = ["face_example", *(f"test_{s}_{m}" for s in SETS for m in MASKS)]
+
+COMPLETE = """
+attention_resolutions: 32,16,8
+class_cond: false
+diffusion_steps: 1000
+learn_sigma: true
+noise_schedule: linear
+num_channels: 256
+num_head_channels: 64
+num_heads: 4
+num_res_blocks: 2
+resblock_updown: true
+use_fp16: false
+use_scale_shift_norm: true
+classifier_scale: 4.0
+lr_kernel_n_std: 2
+num_samples: 100
+show_progress: true
+timestep_respacing: '250'
+use_kl: false
+predict_xstart: false
+rescale_timesteps: false
+rescale_learned_sigmas: false
+classifier_use_fp16: false
+classifier_width: 128
+classifier_depth: 2
+classifier_attention_resolutions: 32,16,8
+classifier_use_scale_shift_norm: true
+classifier_resblock_updown: true
+classifier_pool: attention
+num_heads_upsample: -1
+channel_mult: ''
+dropout: 0.0
+use_checkpoint: false
+use_new_attention_order: false
+clip_denoised: true
+use_ddim: false
+latex_name: RePaint
+method_name: Repaint
+image_size: 256
+model_path: ./data/pretrained/celeba256_250000.pt
+name: complete
+inpa_inj_sched_prev: true
+n_jobs: 1
+print_estimated_vars: true
+inpa_inj_sched_prev_cumnoise: false
+inpa_inj_time_shift: 1
+cond_y:
+classifier_path:
+device:
+schedule_jump_params:
+  t_T: 250
+  n_sample: 1
+  jump_length: 10
+  jump_n_sample: 10
+  jump2_length: 1
+  jump2_n_sample: 1
+  jump3_length: 1
+  jump3_n_sample: 1
+  start_resampling: 100000000
+data:
+  eval:
+    paper_face_mask:
+      mask_loader: true
+      gt_path: ./data/datasets/gts/face
+      mask_path: ./data/datasets/gt_keep_masks/face
+      image_size: 256
+      class_cond: false
+      deterministic: true
+      random_crop: false
+      random_flip: false
+      return_dict: true
+      drop_last: false
+      batch_size: 1
+      return_dataloader: true
+      offset: 0
+      max_len: 8
+      ds_conf:
+        name: face
+        anything: [1, 2]
+      paths:
+        srs: ./log/complete/inpainted
+        lrs: ./log/complete/gt_masked
+        gts: ./log/complete/gt
+        gt_keep_masks: ./log/complete/gt_keep_mask
+"""
+
+
+def tree(**keys):
+    """A minimal tree in the published form; ``data__x`` is key x of the data set."""
+    data = {"gt_path": "gt", "mask_path": "mask"}
+    data |= {k[6:]: keys.pop(k) for k in list(keys) if k.startswith("data__")}
+    return {"name": "run", "model_path": "model.pt", "data": {"eval": {"set": data}}} | keys
+
+
+def make(**keys):
+    return conf_from_dict(tree(**keys), InpaintConf, "x.yml")
+
+
+def refused(*words, **keys):
+    with pytest.raises(UserError) as caught:
+        make(**keys)
+    message = str(caught.value)
+    assert message.startswith("x.yml: ")
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    return message
+
+
+# ---- what is published ---------------------------------------------------------------------------
+
+
+def test_the_complete_published_form_is_accepted_unchanged(tmp_path):
+    path = tmp_path / "complete.yml"
+    path.write_text(COMPLETE)
+    assert len(COMPLETE.strip().splitlines()) >= 80
+    loaded = load_conf(path)
+    # Everything in it is the default, but for what makes it this run.
+    plain = {"name": "complete", "model_path": "./data/pretrained/celeba256_250000.pt"}
+    one = {"gt_path": "./data/datasets/gts/face", "mask_path": "./data/datasets/gt_keep_masks/face"}
+    plain["data"] = {"eval": {"paper_face_mask": {**one, "max_len": 8}}}
+    assert loaded == conf_from_dict(plain, InpaintConf)
+
+
+def test_complete_form_states_every_published_and_every_ignored_key():
+    stated = yaml.safe_load(COMPLETE)
+    own = {"num_classes", "seed", "samples_per_image", "precision", "compile", "paste_known"}
+    own |= {"invert_mask", "overview", "save_process"}
+    written_here = {"record"}
+    fields = {field.name for field in dataclasses.fields(InpaintConf)}
+    assert fields - own == stated.keys() - keys.IGNORED_KEYS.keys()
+    ignored = {name for name in keys.IGNORED_KEYS if "." not in name} - written_here
+    assert ignored <= stated.keys()
+    assert "ds_conf" in stated["data"]["eval"]["paper_face_mask"]
+
+
+def test_defaults_are_those_of_all_published_configurations():
+    expected = {
+        "image_size": 256,
+        "num_channels": 256,
+        "num_res_blocks": 2,
+        "channel_mult": "",
+        "attention_resolutions": "32,16,8",
+        "num_heads": 4,
+        "num_head_channels": 64,
+        "num_heads_upsample": -1,
+        "use_scale_shift_norm": True,
+        "resblock_updown": True,
+        "use_new_attention_order": False,
+        "class_cond": False,
+        "num_classes": 1000,
+        "cond_y": None,
+        "learn_sigma": True,
+        "use_fp16": False,
+        "dropout": 0.0,
+        "use_checkpoint": False,
+        "diffusion_steps": 1000,
+        "noise_schedule": "linear",
+        "timestep_respacing": "250",
+        "predict_xstart": False,
+        "clip_denoised": True,
+        "rescale_timesteps": False,
+        "use_kl": False,
+        "rescale_learned_sigmas": False,
+        "use_ddim": False,
+        "inpa_inj_sched_prev": True,
+        "inpa_inj_sched_prev_cumnoise": False,
+        "inpa_inj_time_shift": 1,
+        "classifier_path": None,
+        "classifier_scale": 4.0,
+        "classifier_width": 128,
+        "classifier_depth": 2,
+        "classifier_attention_resolutions": "32,16,8",
+        "classifier_use_scale_shift_norm": True,
+        "classifier_resblock_updown": True,
+        "classifier_pool": "attention",
+        "classifier_use_fp16": False,
+        "device": None,
+        "show_progress": True,
+        # Ours: they change nothing.
+        "seed": None,
+        "samples_per_image": 1,
+        "precision": None,
+        "paste_known": False,
+        "invert_mask": False,
+        "save_process": 0,
+    }
+    loaded = make()
+    assert {name: getattr(loaded, name) for name in expected} == expected
+    assert dataclasses.astuple(loaded.schedule_jump_params) == (
+        *(250, 1, 10, 10, 1, 1, 1, 1),
+        100_000_000,
+    )
+    assert (loaded.data.offset, loaded.data.max_len, loaded.data.image_size) == (0, None, 256)
+
+
+@pytest.mark.parametrize("path", INPAINT, ids=lambda p: p.stem)
+def test_every_conf_loads_under_its_own_name(path):
+    assert load_conf(path).name == path.stem
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda p: p.stem)
+def test_every_training_conf_loads(path):
+    assert load_conf(path, TrainConf).name
+
+
+def test_all_published_configurations_are_there():
+    assert {*PUBLISHED} <= {path.stem for path in INPAINT}
+    assert len(PUBLISHED) == 19
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_say_what_is_published(name):
+    loaded = load_conf(CONFS / f"{name}.yml")
+    which, mask = ("face", "face") if name == "face_example" else name.split("_")[1:]
+    models = {"inet256": "256x256_diffusion.pt", "p256": "places256_300000.pt"}
+    assert loaded.model_path == f"./data/pretrained/{models.get(which, 'celeba256_250000.pt')}"
+    guided = which == "inet256"
+    assert (loaded.class_cond, loaded.use_fp16, loaded.guided) == (guided, guided, guided)
+    if guided:
+        assert loaded.classifier_path == "./data/pretrained/256x256_classifier.pt"
+        assert loaded.classifier_scale == 1.0
+    data = loaded.data
+    assert data.gt_path == f"./data/datasets/gts/{which}"
+    assert data.mask_path == f"./data/datasets/gt_keep_masks/{mask}"
+    if which == "face":
+        assert (data.name, data.batch_size, data.max_len) == ("paper_face_mask", 1, 8)
+    else:
+        assert (data.batch_size, data.max_len) == (4, 100)
+        assert data.name == f"lama_{which}_{mask}_n100_test"
+    log = f"./log/{name}"
+    assert data.paths == OutputPaths(
+        srs=f"{log}/inpainted",
+        lrs=f"{log}/gt_masked",
+        gts=f"{log}/gt",
+        gt_keep_masks=f"{log}/gt_keep_mask",
+    )
+
+
+OTHERS = {
+    "inet256_uncond": {"model": "256x256_diffusion_uncond.pt", "classifier_scale": 10.0},
+    "lsun_bedroom": {"dropout": 0.1, "timestep_respacing": "1000"},
+    "lsun_cat": {"dropout": 0.1, "timestep_respacing": "1000"},
+    "lsun_horse": {"dropout": 0.1, "timestep_respacing": "1000"},
+    "lsun_horse_nodropout": {"dropout": 0.0, "timestep_respacing": "1000"},
+    "inet512": {
+        "model": "512x512_diffusion.pt",
+        "class_cond": True,
+        "image_size": 512,
+        "use_fp16": False,
+        "classifier_scale": 4.0,
+    },
+    "inet64": {
+        "model": "64x64_diffusion.pt",
+        "image_size": 64,
+        "num_channels": 192,
+        "num_res_blocks": 3,
+        "use_new_attention_order": True,
+        "noise_schedule": "cosine",
+        "dropout": 0.1,
+        "class_cond": True,
+        "classifier_depth": 4,
+    },
+    "inet128": {
+        "model": "128x128_diffusion.pt",
+        "image_size": 128,
+        "num_heads": 4,
+        "num_head_channels": -1,
+        "class_cond": True,
+        "classifier_scale": 0.5,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_published_checkpoints_have_their_flags(name):
+    flags = {"use_fp16": True} | OTHERS[name]
+    loaded = load_conf(CONFS / f"{name}.yml")
+    assert loaded.model_path == "./data/pretrained/" + flags.pop("model", f"{name}.pt")
+    assert {flag: getattr(loaded, flag) for flag in flags} == flags
+    assert loaded.guided == name.startswith("inet")
+    if name.startswith("lsun"):
+        assert loaded.schedule_jump_params.t_T == 1000
+
+
+@pytest.mark.parametrize("path", INPAINT + TRAIN, ids=lambda p: p.stem)
+def test_confs_state_only_what_differs(path):
+    cls = TrainConf if path in TRAIN else InpaintConf
+    kinds = {"": cls, "schedule_jump_params": JumpParams, "data": keys.DataConf}
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    sets = raw.pop("data", {"eval": {"": {}}})["eval"]
+    parts = {"": raw, "schedule_jump_params": raw.pop("schedule_jump_params", {})}
+    parts["data"] = next(iter(sets.values()))
+    for where, stated in parts.items():
+        defaults = {field.name: field.default for field in dataclasses.fields(kinds[where])}
+        assert not [key for key, value in stated.items() if str(defaults[key]) == str(value)]
+    assert "paths" not in parts["data"]
+
+
+@pytest.mark.parametrize("path", INPAINT + TRAIN, ids=lambda p: p.stem)
+def test_confs_name_the_schema_and_fit_it(path):
+    name = "train.schema.json" if path in TRAIN else "schema.json"
+    text = path.read_text(encoding="utf-8")
+    assert text.splitlines()[0] == f"# yaml-language-server: $schema=./{name}"
+    jsonschema.validate(yaml.safe_load(text), json.loads((CONFS / name).read_text()))
+
+
+@pytest.mark.parametrize("name", docs.schema_files())
+def test_schema_files_are_current(name):
+    written = (CONFS / name).read_text(encoding="utf-8")
+    assert written == docs.schema_files()[name], "run: python guided_diffusion/conf.py"
+    jsonschema.Draft7Validator.check_schema(json.loads(written))
+
+
+def test_schema_accepts_the_complete_form_and_refuses_what_is_wrong():
+    schema = json.loads(docs.schema_files()["schema.json"])
+    good = yaml.safe_load(COMPLETE)
+    jsonschema.validate(good, schema)
+    for wrong in ({"image_sze": 1}, {"use_fp16": 1}, {"dropout": 1.0}, {"num_channels": 100}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(good | wrong, schema)
+
+
+# ---- required, unknown ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["name", "model_path", "data"])
+@pytest.mark.parametrize("how", ["absent", "null"])
+def test_required_keys(missing, how):
+    keys = tree()
+    keys.pop(missing)
+    if how == "null":
+        keys[missing] = None
+    with pytest.raises(UserError, match=f"^x.yml: {missing}: is missing"):
+        conf_from_dict(keys, InpaintConf, "x.yml")
+
+
+@pytest.mark.parametrize("missing", ["gt_path", "mask_path"])
+def test_required_keys_of_a_data_set(missing):
+    refused(f"data.eval.set.{missing}: is missing", **{f"data__{missing}": None})
+
+
+@pytest.mark.parametrize(
+    ("keys", "whole", "nearest"),
+    [
+        ({"inpa_inj_sched_prv": 1}, "inpa_inj_sched_prv", "inpa_inj_sched_prev"),
+        ({"image_sise": 1}, "image_sise", "image_size"),
+        ({"T_t": 1}, "T_t", "schedule_jump_params.t_T"),
+        ({"gt_path": 1}, "gt_path", "data.eval.<set>.gt_path"),
+        (
+            {"schedule_jump_params": {"jump_lenght": 1}},
+            "schedule_jump_params.jump_lenght",
+            "schedule_jump_params.jump_length",
+        ),
+        ({"data__maxlen": 1}, "data.eval.set.maxlen", "data.eval.set.max_len"),
+        (
+            {"data__paths": {"sr": "a"}},
+            "data.eval.set.paths.sr",
+            "data.eval.set.paths.srs",
+        ),
+        ({"data__name": "x"}, "data.eval.set.name", "name"),
+        ({"data": {"train": {}}}, "data.train", "data.eval"),
+        ({7: 1}, "7", ""),
+        ({None: 1}, "None", ""),
+    ],
+)
+def test_unknown_keys_name_the_nearest_known_one(keys, whole, nearest):
+    whole_tree = tree(**{k: v for k, v in keys.items() if isinstance(k, str)})
+    whole_tree |= {k: v for k, v in keys.items() if not isinstance(k, str)}
+    with pytest.raises(UserError) as caught:
+        conf_from_dict(whole_tree, InpaintConf, "x.yml")
+    expected = f"x.yml: {whole}: unknown key; the nearest known key is {nearest}"
+    assert str(caught.value).startswith(expected)
+    if nearest:
+        assert str(caught.value) == expected
+
+
+def test_ignored_keys_are_ignored_at_their_own_place_only():
+    assert make(n_jobs="anything", data__ds_conf={"a": [1]}) == make()
+    refused("data.eval.set.n_jobs: unknown key", data__n_jobs=1)
+    refused("ds_conf: unknown key", ds_conf=1)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({}, "data.eval: expected keys and values"),
+        ({"eval": {}}, "data.eval: expected one set"),
+        ({"eval": {"a": {}, "b": {}}}, "found ['a', 'b']"),
+        ({"eval": {"a": None}}, "data.eval.a.gt_path: is missing"),
+        ({"eval": {"a": 3}}, "data.eval.a: expected keys and values, found 3"),
+        ({"eval": {None: {}}}, "data.eval: expected the name"),
+        ({"eval": ["a"]}, "data.eval: expected keys and values"),
+        ("x", "data: expected keys and values, found 'x'"),
+    ],
+)
+def test_exactly_one_data_set(data, words):
+    refused(words, data=data)
+
+
+# ---- ranges and conflicts ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_size", 0),
+        ("image_size", -256),
+        ("image_size", True),
+        ("image_size", 256.5),
+        ("image_size", 100_000),
+        ("num_channels", 100),
+        ("num_channels", 16),
+        ("num_res_blocks", 0),
+        ("num_heads", 0),
+        ("num_head_channels", 0),
+        ("num_heads_upsample", -2),
+        ("channel_mult", "1;2"),
+        ("channel_mult", [1, None]),
+        ("channel_mult", [1, True]),
+        ("attention_resolutions", "0"),
+        ("attention_resolutions", "32,,8"),
+        ("num_classes", 0),
+        ("dropout", 1.0),
+        ("dropout", -0.1),
+        ("dropout", float("nan")),
+        ("dropout", "a lot"),
+        ("diffusion_steps", 0),
+        ("noise_schedule", "sqrt"),
+        ("noise_schedule", 1),
+        ("timestep_respacing", "ddim"),
+        ("timestep_respacing", "ddim50,20"),
+        ("timestep_respacing", "0"),
+        ("timestep_respacing", "20,0"),
+        ("timestep_respacing", -5),
+        ("timestep_respacing", 25.5),
+        ("timestep_respacing", "9" * 5000),
+        ("cond_y", -1),
+        ("inpa_inj_time_shift", -1),
+        ("classifier_scale", float("inf")),
+        ("classifier_scale", -1),
+        ("classifier_width", 100),
+        ("classifier_pool", "mean"),
+        ("seed", -1),
+        ("seed", 2**31),
+        ("samples_per_image", 0),
+        ("precision", "fp8"),
+        ("compile", "yes"),
+        ("compile", 1),
+        ("save_process", -1),
+        ("name", ""),
+        ("name", ["a"]),
+        ("name", "a\nb"),
+        ("model_path", ""),
+        ("model_path", "a\0b"),
+        ("device", 1.5),
+        ("schedule_jump_params", 3),
+        ("schedule_jump_params", [1]),
+        *(
+            (flag, value)
+            for flag in ("use_fp16", "learn_sigma", "show_progress", "paste_known")
+            for value in ("true", 1, 0, "yes", [])
+        ),
+    ],
+)
+def test_values_out_of_type_or_range(key, value):
+    message = refused(f"x.yml: {key}: ", **{key: value})
+    assert "found" in message
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(JumpParams), ids=lambda f: f.name)
+def test_schedule_values_start_at_one(field):
+    low = 0 if field.name == "start_resampling" else 1
+    wrong, right = ({field.name: low - 1}, {field.name: low})
+    refused(f"schedule_jump_params.{field.name}: expected", schedule_jump_params=wrong)
+    assert getattr(make(schedule_jump_params=right).schedule_jump_params, field.name) == low
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("batch_size", 0), ("offset", -1), ("max_len", 0), ("drop_last", 1), ("image_size", "256")],
+)
+def test_values_of_the_data_set(key, value):
+    refused(f"data.eval.set.{key}: expected", **{f"data__{key}": value})
+
+
+@pytest.mark.parametrize("key", ["random_crop", "class_cond"])
+def test_data_keys_that_must_be_false_say_why(key):
+    refused(f"data.eval.set.{key}: Must be false: ", "; found true", **{f"data__{key}": True})
+
+
+@pytest.mark.parametrize("key", ["return_dict", "return_dataloader", "mask_loader"])
+def test_data_keys_that_must_be_true_say_why(key):
+    refused(f"data.eval.set.{key}: Must be true: ", "; found false", **{f"data__{key}": False})
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"data__image_size": 128}, ("data.eval.set.image_size", " image_size")),
+        ({"image_size": 96}, ("image_size", "channel_mult", "64, 128, 256, 512")),
+        ({"image_size": 100, "channel_mult": "1,2,4,8"}, ("image_size", "channel_mult", "by 8")),
+        ({"channel_mult": "1,0.3"}, ("num_channels", "channel_mult", "76")),
+        ({"channel_mult": "1,0"}, ("num_channels", "channel_mult", "0")),
+        ({"num_head_channels": 48}, ("num_head_channels", "num_channels", "48")),
+        ({"num_head_channels": -1, "num_heads": 5}, ("num_heads and", "num_channels", "5")),
+        ({"num_head_channels": -1, "num_heads_upsample": 3}, ("num_heads_upsample and", "3")),
+        ({"diffusion_steps": 20}, ("diffusion_steps", "noise_schedule")),
+        ({"cond_y": 1000}, ("cond_y", "num_classes")),
+        ({"cond_y": 10, "num_classes": 10}, ("cond_y", "num_classes")),
+        (
+            {"inpa_inj_sched_prev": False, "inpa_inj_sched_prev_cumnoise": True},
+            ("inpa_inj_sched_prev_cumnoise", "and inpa_inj_sched_prev:"),
+        ),
+        ({"use_fp16": True, "precision": "bfloat16"}, ("use_fp16", "precision", "bfloat16")),
+        ({"use_fp16": True, "precision": "float32"}, ("use_fp16", "precision")),
+        ({"classifier_path": "c.pt", "num_classes": 1001}, ("num_classes", "classifier_path")),
+        (
+            {"classifier_path": "c.pt", "image_size": 32, "channel_mult": "1,2"},
+            ("image_size", "classifier_path"),
+        ),
+        (
+            {"classifier_path": "c.pt", "classifier_width": 32, "image_size": 256}
+            | {"classifier_attention_resolutions": "256"},
+            ("classifier_width", "classifier_attention_resolutions"),
+        ),
+        ({"data__paths": {"srs": "o", "lrs": "./o/"}}, ("paths.srs", "paths.lrs")),
+        ({"data__paths": {"gts": "log/run/inpainted"}}, ("paths.srs", "paths.gts")),
+        ({"data__paths": {"srs": "gt"}}, ("data.eval.set.gt_path", "data.eval.set.paths.srs")),
+        ({"data__paths": {"gt_keep_masks": "mask"}}, ("set.mask_path", "paths.gt_keep_masks")),
+    ],
+)
+def test_conflicts_name_both_keys(keys, named):
+    refused(*named, **keys)
+
+
+def test_what_only_looks_like_a_conflict_is_allowed():
+    # The unconditional ImageNet model: labels go to the classifier alone.
+    assert make(classifier_path="c.pt", class_cond=False).guided
+    # A classifier that is switched off needs to fit nothing.
+    assert not make(classifier_path="c.pt", classifier_scale=0, num_classes=2000).guided
+    assert not make(classifier_path="").guided
+    assert make(use_fp16=True, precision="float16").use_fp16
+    assert make(use_kl=True, rescale_learned_sigmas=True).use_kl
+    # Sides that the network does not have are passed over, as in published configurations.
+    assert make(image_size=32, channel_mult="1,2").attention_sides == (32, 16, 8)
+    assert make(diffusion_steps=20, noise_schedule="cosine").diffusion_steps == 20
+
+
+# ---- derived values ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "mult"),
+    [
+        (512, (0.5, 1, 1, 2, 2, 4, 4)),
+        (256, (1, 1, 2, 2, 4, 4)),
+        (128, (1, 1, 2, 3, 4)),
+        (64, (1, 2, 3, 4)),
+    ],
+)
+def test_widths_come_from_the_size(size, mult):
+    assert make(image_size=size).channel_mult_list == mult
+    assert make(image_size=size, channel_mult="1,2").channel_mult_list == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        ({"srs": "out/a", "gts": "out/b"}, "out"),
+        ({"srs": "a", "gts": "./b"}, "."),
+        ({"srs": "x/a", "gts": "y/b"}, "./log/run"),
+    ],
+)
+def test_the_record_stands_beside_the_results(folders, expected):
+    paths = {name: f"{expected}/{name}" for name in ("lrs", "gt_keep_masks")} | folders
+    assert make(name="run", data__paths=paths).log_dir == expected
+
+
+def test_numbers_of_texts():
+    loaded = make(attention_resolutions="64, 8", classifier_attention_resolutions=[16])
+    assert (loaded.attention_sides, loaded.classifier_attention_sides) == ((64, 8), (16,))
+    assert make(attention_resolutions="").attention_sides == ()
+
+
+@pytest.mark.parametrize("cls", [InpaintConf, TrainConf])
+def test_empty_respacing_keeps_all_steps(cls):
+    base = tree() if cls is InpaintConf else {"name": "a", "data_dir": "b"}
+    loaded = conf_from_dict(base | {"timestep_respacing": "", "diffusion_steps": 500}, cls)
+    assert loaded.timestep_respacing == "500"
+
+
+def test_output_folders():
+    run = {"srs": "./log/run/inpainted", "lrs": "./log/run/gt_masked"}
+    run |= {"gts": "./log/run/gt", "gt_keep_masks": "./log/run/gt_keep_mask"}
+    assert dataclasses.asdict(make().data.paths) == run
+    assert dataclasses.asdict(make(data__paths={}).data.paths) == run
+    # Stated without gts: the inputs are not written.
+    assert dataclasses.asdict(make(data__paths={"srs": "o"}).data.paths) == run | {
+        "srs": "o",
+        "gts": "",
+    }
+
+
+def test_training_conf():
+    loaded = conf_from_dict({"name": "shoes", "data_dir": "pictures"}, TrainConf)
+    assert loaded.out_dir == "./runs/shoes"
+    assert loaded.rescale_learned_sigmas
+    assert loaded.timestep_respacing == "1000"
+    assert loaded.ema_rates == (0.9999,)
+    assert dataclasses.replace(loaded, ema_rate=[0.9, "0.99", 0.9]).ema_rates == (0.9, 0.99)
+    assert conf_from_dict(conf_to_dict(loaded), TrainConf) == loaded
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", 0),
+        ("lr", "fast"),
+        ("batch_size", 0),
+        ("microbatch", 0),
+        ("ema_rate", "1.0"),
+        ("ema_rate", ""),
+        ("holdout", 1),
+        ("sample_mask", "hole"),
+        ("precision", "float16"),
+        ("use_fp16", True),
+        ("schedule_sampler", "importance"),
+        ("model_path", "a.pt"),
+        ("data_dir", None),
+    ],
+)
+def test_training_values(key, value):
+    with pytest.raises(UserError, match=f"^t.yml: {key}"):
+        conf_from_dict({"name": "a", "data_dir": "b", key: value}, TrainConf, "t.yml")
+
+
+def test_mask_families_are_those_that_can_be_drawn():
+    from guided_diffusion import masks
+
+    assert masks.MIN_SIZE == keys.SMALLEST_MASK
+    text = next(doc.text for doc in schema.describe(keys.DataConf) if doc.key == "mask_path")
+    assert ", ".join(masks.FAMILIES) in text
+
+
+# ---- any values ----------------------------------------------------------------------------------
+
+ints = st.integers(1, 10_000)
+jumps = st.fixed_dictionaries(
+    {}, optional={field.name: ints for field in dataclasses.fields(JumpParams)}
+)
+valid = st.fixed_dictionaries(
+    {},
+    optional={
+        "image_size": st.sampled_from([64, 128, 256, 512]),
+        "num_channels": st.sampled_from([64, 192, 256]),
+        "channel_mult": st.sampled_from(["", "1,2,4", [1, 2], 1]),
+        "attention_resolutions": st.sampled_from(["32,16,8", 16, [32, 8], ""]),
+        "timestep_respacing": st.sampled_from([250, "20,30", "ddim50", "", [5, 5]]),
+        "dropout": st.floats(0, 0.99),
+        "classifier_scale": st.floats(0, 100),
+        "classifier_path": st.sampled_from([None, "", "c.pt"]),
+        "cond_y": st.none() | st.integers(0, 999),
+        "seed": st.none() | st.integers(0, 2**31 - 1),
+        "use_ddim": st.booleans(),
+        "compile": st.sampled_from(["auto", True, False]),
+        "precision": st.sampled_from([None, "tf32", "bfloat16"]),
+        "schedule_jump_params": jumps,
+        "data__max_len": st.none() | ints,
+        "data__batch_size": ints,
+        "data__paths": st.sampled_from([None, {}, {"srs": "o"}, {"gts": "g", "lrs": "l"}]),
+    },
+)
+
+
+VALIDATOR = jsonschema.Draft7Validator(docs.json_schema(InpaintConf))
+
+
+@settings(max_examples=40, deadline=None)
+@given(valid)
+def test_round_trip_is_identical(keys):
+    loaded = make(**keys)
+    written = yaml.safe_dump(conf_to_dict(loaded))
+    assert conf_from_dict(yaml.safe_load(written), InpaintConf) == loaded
+    VALIDATOR.validate(yaml.safe_load(written))
+
+
+names = st.sampled_from(
+    [doc.key.rpartition(".")[2] for doc in schema.describe(InpaintConf)]
+    + ["data", "eval", "schedule_jump_params", "paths", "ds_conf"]
+)
+trees = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(names | st.text(max_size=5) | st.integers(), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+def check(anything, cls):
+    """Either the tree loads and survives being written, or it is one line."""
+    try:
+        loaded = conf_from_dict(anything, cls, "x.yml")
+    except UserError as error:
+        assert str(error).startswith("x.yml: ")
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert conf_from_dict(conf_to_dict(loaded), cls) == loaded
+
+
+@settings(max_examples=80, deadline=None)
+@given(trees, trees)
+def test_any_tree_loads_or_is_a_user_error(whole, data):
+    check(whole, InpaintConf)
+    check(whole, TrainConf)
+    check(tree(data={"eval": {"s": data}}), InpaintConf)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from([field.name for field in dataclasses.fields(InpaintConf)]), trees)
+def test_any_value_of_any_key_loads_or_is_a_user_error(name, value):
+    check(tree() | {name: value}, InpaintConf)

@@ -1,0 +1,381 @@
+"""YAML as people write it: what is meant is understood, what is wrong is one clear line."""
+
+import dataclasses
+import errno
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from guided_diffusion.config.docs import help_text, markdown_table
+from guided_diffusion.config.keys import InpaintConf, TrainConf, load_conf
+from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, describe
+from guided_diffusion.errors import UserError
+
+BASE = """\
+name: run
+model_path: model.pt
+data: {eval: {faces: {gt_path: gt, mask_path: mask}}}
+"""
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_text(text, overrides=(), base=BASE):
+        path = tmp_path / "a.yml"
+        path.write_bytes((base + text).encode() if isinstance(text, str) else text)
+        return load_conf(path, InpaintConf, overrides)
+
+    return load_text
+
+
+def problem(load, text, overrides=(), base=BASE):
+    with pytest.raises(UserError) as caught:
+        load(text, overrides, base)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert len(message) < 400
+    return message
+
+
+# ---- values --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("timestep_respacing: 250", "timestep_respacing", "250"),
+        ("timestep_respacing: 20,30", "timestep_respacing", "20,30"),
+        ("timestep_respacing: [20, 30]", "timestep_respacing", "20,30"),
+        ("timestep_respacing: ddim50", "timestep_respacing", "ddim50"),
+        ("timestep_respacing:", "timestep_respacing", "250"),
+        ("attention_resolutions: 16", "attention_resolutions", "16"),
+        ("attention_resolutions: 32, 16", "attention_resolutions", "32,16"),
+        ("channel_mult: [1, 2, 4]", "channel_mult", "1,2,4"),
+        ("channel_mult: [0.5, 1]", "channel_mult", "0.5,1"),
+        ("channel_mult: 1", "channel_mult", "1"),
+        ("channel_mult: null", "channel_mult", ""),
+        ("dropout: 1e-1", "dropout", 0.1),
+        ("dropout: 0", "dropout", 0.0),
+        ("classifier_scale: 4", "classifier_scale", 4.0),
+        ("classifier_scale: ~", "classifier_scale", 4.0),
+        ("num_channels: 128.0", "num_channels", 128),
+        ("image_size: &side 128\nnum_channels: *side", "num_channels", 128),
+        ("use_fp16: yes", "use_fp16", True),
+        ("cond_y: ''", "cond_y", None),
+        ("classifier_path: ''", "classifier_path", None),
+        ("device: 0", "device", "0"),
+        ("compile: auto", "compile", "auto"),
+        ("compile: off", "compile", False),
+        ("seed: null", "seed", None),
+    ],
+)
+def test_values_as_people_write_them(load, text, key, value):
+    found = getattr(load(text), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("use_fp16: 'true'", "use_fp16: expected true or false, found 'true'"),
+        ("use_fp16: 1", "use_fp16: expected true or false, found 1"),
+        ("dropout: .nan", "dropout: expected a finite number"),
+        ("classifier_scale: .inf", "classifier_scale: expected a finite number"),
+        ("classifier_scale: 1e400", "classifier_scale: expected a finite number"),
+        ("classifier_scale: 1e999999999", "classifier_scale: expected a finite number"),
+        ("image_size: 0x100", "image_size: expected an integer"),
+        ("image_size: 0400", "image_size: expected an integer"),
+        ("image_size: " + "9" * 10_000, "image_size: expected an integer"),
+        ("image_size: '256'", "image_size: expected an integer"),
+        ("image_size: {a: 1}", "image_size: expected an integer"),
+        ("device: yes", "device: text that YAML takes for something else needs quotes; found true"),
+        ("device: 2024-01-01", "device: text that YAML takes for something else needs quotes"),
+        ("device: 1.10", "device: text that YAML takes for something else needs quotes"),
+        ('device: "a\\0b"', "device: expected text"),
+        ('device: "\\ud800"', "device: expected text"),
+    ],
+)
+def test_values_that_are_something_else(load, text, words):
+    message = problem(load, text)
+    assert "a.yml: " in message
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("012", "012"), ("12", "12"), ("1:30", "1:30"), ("1e5", "1e5"), ("'é'", "é")]
+)
+def test_names_stay_as_they_are_written(load, name, kept):
+    assert load("", base=BASE.replace("name: run", f"name: {name}")).name == kept
+
+
+def test_a_conf_checks_itself_however_it_is_made(load):
+    loaded = load("")
+    with pytest.raises(UserError, match=r"^num_channels: expected"):
+        dataclasses.replace(loaded, num_channels=1)
+    with pytest.raises(UserError, match=r"^data: expected DataConf"):
+        dataclasses.replace(loaded, data={})
+    assert dataclasses.replace(loaded, channel_mult=[1, 2]).channel_mult == "1,2"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        loaded.name = "other"
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1", "line 4, column 6"),
+        ("a: b: c", "line 4, column 5"),
+        ("\tseed: 1", "line 4, column 1"),
+        ("seed: 'x", "line 4, column 9"),
+        ("seed: 1\nname: again", "line 5, column 1: the key name is here twice"),
+        ("schedule_jump_params: {t_T: 9, t_T: 8}", "line 4, column 32: the key t_T is here twice"),
+        ("'seed': 1\nseed: 1", "line 5, column 1: the key seed is here twice"),
+        ("seed: *nowhere", "line 4, column 7"),
+        ("[a]: 1", "line 4, column 1"),
+        ("? {a: 1}\n: 1", "line 4, column 3"),
+        ("seed: \x07", "line 4, column 7"),
+        ("a: &x [1]\nb: *x", "line 5, column 4: an alias may stand for a single value only"),
+        ("a: &x [*x]", "line 4, column 8: an alias may stand for a single value only"),
+        ("seed: !!python/object/apply:os.system ['true']", "line 4, column 7"),
+        ("seed: !!python/name:os.system", "line 4, column 7"),
+        ("seed: !!bool maybe", "line 4, column 7: this is not a bool"),
+        ("seed: !!float ''", "line 4, column 7: this is not a float"),
+        ("seed: !!timestamp never", "line 4, column 7: this is not a timestamp"),
+        ("seed: =", "line 4, column 7"),
+        ("---\nseed: 1", "line 4, column 1"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ("a: " + "{a: " * 5000, "nested too deeply"),
+    ],
+)
+def test_yaml_errors_tell_line_and_column(load, text, words):
+    message = problem(load, text)
+    assert re.search(r"a\.yml: no valid YAML: line \d+, column \d+: \S", message)
+    assert words in message
+
+
+def test_many_laughs_are_not_waited_for(load):
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"{name}: &{name} [*{last}, *{last}, *{last}, *{last}]\n"
+        for last, name in zip("abcdefghijklmno", "bcdefghijklmnop", strict=True)
+    )
+    assert "an alias may stand for a single value only" in problem(load, bomb)
+
+
+def test_an_empty_path_is_no_conf():
+    with pytest.raises(UserError, match="the path of the YAML file is empty"):
+        load_conf("", InpaintConf)
+
+
+def test_a_number_may_name_the_data_set(load):
+    base = BASE.replace("faces:", "12:")
+    assert base != BASE
+    for option in ("data.eval.12.max_len=3", "data.max_len=3"):
+        loaded = load("", [option], base)
+        assert (loaded.data.name, loaded.data.max_len) == ("12", 3)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"", "found an empty file"),
+        (b"# only a comment\n", "found an empty file"),
+        (b"- a\n- b\n", "expected keys and values, found ['a', 'b']"),
+        (b"just text", "expected keys and values, found 'just text'"),
+        (b"name: \xff\n", "line 1 is in another encoding"),
+        ("name: é\n".encode("latin-1"), "line 1 is in another encoding"),
+        ("name: a\n".encode("utf-16"), "expected YAML in UTF-8"),
+        (b"PK\x03\x04\0\0\0\0", "found a binary file"),
+        (b"a: b\n" * 500_000, "more than 2 MiB"),
+    ],
+)
+def test_files_that_are_no_conf(load, raw, words):
+    message = problem(load, raw)
+    assert "a.yml: " in message
+    assert words in message
+
+
+def test_byte_order_mark_and_line_ends(load):
+    assert load(b"\xef\xbb\xbf" + BASE.replace("\n", "\r\n").encode()).name == "run"
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yml: cannot be read: No such file"):
+        load_conf(tmp_path / "none.yml")
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        load_conf(tmp_path)
+    with pytest.raises(UserError, match="cannot be read: embedded null byte"):
+        load_conf("a\0b")
+
+
+def test_unreadable_file(tmp_path, monkeypatch):
+    def denied(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(UserError, match=r"a\.yml: cannot be read: Permission denied"):
+        load_conf(tmp_path / "a.yml")
+
+
+# ---- overrides -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "path", "value"),
+    [
+        ("seed=5", "seed", 5),
+        ("name=other", "name", "other"),
+        ("timestep_respacing=50", "timestep_respacing", "50"),
+        ("channel_mult=[1, 2]", "channel_mult", "1,2"),
+        ("schedule_jump_params.t_T=50", "schedule_jump_params.t_T", 50),
+        ("data.eval.faces.gt_path=x=y", "data.gt_path", "x=y"),
+        ("data.gt_path=/tmp/pictures", "data.gt_path", "/tmp/pictures"),
+        ("data.max_len=3", "data.max_len", 3),
+        ("data.paths.srs=o", "data.paths.srs", "o"),
+        ("data.eval={b: {gt_path: g, mask_path: m}}", "data.name", "b"),
+        ("classifier_scale=", "classifier_scale", 4.0),
+    ],
+)
+def test_overrides(load, option, path, value):
+    found = load("", [option])
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_later_overrides_win_and_folders_follow_the_name(load):
+    loaded = load("seed: 1", ["seed=2", "name=new", "seed=3"])
+    assert loaded.seed == 3
+    assert loaded.data.paths.srs == "./log/new/inpainted"
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("seed=x", "seed: expected an integer, at least 0"),
+        ("sed=1", "sed: unknown key; the nearest known key is seed"),
+        ("data.gt_pth=1", "data.eval.faces.gt_pth: unknown key"),
+        ("data.image_size=64", "data.eval.faces.image_size and image_size: 64 and 256"),
+        ("image_size=96", "image_size and channel_mult"),
+        ("data.paths={a: 1}", "data.eval.faces.paths.a: unknown key"),
+        ("name=", "name: is missing"),
+        ("seed.a.b=1", "seed: expected an integer"),
+        ("name.x=1", "name is a value and has no keys in it"),
+        ("seed=[1", "no valid YAML: line 1, column 3"),
+        ("a.b=1", "a: unknown key"),
+        ("data.eval.other.gt_path=a", "data.eval: expected one set of keys"),
+        ("seed", "expected KEY=VALUE"),
+        ("=1", "expected KEY=VALUE"),
+        ("a..b=1", "expected KEY=VALUE"),
+        ("", "expected KEY=VALUE"),
+    ],
+)
+def test_wrong_overrides_are_named(load, option, words):
+    message = problem(load, "", [option])
+    assert message.startswith(f"--set {option}: ")
+    assert words in message
+
+
+def test_an_error_of_the_file_is_not_blamed_on_an_override(load):
+    message = problem(load, "dropout: 2", ["seed=1"])
+    assert "--set" not in message
+    assert "a.yml: dropout: " in message
+
+
+def test_short_form_needs_one_data_set(load):
+    base = "name: a\nmodel_path: b\n"
+    assert "no data.eval.<set>" in problem(load, "", ["data.gt_path=a"], base)
+    two = base + "data: {eval: {a: {}, b: {}}}\n"
+    assert "no data.eval.<set>" in problem(load, "", ["data.gt_path=a"], two)
+
+
+# ---- documentation -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [InpaintConf, TrainConf])
+def test_every_key_is_documented_in_one_sentence(cls):
+    docs = describe(cls)
+    for doc in docs:
+        assert doc.text[0].isupper() or doc.text.startswith(("cpu", "`"))
+        assert doc.text.endswith(".")
+        assert ". " not in doc.text, doc.key
+        assert doc.type
+        assert doc.default
+    assert len({doc.key for doc in docs}) == len(docs)
+
+
+def test_dotted_names_and_defaults():
+    docs = {doc.key: doc for doc in describe(InpaintConf)}
+    assert docs["schedule_jump_params.t_T"].default == "250"
+    assert docs["data.eval.<set>.paths.srs"].default == "empty"
+    assert docs["model_path"].default == "required"
+    assert docs["seed"].default == "absent"
+    assert docs["use_fp16"].default == "false"
+    assert docs["dropout"].type == "a finite number, at least 0 and below 1"
+
+
+@pytest.mark.parametrize("cls", [InpaintConf, TrainConf])
+def test_table_and_help_have_all_keys(cls):
+    docs = describe(cls)
+    rows = markdown_table(cls).splitlines()
+    assert len(rows) == len(docs) + 2
+    assert all(row.count("|") == 5 for row in rows)
+    text = help_text(cls, width=80)
+    assert all(f"  {doc.key}  (" in text for doc in docs)
+    assert all(len(line) <= 80 for line in text.splitlines() if line.startswith("      "))
+
+
+def test_loading_a_conf_does_not_load_torch():
+    code = "import sys; import guided_diffusion.config.keys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# ---- any text ------------------------------------------------------------------------------------
+
+PIECES = (
+    *"[]{}:,-?&*!|>'\"#%@`=~\n\t ",
+    *("&a ", "*a", "<<: ", "!!int ", "!!float ", "!!binary ", "---\n", "name: a\n", "seed: "),
+    *("data: ", "1e5", "0x1", "2024-13-45", "null", "yes", "\x00", "\ud800"),
+)
+texts = st.lists(st.sampled_from(PIECES), max_size=25).map("".join)
+
+
+def message_or_none(path, *overrides):
+    """The error of a conf that does not load; one that loads survives being written."""
+    try:
+        loaded = load_conf(path, InpaintConf, overrides)
+    except UserError as error:
+        return str(error)
+    assert conf_from_dict(conf_to_dict(loaded), InpaintConf) == loaded
+    return None
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=40) | texts)
+def test_any_override_loads_or_is_a_user_error(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "base.yml"
+    path.write_text(BASE)
+    for option in (text, f"seed={text}", f"data={text}"):
+        message = message_or_none(path, option)
+        assert message is None or message.startswith("--set")
+        assert message is None or len(message.splitlines()) == 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=60) | texts.map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_any_file_loads_or_is_a_user_error(tmp_path_factory, raw):
+    path = tmp_path_factory.getbasetemp() / "any.yml"
+    for content in (raw, BASE.encode() + raw):
+        path.write_bytes(content)
+        message = message_or_none(path)
+        assert message is None or message.startswith(str(path))
+        assert message is None or len(message.splitlines()) == 1

@@ -1,0 +1,683 @@
+"""Planning, records, resuming, and batches that fail or do not fit."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from run_cases import (
+    TINY_CALLS,
+    assert_same,
+    load_yaml,
+    pixels,
+    results,
+    run_here,
+    snapshot,
+    write_run,
+    write_tree,
+)
+
+from guided_diffusion import cli, dist_util
+from guided_diffusion.config.keys import InpaintConf, load_conf
+from guided_diffusion.config.schema import conf_to_dict, describe
+from guided_diffusion.errors import UserError
+from guided_diffusion.io import files
+from guided_diffusion.run import inpaint, plan
+from guided_diffusion.run.inpainter import Inpainter
+
+LOG = "log/run"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Run test.py in ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *options: run_here(capsys, *options)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Seeds of every batch that the network was run for."""
+    seen, steps = [], Inpainter.steps
+
+    def noting(self, gt, mask, seeds):
+        seen.append(list(seeds))
+        return steps(self, gt, mask, seeds)
+
+    monkeypatch.setattr(Inpainter, "steps", noting)
+    return seen
+
+
+def set_(**changes):
+    return [f"--set={key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
+
+
+# ---- seeds ---------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_result_at_any_batch_size(here, tmp_path, calls):
+    options = write_run(tmp_path, 5)
+    for size in (1, 2, 3):
+        here(*options, "--out", f"b{size}", *set_(data__batch_size=size))
+    assert calls[5:] == [[5, 6], [7, 8], [9], [5, 6, 7], [8, 9]]
+    assert_same(results("b1"), results("b2"), levels=1)
+    assert_same(results("b1"), results("b3"), levels=1)
+    first = results("b1")
+    assert (first["00.png"] != first["01.png"]).any()
+
+
+def test_without_a_seed_one_is_drawn_told_recorded_and_taken_up_by_resume(here, tmp_path):
+    options = write_run(tmp_path, 2, seed=None)
+    ended = here(*options)
+    record = load_yaml(f"{LOG}/run.yml")
+    assert f"seed {record['seed']}\n" in ended.out
+    first = results(LOG)
+    (tmp_path / LOG / "inpainted" / "01.png").unlink()
+    ended = here(*options, "--resume")
+    assert "1 image, 1 finished earlier" in ended.out
+    assert_same(results(LOG), first)
+    here(*options)
+    assert load_yaml(f"{LOG}/run.yml")["seed"] != record["seed"]
+
+
+# ---- the record ----------------------------------------------------------------------------------
+
+
+def test_a_run_is_repeated_from_its_record_alone(here, tmp_path):
+    options = write_run(tmp_path, 2, name="run", paste_known=True)
+    here(*options, "--mask", "thick", *set_(seed=77, samples_per_image=2, image_size=8))
+    first = results(LOG)
+    record = (tmp_path / LOG / "run.yml").read_text()
+    (tmp_path / "c.yml").unlink()
+    ended = here("--conf_path", f"{LOG}/run.yml")
+    assert (ended.status, ended.lines) == (0, [])
+    assert_same(results(LOG), first)
+    volatile = ("seconds_an_image",)
+    old, new = yaml.safe_load(record), load_yaml(f"{LOG}/run.yml")
+    assert {k: v for k, v in old["record"].items() if k not in volatile} == {
+        k: v for k, v in new["record"].items() if k not in volatile
+    }
+    assert old.keys() == new.keys()
+    assert record.startswith(f"# python test.py --conf_path {LOG}/run.yml repeats this run.\n")
+
+
+def test_what_the_record_says(here, tmp_path):
+    here(*write_run(tmp_path, 2), *set_(data__batch_size=2))
+    tree = load_yaml(f"{LOG}/run.yml")
+    record = tree.pop("record")
+    conf = load_conf(f"{LOG}/run.yml", InpaintConf)
+    assert conf_to_dict(conf) == tree
+    documented = {doc.key.split(".")[0] for doc in describe(InpaintConf)}
+    assert documented - tree.keys() == {"cond_y", "classifier_path", "device", "precision"}
+    assert record["state"] == "finished"
+    assert record["device_type"] == "cpu"
+    assert record["network_calls_an_image"] == TINY_CALLS
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["seconds_an_image"] > 0
+    assert record["made"] == 2
+    assert record["failures"] == {}
+    assert record["seeds"] == {"00.png": 5, "01.png": 6}
+
+
+def test_the_record_is_there_before_the_first_result(here, tmp_path, monkeypatch):
+    options = write_run(tmp_path, 1)
+    seen = []
+
+    def steps(self, *_):
+        seen.append(load_yaml(f"{LOG}/run.yml")["record"]["state"])
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Inpainter, "steps", steps)
+    with pytest.raises(ZeroDivisionError):
+        here(*options)
+    assert seen == ["started"]
+
+
+def test_resuming_a_finished_run_keeps_what_was_measured(here, tmp_path, calls):
+    options = write_run(tmp_path, 2, overview=True)
+    here(*options)
+    before = load_yaml(f"{LOG}/run.yml")["record"]
+    (tmp_path / LOG / "overview.png").unlink()
+    files = snapshot("log/run/inpainted")
+    ended = here(*options, "--resume")
+    assert ended.out.splitlines()[-1] == "log/run: 0 images, 2 finished earlier"
+    assert len(calls) == 2
+    assert snapshot("log/run/inpainted") == files
+    assert (tmp_path / LOG / "overview.png").exists()  # a kill may have come just before it
+    assert load_yaml(f"{LOG}/run.yml")["record"] == before
+
+
+# ---- resuming ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        *((kind, "missing") for kind in ("inpainted", "gt", "gt_masked", "gt_keep_mask")),
+        *(("inpainted", damage) for damage in ("cut", "foreign", "empty")),
+        *(("gt_masked", damage) for damage in ("cut", "foreign", "empty")),
+    ],
+)
+def test_resume_makes_again_what_is_not_whole(here, tmp_path, calls, kind, damage):
+    options = write_run(tmp_path)
+    here(*options)
+    first = {folder: results(LOG, folder) for folder in ("inpainted", "gt", "gt_masked")}
+    calls.clear()
+    path = tmp_path / LOG / kind / "01.png"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-20])
+    elif damage == "foreign":
+        Image.new("RGB", (8, 8), (1, 2, 3)).save(path)
+    else:
+        path.write_bytes(b"")
+    assert "1 image, 2 finished earlier" in here(*options, "--resume").out
+    assert calls == [[6]]
+    for folder, pictures in first.items():
+        assert_same(results(LOG, folder), pictures)
+
+
+def test_resume_with_nothing_there_simply_runs(here, tmp_path):
+    ended = here(*write_run(tmp_path, 2), "--resume")
+    assert (ended.status, ended.lines) == (0, [])
+    assert "log/run: 2 images," in ended.out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__max_len": 4},
+        {"data__batch_size": 3},
+        {"data__deterministic": False},
+        {"data__drop_last": False},
+        {"show_progress": False},
+        {"overview": True},
+        {"compile": False},
+        {"save_process": 2},
+        {"device": "cpu"},
+        {"dropout": 0.5},
+        {"name": "run"},
+    ],
+)
+def test_resume_goes_on_under_settings_that_results_do_not_depend_on(
+    here, tmp_path, calls, changes
+):
+    options = write_run(tmp_path, 4)
+    here(*options, *set_(data__max_len=2))
+    calls.clear()
+    ended = here(*options, *set_(**changes), "--resume")
+    assert (ended.status, ended.lines) == (0, [])
+    assert "2 images, 2 finished earlier" in ended.out
+    assert sorted(seed for batch in calls for seed in batch) == [7, 8]
+
+
+def test_resume_goes_on_with_more_samples_and_an_equal_checkpoint_elsewhere(here, tmp_path, calls):
+    options = write_run(tmp_path, 1, samples_per_image=2)
+    here(*options)
+    calls.clear()
+    shutil.move("model.pt", "moved.pt")
+    ended = here(*options, *set_(samples_per_image=4, model_path="moved.pt"), "--resume")
+    assert ended.status == 0
+    assert len(calls) == 2
+    assert len(results(LOG)) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"seed": 6}, ["seed"]),
+        ({"schedule_jump_params__t_T": 3}, ["schedule_jump_params.t_T"]),
+        ({"timestep_respacing": "5"}, ["timestep_respacing"]),
+        ({"data__mask_path": "thick"}, ["data.mask_path"]),
+        ({"invert_mask": True, "paste_known": True}, ["invert_mask", "paste_known"]),
+        ({"data__random_flip": True}, ["data.random_flip"]),
+        ({"use_ddim": True}, ["use_ddim"]),
+        ({"precision": "bfloat16"}, ["precision"]),
+    ],
+)
+def test_resume_refuses_other_settings_by_their_keys(here, tmp_path, changes, keys):
+    options = write_run(tmp_path, 1)
+    here(*options)
+    files = snapshot("log")
+    ended = here(*options, *set_(**changes), "--resume")
+    assert ended.status == 2
+    [line] = [line for line in ended.lines if not line.startswith("warning: ")]
+    assert line.startswith(f"error: {LOG}/run.yml: {' and '.join(keys)}: the results there were")
+    assert snapshot("log") == files
+    assert here(*options, *set_(**changes)).status == 0  # without --resume they are overwritten
+
+
+def test_resume_refuses_a_checkpoint_of_other_content(here, tmp_path):
+    options = write_run(tmp_path, 1)
+    here(*options)
+    state = torch.load("model.pt", weights_only=True)
+    state["out.2.bias"] += 1e-3
+    torch.save(state, "model.pt")
+    [line] = here(*options, "--resume").lines
+    assert line.startswith(f"error: {LOG}/run.yml: model_path: ")
+
+
+def test_results_of_other_settings_beside_a_new_record_are_made_again(here, tmp_path, calls):
+    """A run without --resume that ended early leaves old results under its own record."""
+    options = write_run(tmp_path, 2)
+    here(*options, *set_(seed=9))
+    here(*options, *set_(data__max_len=1))
+    calls.clear()
+    assert here(*options, "--resume").status == 0
+    assert calls == [[6]]
+
+
+def test_a_picture_or_mask_that_changed_is_made_again(here, tmp_path, calls):
+    options = write_run(tmp_path)
+    here(*options)
+    calls.clear()
+    Image.new("RGB", (8, 8), (9, 9, 9)).save("gt/01.png")
+    Image.new("RGB", (8, 8), (0, 0, 0)).save("mask/02.png")
+    assert here(*options, "--resume").status == 0
+    assert calls == [[6], [7]]
+    # A new first picture moves the others in the list, and with their places their seeds.
+    shutil.copy("gt/00.png", "gt/.000.png")
+    shutil.copy("mask/00.png", "mask/.000.png")
+    here(*options, "--resume")
+    assert calls[2:] == [[5], [6], [7], [8]]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "a: [",
+        "name: other",
+        "record: {}",
+        "\0",
+        "[1]",
+        "record: 3\n",
+        "- !!python/name:os.system",
+    ],
+)
+def test_resume_refuses_a_record_that_is_none(here, tmp_path, content):
+    options = write_run(tmp_path, 1)
+    (tmp_path / LOG).mkdir(parents=True)
+    (tmp_path / LOG / "run.yml").write_text(content)
+    ended = here(*options, "--resume")
+    assert ended.status == 2
+    [line] = ended.lines
+    assert line.startswith(f"error: {LOG}/run.yml: is not the record of a run")
+    assert here(*options).status == 0
+
+
+def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not(here, tmp_path):
+    options = write_run(tmp_path, 1)
+    folder = tmp_path / LOG / "inpainted"
+    folder.mkdir(parents=True)
+    machine = files._machine()
+    other = f"{(int(machine, 16) + 1) % 65536:04x}"
+    names = {  # by machine, process and chance
+        "dead": f".{machine}{0x7FFFFE:06x}abcdef.tmp",
+        "own": f".{machine}{os.getpid():06x}abcdef.tmp",
+        "old": f".{other}{1:06x}abcdef.tmp",
+        "living": f".{machine}{os.getppid():06x}abcdef.tmp",
+        "elsewhere": f".{other}{2:06x}abcdef.tmp",
+        "foreign": ".something.tmp",
+    }
+    for name in names.values():
+        (folder / name).touch()
+    os.utime(folder / names["old"], (0, 0))
+    here(*options)
+    left = {path.name for path in folder.iterdir()} - {"00.png"}
+    assert left == {names[key] for key in ("living", "elsewhere", "foreign")}
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def no_memory(kind):
+    if kind == "cuda":
+        return torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    if kind == "cpu":
+        text = "[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+        return RuntimeError(text)
+    return MemoryError()
+
+
+def limit_memory(monkeypatch, most, kind="cuda"):
+    """Let batches of more than ``most`` images run out of memory in the third step."""
+    steps = Inpainter.steps
+
+    def limited(self, gt, mask, seeds):
+        for number, step in enumerate(steps(self, gt, mask, seeds)):
+            if number == 2 and len(seeds) > most:
+                raise no_memory(kind)
+            yield step
+
+    monkeypatch.setattr(Inpainter, "steps", limited)
+
+
+@pytest.mark.parametrize(
+    ("most", "kind"), [(1, "cuda"), (2, "cuda"), (3, "cuda"), (3, "cpu"), (1, "python")]
+)
+def test_a_batch_that_does_not_fit_is_halved_with_the_same_result(
+    here, tmp_path, monkeypatch, kind, most
+):
+    options = write_run(tmp_path, 7)
+    here(*options)
+    first = results(LOG)
+    limit_memory(monkeypatch, most, kind)
+    ended = here(*options, *set_(data__batch_size=7))
+    assert ended.status == 0
+    fitted = {1: 1, 2: 1, 3: 3}[most]
+    assert ended.lines == [
+        f"warning: batch_size: 7 images at once do not fit into memory, {fitted} do"
+    ]
+    assert_same(results(LOG), first, levels=1)
+
+
+def test_one_image_that_does_not_fit_ends_the_run_in_one_line(here, tmp_path, monkeypatch):
+    options = write_run(tmp_path)
+    limit_memory(monkeypatch, 0)
+    ended = here(*options, *set_(data__batch_size=2))
+    assert ended.status == 2
+    [line] = ended.lines
+    assert line.startswith("error: batch_size: one image alone does not fit into memory; 0 of 3")
+    assert "--resume" in line
+
+
+def test_a_network_that_does_not_fit_is_told_in_one_line(here, tmp_path, monkeypatch):
+    options = write_run(tmp_path)
+
+    def init(*_):
+        raise no_memory("cuda")
+
+    monkeypatch.setattr(Inpainter, "__init__", init)
+    ended = here(*options)
+    assert (ended.status, len(ended.lines)) == (2, 1)
+    assert "model.pt: device: the network does not fit" in ended.lines[0]
+    assert not (tmp_path / "log").exists()
+
+
+def test_other_failures_of_torch_keep_their_traceback(here, tmp_path, monkeypatch):
+    options = write_run(tmp_path)
+
+    def steps(*_):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(Inpainter, "steps", steps)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        here(*options)
+
+
+def test_vanished_inputs_are_counted_once_although_the_batch_is_tried_twice(
+    here, tmp_path, monkeypatch
+):
+    options = write_run(tmp_path, 4)
+    limit_memory(monkeypatch, 1)
+    monkeypatch.setattr(plan, "_check_and_announce", lambda *_: None)
+    (tmp_path / "gt" / "01.png").write_bytes(b"no picture")
+    ended = here(*options, *set_(data__batch_size=4))
+    assert ended.status == 1
+    assert sum("failed: 01.png" in line for line in ended.lines) == 1
+    assert list(results(LOG)) == ["00.png", "02.png", "03.png"]
+
+
+# ---- not finite ----------------------------------------------------------------------------------
+
+
+def spoil(monkeypatch, wanted, value=float("nan")):
+    """Put ``value`` into what the network returns where ``wanted(model, call, image)``."""
+    steps = Inpainter.steps
+
+    def spoiling(self, gt, mask, seeds):
+        network, call = self.network, [0]
+
+        def spoiled(x, timesteps, y=None):
+            out = network(x, timesteps, *([] if y is None else [y]))
+            call[0] += 1
+            for place, seed in enumerate(seeds):
+                if wanted(self.model, call[0], seed - 5):
+                    out[place, 0, 0, 7] = value
+            return out
+
+        self.network = spoiled
+        try:
+            yield from steps(self, gt, mask, seeds)
+        finally:
+            self.network = network
+
+    monkeypatch.setattr(Inpainter, "steps", spoiling)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "value"), [(1, math.nan), (2, math.inf), (4, -math.inf), (4, math.nan)]
+)
+def test_in_float32_the_image_and_the_step_are_named_and_the_others_go_on(
+    here, tmp_path, monkeypatch, batch_size, value
+):
+    options = write_run(tmp_path, 4, clip_denoised=False)
+    here(*options)
+    first = results(LOG)
+    shutil.rmtree(LOG)
+    spoil(monkeypatch, lambda model, call, image: image == 1 and call == 3, value)
+    ended = here(*options, *set_(data__batch_size=batch_size))
+    assert ended.status == 1
+    problem = "no finite number after network call 3, at time t = 1"
+    assert ended.lines == [f"failed: 01.png: {problem}"]
+    assert "3 images, 1 failed (01.png), which --resume tries again" in ended.out
+    assert_same(results(LOG), {k: v for k, v in first.items() if k != "01.png"}, levels=1)
+    record = load_yaml(f"{LOG}/run.yml")["record"]
+    assert record["failures"] == {"01.png": problem}
+    assert record["state"] == "failed"
+    monkeypatch.undo()
+    os.chdir(tmp_path)
+    ended = here(*options, "--resume")
+    assert ended.status == 0
+    assert "1 image, 3 finished earlier" in ended.out
+    assert_same(results(LOG), first, levels=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_in_reduced_precision_what_is_lost_is_made_again_in_float32(
+    here, tmp_path, monkeypatch, batch_size
+):
+    options = write_run(tmp_path, 4)
+    here(*options, "--out", "exact")
+    bfloat16 = set_(precision="bfloat16")
+    here(*options, "--out", "reduced", *bfloat16)
+    exact, reduced = results("exact"), results("reduced")
+    spoil(monkeypatch, lambda model, call, image: model.dtype != torch.float32 and image == 1)
+    ended = here(*options, *bfloat16, *set_(data__batch_size=batch_size))
+    assert ended.status == 0
+    text = "warning: no finite number in reduced precision, in float32: 01.png"
+    assert ended.lines == [text]
+    found = results(LOG)
+    assert_same({"01.png": found.pop("01.png")}, {"01.png": exact["01.png"]}, levels=1)
+    # The others stay what they are in reduced precision, whatever shares their batch.
+    del reduced["01.png"]
+    worst = max(np.abs(found[name] - reduced[name]).max() for name in reduced)
+    assert worst <= 8
+    assert (exact["00.png"] != reduced["00.png"]).any()
+    assert load_yaml(f"{LOG}/run.yml")["record"]["again_in_float32"] == ["01.png"]
+
+
+def test_what_float32_does_not_mend_fails(here, tmp_path, monkeypatch):
+    options = write_run(tmp_path, 2, precision="bfloat16")
+    spoil(monkeypatch, lambda model, call, image: image == 0)
+    ended = here(*options)
+    assert ended.status == 1
+    assert ended.lines == [
+        "warning: no finite number in reduced precision, in float32: 00.png",
+        "failed: 00.png: no finite number after network call 1, at time t = 3",
+    ]
+    assert list(results(LOG)) == ["01.png"]
+
+
+def test_the_fallback_leaves_how_torch_multiplies_alone(here, tmp_path, monkeypatch):
+    flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    options = write_run(tmp_path, 1, precision="bfloat16")
+    spoil(monkeypatch, lambda model, call, image: model.dtype != torch.float32)
+    assert here(*options).status == 0
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == flags
+
+
+def test_a_batch_that_is_lost_as_a_whole_is_not_walked_to_the_end(here, tmp_path, monkeypatch):
+    options = write_run(tmp_path, 2, schedule_jump_params={"t_T": 4, "n_sample": 60})
+    calls = []
+    spoil(monkeypatch, lambda model, call, image: calls.append(call) or call > 5)
+    ended = here(*options, *set_(data__batch_size=2))
+    assert ended.status == 1
+    assert max(calls) == 64
+    assert "network call 6, at" in ended.lines[0]
+
+
+def test_looking_for_lost_images_reads_nothing_back_in_a_step(here, tmp_path, monkeypatch):
+    options = write_run(tmp_path, 1)
+    reads, counts = [], []
+    for name in ("__bool__", "__float__", "__int__", "item", "tolist", "cpu", "numpy"):
+        method = getattr(torch.Tensor, name)
+
+        def noting(tensor, *rest, method=method, **names):
+            reads.append(method)
+            return method(tensor, *rest, **names)
+
+        monkeypatch.setattr(torch.Tensor, name, noting)
+    for repetitions in (1, 10):
+        reads.clear()
+        changes = set_(schedule_jump_params={"t_T": 4, "n_sample": repetitions})
+        assert here(*options, *changes).status == 0
+        counts.append(len(reads))
+    assert counts[0] == counts[1] > 0
+
+
+# ---- pieces --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.cuda.OutOfMemoryError("x"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("MPS backend out of memory"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_out_of_memory_is_recognised(error, expected):
+    assert dist_util.is_out_of_memory(error) is expected
+
+
+def test_interrupts_are_put_off_once_and_ignored_ones_stay_ignored():
+    import signal
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli.Interrupts() as interrupts:
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            interrupts.check()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]  # a second one acts
+            with pytest.raises(KeyboardInterrupt):
+                interrupts.check()
+    finally:
+        signal.signal(signal.SIGHUP, before[signal.SIGHUP])
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_interrupts_do_nothing_outside_the_main_thread():
+    failures = []
+
+    def work():
+        try:
+            with cli.Interrupts() as interrupts:
+                interrupts.check()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert failures == []
+
+
+def test_a_team_needs_torchruns_addresses(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match=r"WORLD_SIZE: .*torchrun"):
+        dist_util.Team()
+
+
+def test_every_setting_but_the_listed_ones_marks_a_result(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path)
+    conf = load_conf("c.yml", InpaintConf)
+
+    def mark(conf, seed=5, gt=0, mask=0):
+        settings = plan.settings_of_results(conf, {"model_path": "abc"}, "cpu")
+        job = plan.Job(None, "00.png", seed)
+        pictures = [np.full((8, 8, 3), value, np.uint8) for value in (gt, mask)]
+        return plan.result_mark(settings, job, *pictures)
+
+    marks = {mark(conf), mark(conf, seed=6), mark(conf, gt=1), mark(conf, mask=1)}
+    for changes in ({"seed": 9}, {"use_ddim": True}, {"clip_denoised": False}, {"cond_y": 3}):
+        marks.add(mark(dataclasses.replace(conf, **changes)))
+    assert len(marks) == 8
+    assert mark(dataclasses.replace(conf, model_path="elsewhere.pt", overview=True)) == mark(conf)
+
+
+def test_planning_is_shuffled_by_the_seed_and_not_by_chance(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path, 9, data={"deterministic": False})
+    conf = load_conf("c.yml", InpaintConf)
+    plans = []
+    for number in range(2):
+        random.seed(number)
+        np.random.seed(number)
+        plans.append(plan.plan_run(conf, dist_util.Team()))
+    names = [[job.name for job in plan.jobs] for plan in plans]
+    assert names[0] == names[1]
+    assert names[0] != sorted(names[0])
+    assert all(job.seed == 5 + int(job.name[:2]) for job in plans[0].jobs)
+
+
+def test_a_worker_counts_results_that_somebody_removed(here, tmp_path, monkeypatch):
+    options = write_run(tmp_path)
+    write = inpaint.write_result
+
+    def write_and_remove(folders, name, *rest, **names):
+        write(folders, name, *rest, **names)
+        if name == "01.png":
+            shutil.rmtree(LOG)  # with 00.png in it
+
+    monkeypatch.setattr(inpaint, "write_result", write_and_remove)
+    ended = here(*options)
+    assert ended.status == 1
+    removed = "was written, but somebody removed it"
+    assert ended.lines == [f"failed: {name}: {removed}" for name in ("00.png", "01.png")]
+    monkeypatch.undo()
+    os.chdir(tmp_path)
+    assert here(*options, "--resume").status == 0
+    assert list(results(LOG)) == ["00.png", "01.png", "02.png"]
+
+
+def test_pixels_of_a_golden_kind_are_whole(here, tmp_path):
+    """Every result is a picture that opens, of the network's size, whatever was asked for."""
+    options = write_run(tmp_path, 1)
+    tree = yaml.safe_load((tmp_path / "c.yml").read_text())
+    for number, changes in enumerate(
+        [{"use_ddim": True}, {"learn_sigma": True, "use_kl": True}, {"predict_xstart": True},
+         {"inpa_inj_sched_prev_cumnoise": True}, {"inpa_inj_sched_prev": False}]
+    ):  # fmt: skip
+        write_tree(tmp_path, {**tree, **changes})
+        assert here(*options, "--out", str(number)).status == 0
+        assert pixels(f"{number}/inpainted/00.png").shape == (8, 8, 3)

@@ -1,0 +1,250 @@
+"""train.py from outside: what it says, what it leaves, and what survives a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from train_cases import tiny_conf, tiny_tree, write_pictures
+
+import train
+from guided_diffusion.errors import UserError
+from guided_diffusion.training.files import checkpoint_path, newest_step
+from guided_diffusion.training.report import read_log
+
+ROOT = Path(train.__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def write_conf(tmp_path, **changes):
+    path = tmp_path / "train.yml"
+    path.write_text(yaml.safe_dump(tiny_tree(tmp_path, **changes)))
+    return str(path)
+
+
+def command(*options):
+    return [sys.executable, str(ROOT / "train.py"), *options]
+
+
+def run(*options):
+    return subprocess.run(command(*options), capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def states(conf, step):
+    kinds = ("model", "ema_0.9999_")
+    return [torch.load(checkpoint_path(conf, kind, step)) for kind in kinds]
+
+
+# ---- a whole training ----------------------------------------------------------------------------
+
+
+def test_a_training_leaves_everything_and_test_py_runs_it(tmp_path, capsys):
+    conf = write_conf(tmp_path, sample_interval=3)
+    assert train.main(["--conf_path", conf]) == 0
+    told = capsys.readouterr()
+    assert "7 pictures and 5 held out" in told.out
+    assert "images/s" in told.err
+    out = tmp_path / "out"
+    pictures = {f"{kind}_00000{n}.png" for kind in ("samples", "inpainted") for n in (3, 6)}
+    checkpoints = {f"{kind}00000{n}.pt" for kind in ("model", "ema_0.9999_", "opt") for n in (3, 6)}
+    others = {"log.csv", "loss.png", "test.yml", "held_out.txt"}
+    assert {path.name for path in out.iterdir()} == pictures | checkpoints | others
+    rows = read_log(out / "log.csv")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [np.isfinite(row["held_out"]) for row in rows] == [False, False, True] * 2
+
+    faster = ["--set", "timestep_respacing=3", "--set", "schedule_jump_params.t_T=3"]
+    options = ["--conf_path", str(out / "test.yml"), "--out", str(tmp_path / "results")]
+    test = [sys.executable, str(ROOT / "test.py"), *options, *faster]
+    subprocess.run(test, check=True, env=ENVIRONMENT, cwd=tmp_path, capture_output=True)
+    results = sorted((tmp_path / "results" / "inpainted").glob("*.png"))
+    assert len(results) == 8
+    assert Image.open(results[0]).size == (8, 8)
+
+
+def test_a_training_goes_on_and_ends(tmp_path, capsys):
+    conf = write_conf(tmp_path)
+    assert train.main(["--conf_path", conf, "--set", "iterations=3"]) == 0
+    assert train.main(["--conf_path", conf, "--resume"]) == 0
+    assert newest_step(tiny_conf(tmp_path)) == 6
+    assert train.main(["--conf_path", conf, "--resume"]) == 0
+    assert "6 steps are done; to go on raise iterations" in capsys.readouterr().out
+
+
+def test_export_writes_one_small_file(tmp_path, capsys):
+    conf = write_conf(tmp_path, iterations=3)
+    train.main(["--conf_path", conf])
+    assert train.main(["--conf_path", conf, "--export", str(tmp_path / "demo.pt")]) == 0
+    assert "demo.pt, 0.4 MB" in capsys.readouterr().out
+    full = checkpoint_path(tiny_conf(tmp_path), "model", 3).stat().st_size
+    assert (tmp_path / "demo.pt").stat().st_size < 0.6 * full
+
+
+def test_a_training_starts_from_another_ones_weights(tmp_path):
+    conf = write_conf(tmp_path, iterations=3)
+    train.main(["--conf_path", conf])
+    source = checkpoint_path(tiny_conf(tmp_path), "ema_0.9999_", 3)
+    second = ["--set", f"init_from={source}", "--set", f"out_dir={tmp_path / 'second'}"]
+    still = ["--set", "iterations=1", "--set", "lr=1e-12", "--set", "image_size=16"]
+    assert train.main(["--conf_path", conf, *second, *still, "--set", "warmup_steps=1"]) == 0
+    first, later = torch.load(source), torch.load(tmp_path / "second" / "model000001.pt")
+    assert all(torch.allclose(first[name], later[name], atol=1e-6) for name in first)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and -m gpu")
+def test_a_gpu_trains_compiled_in_bfloat16_and_goes_on(tmp_path):
+    changes = {"device": "cuda", "precision": "bfloat16", "compile": True, "sample_interval": 3}
+    conf = write_conf(tmp_path, **changes)
+    assert train.main(["--conf_path", conf, "--set", "iterations=3"]) == 0
+    assert train.main(["--conf_path", conf, "--resume"]) == 0
+    rows = read_log(tmp_path / "out" / "log.csv")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert {value.dtype for value in states(tiny_conf(tmp_path), 6)[0].values()} == {torch.float32}
+
+
+# ---- what is wrong is told -----------------------------------------------------------------------
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    result = run("--conf_path", write_conf(tmp_path))
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: {tmp_path}/pictures: data_dir: no pictures")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_dir": "nowhere"}, "nowhere: data_dir: no such"),
+        ({"class_cond": True}, "must lie in a subfolder, one for each class"),
+        ({"microbatch": 3}, "cannot be divided into parts of 3"),
+        ({"init_from": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
+        ({"sample_respacing": "ddim999"}, "999"),
+        ({"sample_respacing": "2000"}, "sample_respacing: "),
+        ({"device": "cuda:99"}, "device"),
+        ({"name": "../elsewhere"}, "name: would lead out of the folder ./runs/"),
+        (
+            {
+                "image_size": 4,
+                "channel_mult": "1",
+                "attention_resolutions": "",
+                "sample_interval": 1,
+            },
+            "image_size and sample_interval: ",
+        ),
+        ({"ema_rat": "0.9"}, "nearest known key is ema_rate"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_found_before_training(tmp_path, changes, message):
+    with pytest.raises(UserError) as caught:
+        train.main(["--conf_path", write_conf(tmp_path, **changes)])
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_found_before_training(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match="out: results cannot be written there: not a folder"):
+        train.main(["--conf_path", write_conf(tmp_path)])
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_an_unreadable_picture_is_named(tmp_path):
+    (write_pictures(tmp_path / "pictures") / "05.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"05.png"):
+        train.main(["--conf_path", write_conf(tmp_path)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_that_are_too_small_are_enlarged_with_a_warning(tmp_path):
+    conf = write_conf(tmp_path, image_size=32, attention_resolutions="", iterations=1)
+    with pytest.warns(UserWarning, match="12 of 12 pictures are smaller than 32 pixels"):
+        assert train.main(["--conf_path", conf]) == 0
+
+
+def test_a_full_disk_is_told_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: _Full())
+    with pytest.raises(UserError, match="the disk is too full for the next checkpoint"):
+        train.main(["--conf_path", write_conf(tmp_path)])
+
+
+class _Full:
+    free = 1000
+
+
+def test_a_loss_that_is_not_finite_stops_with_status_1_and_one_line(tmp_path, capsys):
+    conf = write_conf(tmp_path, lr=1e18, iterations=50, save_interval=1)
+    assert train.main(["--conf_path", conf]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert "is not finite in step" in lines[0]
+    step = newest_step(tiny_conf(tmp_path))
+    assert f"the last checkpoint is of step {step}" in lines[0]
+
+
+# ---- what survives -------------------------------------------------------------------------------
+
+
+def test_a_kill_costs_no_more_than_the_steps_since_the_last_checkpoint(tmp_path):
+    conf = write_conf(tmp_path, iterations=40, save_interval=1)
+    process = subprocess.Popen(
+        command("--conf_path", conf), env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
+    while (newest_step(tiny_conf(tmp_path)) or 0) < 3:  # at any moment from here on
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = newest_step(tiny_conf(tmp_path))
+    assert 3 <= reached < 40
+    last = str(reached + 2)
+    assert train.main(["--conf_path", conf, "--resume", "--set", f"iterations={last}"]) == 0
+
+    whole = tiny_conf(tmp_path, out_dir=str(tmp_path / "whole"))
+    other = ["--set", f"out_dir={whole.out_dir}", "--set", f"iterations={last}"]
+    assert train.main(["--conf_path", conf, *other]) == 0
+    for one, two in zip(
+        states(tiny_conf(tmp_path), int(last)), states(whole, int(last)), strict=True
+    ):
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    logs = [read_log(Path(folder, "log.csv")) for folder in (tmp_path / "out", whole.out_dir)]
+    assert [row["loss"] for row in logs[0]] == [row["loss"] for row in logs[1]]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_two_processes_learn_as_one(tmp_path):
+    changes = {"batch_size": 8, "microbatch": 2, "iterations": 8, "random_crop": True}
+    # Of so few times each has its ten losses soon, and then all processes have to know them.
+    changes |= {"schedule_sampler": "loss-second-moment", "diffusion_steps": 2}
+    changes |= {"noise_schedule": "cosine"}
+    conf = write_conf(tmp_path, **changes)
+    assert train.main(["--conf_path", conf]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    options = ["--conf_path", conf, "--set", f"out_dir={tmp_path / 'two'}"]
+    result = subprocess.run(
+        [*torchrun, "--nproc_per_node", "2", str(ROOT / "train.py"), *options],
+        capture_output=True, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "2 x cpu" in result.stdout
+    assert "warning" not in result.stderr.lower()
+    one, two = (read_log(tmp_path / name / "log.csv") for name in ("out", "two"))
+    assert len(one) == len(two) == 8
+    for name in one[0]:
+        if name != "images_per_s":
+            values = [[row[name] for row in rows] for rows in (one, two)]
+            np.testing.assert_allclose(*values, rtol=1e-3, err_msg=name)
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {path.name for path in (tmp_path / "two").iterdir()}

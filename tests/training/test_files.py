@@ -1,0 +1,289 @@
+"""A training's files: complete or not there, refused where they do not fit, ready for test.py."""
+
+import collections
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from train_cases import make_trainer, tiny_conf, write_pictures
+
+from guided_diffusion.config.keys import InpaintConf, TrainConf, load_conf
+from guided_diffusion.errors import UserError
+from guided_diffusion.image_datasets import pair_images
+from guided_diffusion.io.checkpoints import load_state_dict
+from guided_diffusion.io.files import write_checkpoint
+from guided_diffusion.script_util import (
+    create_gaussian_diffusion,
+    create_model,
+    create_schedule,
+    load_model,
+)
+from guided_diffusion.training import files
+from guided_diffusion.training.files import check, checkpoint_path, newest_step
+from guided_diffusion.training.loop import batches
+
+CPU = torch.device("cpu")
+
+
+def saved(conf, step=3):
+    trainer = make_trainer(conf)
+    trainer.step = step
+    trainer.save()
+    return trainer
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+def test_files_have_the_names_that_users_of_guided_diffusion_know(tmp_path):
+    saved(tiny_conf(tmp_path, ema_rate="0.9999,0.99"), step=1000)
+    names = {path.name for path in (tmp_path / "out").glob("*.pt")}
+    expected = {"model001000.pt", "ema_0.9999_001000.pt", "ema_0.99_001000.pt", "opt001000.pt"}
+    assert names == expected
+
+
+def test_the_newest_set_is_the_last_that_is_complete(tmp_path):
+    conf = tiny_conf(tmp_path)
+    assert newest_step(conf) is None
+    for step in (9, 20, 1_000_000):
+        saved(conf, step)
+    assert newest_step(conf) == 1_000_000
+    checkpoint_path(conf, "ema_0.9999_", 1_000_000).unlink()
+    assert newest_step(conf) == 20
+    checkpoint_path(conf, "opt", 20).unlink()
+    assert newest_step(conf) == 9
+
+
+def test_the_optimizers_file_comes_last(tmp_path, monkeypatch):
+    written = []
+    original = write_checkpoint
+    monkeypatch.setattr(
+        "guided_diffusion.training.trainer.write_checkpoint",
+        lambda path, state: (written.append(Path(path).name[:3]), original(path, state)),
+    )
+    saved(tiny_conf(tmp_path))
+    assert written == ["mod", "ema", "opt"]
+
+
+def test_checkpoints_are_plain_state_dicts_of_memory_of_their_own(tmp_path):
+    conf = tiny_conf(tmp_path)
+    trainer = saved(conf)
+    state = load_state_dict(checkpoint_path(conf, "ema_0.9999_", 3))
+    assert list(state) == list(create_model(conf).state_dict())
+    assert all(value.is_contiguous() for value in state.values())
+    assert torch.equal(state["out.2.weight"], trainer.model.out[2].weight)
+
+
+# ---- resuming ------------------------------------------------------------------------------------
+
+
+def test_a_new_training_starts_at_nothing_with_and_without_resume(tmp_path):
+    conf = tiny_conf(tmp_path)
+    assert check(conf, CPU, resume=False) == 0
+    assert check(conf, CPU, resume=True) == 0
+
+
+def test_a_folder_that_holds_a_training_is_not_written_over(tmp_path):
+    conf = tiny_conf(tmp_path)
+    saved(conf)
+    with pytest.raises(UserError, match="already holds a training, of 3 steps; add --resume"):
+        check(conf, CPU, resume=False)
+    assert check(conf, CPU, resume=True) == 3
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    saved(tiny_conf(tmp_path))
+    conf = tiny_conf(tmp_path, lr=0.5, batch_size=2, channel_mult="1,1")
+    message = r"channel_mult and batch_size and lr: .*expected '1', 4, 0.001, found '1,1', 2, 0.5"
+    with pytest.raises(UserError, match=message):
+        check(conf, CPU, resume=True)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("rates", ["0.5", "0.99,0.5"])
+def test_another_average_does_not_hide_a_training(tmp_path, rates, resume):
+    saved(tiny_conf(tmp_path))
+    message = "ema_rate: cannot be resumed" if resume else "already holds a training"
+    with pytest.raises(UserError, match=message):
+        check(tiny_conf(tmp_path, ema_rate=rates), CPU, resume=resume)
+
+
+def test_a_training_without_its_weights_is_not_written_over(tmp_path):
+    conf = tiny_conf(tmp_path)
+    saved(conf)
+    checkpoint_path(conf, "model", 3).unlink()
+    with pytest.raises(UserError, match="files of every checkpoint are missing"):
+        check(conf, CPU, resume=True)
+
+
+def test_how_far_how_fast_and_how_visibly_may_change(tmp_path):
+    saved(tiny_conf(tmp_path))
+    changes = {"iterations": 99, "microbatch": 2, "log_interval": 7, "compile": True, "name": "b"}
+    changes |= {"sample_count": 5, "init_from": "x.pt", "use_checkpoint": True, "cache_gb": 1}
+    assert check(tiny_conf(tmp_path, **changes), CPU, resume=True) == 3
+
+
+def test_every_free_key_is_a_key():
+    assert set(files.FREE_KEYS) <= {f.name for f in TrainConf.__dataclass_fields__.values()}
+
+
+def test_other_pictures_are_refused_and_moved_ones_are_not(tmp_path):
+    saved(tiny_conf(tmp_path))
+    moved = (tmp_path / "pictures").rename(tmp_path / "moved")
+    conf = tiny_conf(tmp_path, data_dir=str(moved))
+    assert check(conf, CPU, resume=True) == 3
+    next(iter(moved.glob("*.png"))).unlink()
+    with pytest.raises(UserError, match=r"data_dir: .*expected '12 pictures .*found '11 pictures"):
+        check(conf, CPU, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK damaged", b"\x80\x02cos\nsystem\n(S'true'\ntR."])
+def test_a_damaged_optimizer_is_one_line(tmp_path, content):
+    conf = tiny_conf(tmp_path)
+    saved(conf)
+    checkpoint_path(conf, "opt", 3).write_bytes(content)
+    with pytest.raises(UserError, match=r"opt000003.pt: is damaged and cannot be resumed"):
+        check(conf, CPU, resume=True)
+
+
+def test_somebody_elses_optimizer_is_one_line(tmp_path):
+    conf = tiny_conf(tmp_path)
+    saved(conf)
+    torch.save({"state": {}}, checkpoint_path(conf, "opt", 3))
+    with pytest.raises(UserError, match="is not an optimizer's file of this program"):
+        check(conf, CPU, resume=True)
+
+
+def test_what_a_killed_training_left_is_removed_and_nothing_else(tmp_path):
+    conf = tiny_conf(tmp_path)
+    (tmp_path / "out").mkdir()
+    mine, other = (tmp_path / "out" / name for name in (".0123456789abcdef.tmp", ".notes.tmp"))
+    for path in (mine, other):
+        path.touch()
+        os.utime(path, (0, 0))  # of long ago, not of a process that may be alive
+    check(conf, CPU, resume=True)
+    assert not mine.exists()
+    assert other.exists()
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def test_batches_have_to_divide(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"batch_size and microbatch: 4 pictures .* parts of 3"):
+        check(tiny_conf(tmp_path, microbatch=3), CPU, resume=False)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"batch_size: .*among 3 processes; found 4"):
+        check(tiny_conf(tmp_path), CPU, resume=False)
+
+
+def test_a_precision_for_gpus_is_told_on_a_cpu(tmp_path):
+    with pytest.warns(UserWarning, match="precision: bfloat16 is for GPUs"):
+        check(tiny_conf(tmp_path, precision="bfloat16"), CPU, resume=False)
+
+
+def test_a_full_disk_is_found_before_it_is_full(tmp_path, monkeypatch):
+    conf = tiny_conf(tmp_path)
+    trainer = make_trainer(conf)
+    trainer.train_step(*next(batches(trainer.images, conf, range(1))))
+    trainer.step = 3
+    trainer.save()
+    parameters = sum(p.numel() for p in trainer.parameters)
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.pt"))
+    Usage = collections.namedtuple("Usage", "total used free")
+
+    def leave(free):
+        monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(0, 0, free))
+
+    leave(size - 1)
+    with pytest.raises(UserError, match=r"too full for the next checkpoint; .* of step 3"):
+        files.check_disk(conf, parameters)
+    leave(size + 2**20)
+    files.check_disk(conf, parameters)
+
+
+# ---- what comes out ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({}, 250),
+        ({"diffusion_steps": 100}, 100),
+        ({"timestep_respacing": "20"}, 20),
+        ({"timestep_respacing": "20,30"}, 50),
+        ({"learn_sigma": False, "noise_schedule": "cosine", "predict_xstart": True}, 250),
+    ],
+)
+def test_the_yaml_beside_the_checkpoint_runs_at_once(tmp_path, changes, steps):
+    conf = tiny_conf(tmp_path, **changes)
+    trainer = saved(conf)
+    test = load_conf(tmp_path / "out" / "test.yml", InpaintConf)
+    diffusion = create_gaussian_diffusion(test)
+    assert diffusion.num_timesteps == steps
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert create_schedule(test, diffusion)[0] == steps - 1
+        model = load_model(test, CPU)
+    assert set(diffusion.timestep_map) <= set(trainer.diffusion.timestep_map)
+    assert torch.equal(model.out[2].weight, trainer.model.out[2].weight)
+    assert len(pair_images(test.data.gt_path, test.data.mask_path, max_len=test.data.max_len)) == 8
+    for key in ("noise_schedule", "predict_xstart", "learn_sigma", "diffusion_steps", "name"):
+        assert getattr(test, key) == getattr(conf, key)
+
+
+def test_the_yaml_names_the_classes(tmp_path):
+    folder = tmp_path / "classes"
+    for name in ("cats", "dogs\nand: wolves"):
+        write_pictures(folder / name, 1)
+    saved(tiny_conf(tmp_path, data_dir=str(folder), class_cond=True, num_classes=2, holdout=0))
+    text = (tmp_path / "out" / "test.yml").read_text()
+    assert "# cond_y: 0 is cats\n# cond_y: 1 is dogs and: wolves\n" in text
+    assert load_conf(tmp_path / "out" / "test.yml", InpaintConf).num_classes == 2
+
+
+def test_export_halves_the_newest_average(tmp_path):
+    conf = tiny_conf(tmp_path, ema_rate="0.9,0.99")
+    saved(conf, 3)
+    trainer = make_trainer(conf)
+    trainer.step = 6
+    trainer.emas[0.9][0] += 1
+    trainer.save()
+    said = files.export(conf, str(tmp_path / "small.pt"))
+    state = load_state_dict(tmp_path / "small.pt")
+    assert "ema_0.9_000006.pt" in said
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    assert torch.allclose(state[trainer.names[0]].float(), trainer.emas[0.9][0], atol=1e-3)
+
+
+def test_there_has_to_be_something_to_export(tmp_path):
+    with pytest.raises(UserError, match="no complete checkpoint to export"):
+        files.export(tiny_conf(tmp_path), str(tmp_path / "small.pt"))
+
+
+def test_an_export_needs_a_name(tmp_path):
+    with pytest.raises(UserError, match="--export: the path is empty"):
+        files.export(tiny_conf(tmp_path), "")
+
+
+def test_weights_to_start_from_have_to_fit(tmp_path):
+    small, large = tiny_conf(tmp_path), tiny_conf(tmp_path, channel_mult="2")
+    torch.save(create_model(small).state_dict(), tmp_path / "small.pt")
+    model = create_model(small)
+    files.load_initial(model, str(tmp_path / "small.pt"))
+    expected = torch.load(tmp_path / "small.pt")
+    assert torch.equal(model.time_embed[0].weight, expected["time_embed.0.weight"])
+    with pytest.raises(UserError, match=r"small.pt: init_from: does not fit the network: .*size"):
+        files.load_initial(create_model(large), str(tmp_path / "small.pt"))
+
+
+def test_half_precision_is_a_start_too(tmp_path):
+    conf = tiny_conf(tmp_path)
+    state = {name: value.half() for name, value in create_model(conf).state_dict().items()}
+    torch.save(state, tmp_path / "half.pt")
+    model = create_model(conf)
+    files.load_initial(model, str(tmp_path / "half.pt"))
+    assert model.time_embed[0].weight.dtype == torch.float32
+    assert torch.equal(model.time_embed[0].weight, state["time_embed.0.weight"].float())

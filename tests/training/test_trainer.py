@@ -1,0 +1,308 @@
+"""The step, and what is left of it after an interruption: everything."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from train_cases import make_trainer, sample_diffusion, tiny_conf, write_pictures
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.io.images import load_crop
+from guided_diffusion.training import trainer
+from guided_diffusion.training.files import checkpoint_path, newest_step
+from guided_diffusion.training.loop import batches, load_images, train
+from guided_diffusion.training.losses import training_losses
+from guided_diffusion.training.report import Observer, read_log
+from guided_diffusion.training.timesteps import draw_noise
+from guided_diffusion.training.trainer import TrainingStoppedError, learning_rate
+
+
+def run(conf, start=None):
+    trainer = make_trainer(conf)
+    if start:
+        trainer.load(start)
+    train(trainer, sample_diffusion(conf))
+    return trainer
+
+
+def steps(trainer, count):
+    for batch in batches(trainer.images, trainer.conf, range(trainer.step, trainer.step + count)):
+        trainer.train_step(*batch)
+    return trainer
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.parameters])
+
+
+def gradients(trainer):
+    return torch.cat([p.grad.flatten() for p in trainer.parameters])
+
+
+def shaken(trainer):
+    """Move all weights: layers that start at zero hide those below them."""
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in trainer.parameters:
+            p += 0.1 * torch.randn(p.shape, generator=source)
+    return trainer
+
+
+# ---- the learning rate ---------------------------------------------------------------------------
+
+
+def test_the_learning_rate_rises_stays_and_falls(tmp_path):
+    conf = tiny_conf(tmp_path, lr=1.0, warmup_steps=4, lr_anneal_steps=5, iterations=20)
+    rates = [learning_rate(conf, step) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:16] == [1.0] * 12
+    assert np.allclose(rates[16:], [0.8, 0.6, 0.4, 0.2])
+
+
+def test_the_learning_rate_stays_by_default(tmp_path):
+    conf = tiny_conf(tmp_path, lr=0.5)
+    assert {learning_rate(conf, step) for step in (0, 5, 1000)} == {0.5}
+
+
+# ---- the step ------------------------------------------------------------------------------------
+
+
+def test_averages_follow_the_weights_at_their_rates_and_faster_at_first(tmp_path):
+    trainer = make_trainer(tiny_conf(tmp_path, ema_rate="0.15,0.9"))
+    averages = {rate: weights(trainer) for rate in (0.15, 0.9)}
+    for step in range(1, 4):
+        steps(trainer, 1)
+        for rate in averages:
+            reached = min(rate, (1 + step) / (10 + step))
+            averages[rate] = reached * averages[rate] + (1 - reached) * weights(trainer)
+    for rate, average in averages.items():
+        found = torch.cat([value.flatten() for value in trainer.emas[rate]])
+        assert torch.allclose(found, average, atol=1e-6)
+        assert not torch.allclose(found, weights(trainer), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"microbatch": 1}, {"microbatch": 2}, {"use_checkpoint": True}]
+)
+def test_what_saves_memory_does_not_change_what_is_learnt(tmp_path, changes):
+    confs = (tiny_conf(tmp_path), tiny_conf(tmp_path, **changes))
+    plain, thrifty = (gradients(steps(shaken(make_trainer(conf)), 1)) for conf in confs)
+    assert (plain != 0).float().mean() > 0.9
+    assert torch.allclose(plain, thrifty, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_are_cut_to_their_largest_norm(tmp_path):
+    free = steps(make_trainer(tiny_conf(tmp_path)), 1)
+    cut = steps(make_trainer(tiny_conf(tmp_path, grad_clip=0.01)), 1)
+    norm = gradients(free).norm().item()
+    assert norm > 0.1
+    assert math.isclose(gradients(cut).norm().item(), 0.01, rel_tol=1e-3)
+    assert math.isclose(cut.collect()["grad_norm"], norm, rel_tol=1e-5)
+
+
+def test_dropout_is_drawn_anew_in_every_step_and_repeatably(tmp_path):
+    first, second = (steps(make_trainer(tiny_conf(tmp_path, dropout=0.5)), 2) for _ in range(2))
+    without = steps(make_trainer(tiny_conf(tmp_path)), 2)
+    assert torch.equal(weights(first), weights(second))
+    assert not torch.allclose(weights(first), weights(without), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"learn_sigma": False},
+        {"predict_xstart": True},
+        {"learn_sigma": False, "predict_xstart": True},
+        {"use_kl": True},
+    ],
+    ids=str,
+)
+def test_every_objective_is_learnt(tmp_path, changes):
+    trainer = make_trainer(tiny_conf(tmp_path, batch_size=8, lr=3e-3, **changes))
+    rng = np.random.default_rng(0)
+    x = trainer.images.batch(trainer.images.train, rng)[0].float() / 127.5 - 1
+    x = x.repeat(10, 1, 1, 1)
+    t = torch.linspace(0, 999, len(x)).long()
+    noise = draw_noise(np.arange(len(x)), x.shape[1:])
+
+    def loss():
+        with torch.no_grad():
+            return training_losses(trainer.diffusion, trainer.model, x, t, noise)["loss"].mean()
+
+    before = loss()
+    steps(trainer, 50)
+    assert loss() < 0.9 * before
+
+
+def test_the_row_weighs_losses_and_sorts_them_by_time(tmp_path):
+    trainer = make_trainer(tiny_conf(tmp_path))
+    rows = torch.tensor([[0.0, 2.0, 1.0, 0.5, 0.5], [249, 1, 4, 4, 0], [999, 1, 3, 3, 0]])
+    trainer._window, trainer.step = [(rows, torch.tensor(1.0))], 1
+    row = trainer.collect()
+    assert math.isclose(row["loss"], (2 + 4 + 3) / 3)
+    assert math.isclose(row["loss_q0"], (2 * 1 + 4) / 3)
+    assert math.isnan(row["loss_q1"])
+    assert row["loss_q3"] == 3
+
+
+def test_held_out_pictures_are_never_learnt(tmp_path):
+    conf = tiny_conf(tmp_path, random_flip=False)
+    images = load_images(conf)
+    seen = {
+        picture.numpy().tobytes()
+        for batch, _ in batches(images, conf, range(20))
+        for picture in batch
+    }
+    crops = [load_crop(path, 8).transpose(2, 0, 1).tobytes() for path in images.paths]
+    assert seen == {crops[i] for i in images.train}
+    assert len(images.held_out) >= 1
+
+
+def test_labels_reach_the_network(tmp_path):
+    for name in ("cats", "dogs"):
+        write_pictures(tmp_path / "classes" / name, 4)
+    conf = tiny_conf(
+        tmp_path, data_dir=str(tmp_path / "classes"), class_cond=True, num_classes=2, holdout=0
+    )
+    trainer = steps(shaken(make_trainer(conf)), 1)
+    assert (trainer.model.label_emb.weight.grad.abs().sum(dim=1) > 0).all()
+
+
+def test_a_wrong_number_of_classes_is_refused(tmp_path):
+    for name in ("cats", "dogs", "birds"):
+        write_pictures(tmp_path / "classes" / name, 1)
+    conf = tiny_conf(tmp_path, data_dir=str(tmp_path / "classes"), class_cond=True, num_classes=2)
+    with pytest.raises(UserError, match=r"num_classes: .*expected 3, found 2"):
+        load_images(conf)
+
+
+# ---- on and off ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dropout": 0.2, "random_crop": True, "ema_rate": "0.9,0.99", "microbatch": 2},
+        {
+            "schedule_sampler": "loss-second-moment",
+            "diffusion_steps": 2,
+            "noise_schedule": "cosine",
+        },
+    ],
+    ids=["plain", "all kinds of chance", "sampler with a memory"],
+)
+def test_interrupted_and_resumed_is_the_same_to_the_last_bit(tmp_path, changes):
+    changes = {**changes, "iterations": 9, "log_interval": 2}
+    whole = tiny_conf(tmp_path, out_dir=str(tmp_path / "whole"), **changes)
+    run(whole)
+    cut = tiny_conf(tmp_path, out_dir=str(tmp_path / "cut"), **changes)
+    interrupted = make_trainer(cut)
+    original = interrupted.train_step
+
+    def train_step(*batch):
+        if interrupted.step == 8:  # after the set of 6 and a log line that will be written again
+            raise KeyboardInterrupt
+        original(*batch)
+
+    interrupted.train_step = train_step
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupted, sample_diffusion(cut))
+    assert newest_step(cut) == 6
+    run(cut, start=6)
+
+    for kind in ("model", *(f"ema_{rate}_" for rate in whole.ema_rates)):
+        states = [torch.load(checkpoint_path(conf, kind, 9)) for conf in (whole, cut)]
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    logs = [read_log(Path(conf.out_dir) / "log.csv") for conf in (whole, cut)]
+    for row in (*logs[0], *logs[1]):
+        del row["images_per_s"]
+    assert [list(map(str, row.values())) for row in logs[0]] == [
+        list(map(str, row.values())) for row in logs[1]
+    ]
+    assert [row["step"] for row in logs[0]] == [2, 3, 4, 6, 8, 9]
+
+
+def test_a_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(tmp_path):
+    conf = tiny_conf(tmp_path, iterations=9)
+    run(tiny_conf(tmp_path, iterations=3))
+    trainer = make_trainer(conf)
+    trainer.load(3)
+    steps(trainer, 1)
+    with torch.no_grad():
+        trainer.parameters[0][0] = math.nan
+    message = "not finite in step 5; the last checkpoint is of step 3"
+    with pytest.raises(TrainingStoppedError, match=message):
+        train(trainer, sample_diffusion(conf))
+    assert newest_step(conf) == 3
+    state = torch.load(checkpoint_path(conf, "model", 3))
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_the_sampler_with_a_memory_survives_until_the_stop(tmp_path):
+    conf = tiny_conf(
+        tmp_path,
+        schedule_sampler="loss-second-moment",
+        diffusion_steps=2,
+        noise_schedule="cosine",
+        log_interval=50,
+        save_interval=50,
+        iterations=60,
+    )
+    trainer = steps(make_trainer(conf), 12)
+    with torch.no_grad():
+        trainer.parameters[0][0] = math.nan
+    with pytest.raises(TrainingStoppedError, match="in step 13"):
+        train(trainer, sample_diffusion(conf))
+
+
+@pytest.mark.parametrize(
+    ("device", "setting", "expected"),
+    [("cpu", "auto", False), ("cuda", "auto", True), ("cpu", True, True), ("cuda", False, False)],
+)
+def test_compiling_is_left_to_gpus_unless_asked_for(tmp_path, device, setting, expected):
+    conf = tiny_conf(tmp_path, compile=setting)
+    assert trainer.compiles(conf, torch.device(device)) is expected
+
+
+# ---- does it learn -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_sixteen_pictures_are_learnt_by_heart(tmp_path):
+    write_pictures(tmp_path / "pictures", 16, side=8)
+    conf = tiny_conf(
+        tmp_path,
+        channel_mult="1,1",
+        random_flip=False,
+        holdout=0,
+        batch_size=48,
+        lr=3e-3,
+        warmup_steps=20,
+        lr_anneal_steps=500,
+        grad_clip=1,
+        iterations=1000,
+        ema_rate="0.99",
+        log_interval=100,
+        save_interval=1000,
+        sample_respacing="50",
+    )
+    trainer = run(conf)
+    rows = read_log(tmp_path / "out" / "log.csv")
+    assert rows[-1]["loss"] < 0.1 * rows[0]["loss"]
+
+    images = trainer.images
+    observer = Observer(
+        conf, images, trainer.diffusion, sample_diffusion(conf), trainer.ema_predictor,
+        trainer.device, trainer.part,
+    )  # fmt: skip
+    nothing = torch.zeros(32, 3, 8, 8)
+    samples = observer._repaint(nothing, nothing, None, jump_n_sample=1) / 255.0
+    pictures = np.stack([load_crop(path, 8) for path in images.paths]) / 255.0
+    distances = ((samples[:, None] - pictures[None]) ** 2).mean(axis=(2, 3, 4))
+    apart = ((pictures[:, None] - pictures[None]) ** 2).mean(axis=(2, 3, 4))
+    assert np.median(distances.min(axis=1)) < 0.1 * np.median(apart)
+    assert len(set(distances.argmin(axis=1))) >= 6  # and not one of them alone
