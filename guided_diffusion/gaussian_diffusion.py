@@ -1,17 +1,20 @@
 """DENOISE, CONDITION, UNDO: the diffusion mathematics and RePaint's loop over the schedule.
 
+``p_sample_loop_progressive`` is the paper's Algorithm 1; begin reading there.
+
 Everywhere here: images are float32 NCHW in [-1, 1]; a mask is 1 where the picture is known and 0
 where it is generated; ``t`` indexes the respaced chain, ``timestep_map[t]`` the original one.
 Tables are float64 and rounded to float32 once; the loop reads them as plain numbers, so a step
 costs no copy to the device and no synchronisation.
 
 Papers: DDPM (Ho et al. 2020), IDDPM (Nichol & Dhariwal 2021), DDIM (Song et al. 2021), ADM
-(Dhariwal & Nichol 2021), RePaint (Lugmayr et al. 2022).
+(Dhariwal & Nichol 2021), RePaint (Lugmayr et al. 2022), DDNM (Wang et al. 2023).
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -60,8 +63,11 @@ class GaussianDiffusion:
         timestep_map: list[int] | None = None,
         *,
         learn_sigma: bool = True,  # the output's second half interpolates the log variance
+        fixed_small: bool = False,  # a variance that is not learned is the posterior's, not beta
         predict_xstart: bool = False,  # the output is x_0 and not the noise
-        clip_denoised: bool = True,  # clip x_0 to [-1, 1] while sampling
+        predict_v: bool = False,  # the output is v (Salimans & Ho 2022) and not the noise
+        clip_denoised: bool = True,  # clip x_0 to [-clip_range, clip_range] while sampling
+        clip_range: float = 1.0,
         time_scale: float = 1.0,  # the network sees timestep_map · time_scale
         rescale_learned_sigmas: bool = False,  # training: weigh vb by chain length / 1000
         use_kl: bool = False,  # training: the variational bound alone
@@ -70,8 +76,9 @@ class GaussianDiffusion:
             raise ValueError(f"expected a chain of at least 2 steps, found {len(betas)}")
         if not ((betas > 0) & (betas < 1)).all():
             raise ValueError("expected every beta between 0 and 1")
-        self.learn_sigma, self.predict_xstart = learn_sigma, predict_xstart
-        self.clip_denoised = clip_denoised
+        self.learn_sigma, self.fixed_small = learn_sigma, fixed_small
+        self.predict_xstart, self.predict_v = predict_xstart, predict_v
+        self.clip_denoised, self.clip_range = clip_denoised, clip_range
         self.rescale_learned_sigmas, self.use_kl = rescale_learned_sigmas, use_kl
         self.num_timesteps = len(betas)
         self.timestep_map = np.asarray(
@@ -143,12 +150,17 @@ class GaussianDiffusion:
         coef1, coef2 = self._at("posterior_mean_coef1", t), self._at("posterior_mean_coef2", t)
         return _mix(coef1, x_start, coef2, x)
 
-    def xstart_from_eps(self, x: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
+    def predict_xstart_from_eps(self, x: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
         """Return x_0 of which ``x`` is x_t with noise ``eps`` (DDPM eq. 4 solved for x_0)."""
         scale = self._at("sqrt_recip_alphas_cumprod", t)
         return _mix(scale, x, -self._at("sqrt_recipm1_alphas_cumprod", t), eps)
 
-    def eps_from_xstart(self, x: Tensor, t: int | Tensor, x_start: Tensor) -> Tensor:
+    def predict_xstart_from_v(self, x: Tensor, t: int | Tensor, v: Tensor) -> Tensor:
+        """Return x_0 of which ``x`` is x_t with velocity ``v`` (Salimans & Ho 2022, appendix D)."""
+        signal = self._at("sqrt_alphas_cumprod", t)
+        return _mix(signal, x, -self._at("sqrt_one_minus_alphas_cumprod", t), v)
+
+    def predict_eps_from_xstart(self, x: Tensor, t: int | Tensor, x_start: Tensor) -> Tensor:
         """Return the noise that leads from ``x_start`` to ``x`` (DDPM eq. 4 solved for eps)."""
         scale = self._at("sqrt_recip_alphas_cumprod", t)
         return (scale * x - x_start) / self._at("sqrt_recipm1_alphas_cumprod", t)
@@ -158,29 +170,42 @@ class GaussianDiffusion:
     def pred_xstart(self, output: Tensor, x: Tensor, t: int | Tensor, *, clip: bool) -> Tensor:
         """Return the x_0 (N, 3, S, S) that the network's ``output`` (N, 3 or 6, S, S) implies."""
         mean_part = output[:, : x.shape[1]]
-        x_start = mean_part if self.predict_xstart else self.xstart_from_eps(x, t, mean_part)
-        return x_start.clamp(-1, 1) if clip else x_start
+        if self.predict_xstart:
+            x_start = mean_part
+        elif self.predict_v:
+            x_start = self.predict_xstart_from_v(x, t, mean_part)
+        else:
+            x_start = self.predict_xstart_from_eps(x, t, mean_part)
+        return x_start.clamp(-self.clip_range, self.clip_range) if clip else x_start
 
     def pred_log_variance(self, output: Tensor, t: int | Tensor) -> Coefficient:
         """Return the log variance of p(x_{t-1} given x_t), learned (IDDPM eq. 15) or fixed."""
         if not self.learn_sigma:
-            return self._at("fixed_large_log_variance", t)
+            small, large = "posterior_log_variance_clipped", "fixed_large_log_variance"
+            return self._at(small if self.fixed_small else large, t)
         between = output[:, output.shape[1] // 2 :]  # -1: the lower one, 1: the upper one
         upper, lower = self._at("log_betas", t), self._at("posterior_log_variance_clipped", t)
         return (upper - lower) / 2 * between + (upper + lower) / 2
 
-    # --- sampling --------------------------------------------------------------------------------
+    def p_mean_variance(
+        self, output: Tensor, x: Tensor, t: int | Tensor, *, clip_denoised: bool
+    ) -> tuple[Tensor, Coefficient, Tensor]:
+        """Return mean and log variance of p(x_{t-1} given x_t), and x_0 (DDPM section 3.2)."""
+        x_start = self.pred_xstart(output, x, t, clip=clip_denoised)
+        return self.q_posterior_mean(x_start, x, t), self.pred_log_variance(output, t), x_start
 
-    def denoise(
+    # --- one step down ---------------------------------------------------------------------------
+
+    def p_sample(
         self, output: Tensor, x: Tensor, t: int, noise: Tensor, gradient: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw x_{t-1} from p(· | x_t); return it and x_0 (RePaint, Algorithm 1 line 7).
+        """DENOISE: draw x_{t-1} from p(x_{t-1} given x_t) (RePaint, Algorithm 1, line 7).
 
-        ``gradient`` is a classifier's scaled one at ``x`` (ADM, Algorithm 1).
+        ``gradient`` is a classifier's, scaled, at ``x`` (ADM, Algorithm 1). Gives x_{t-1}, x_0.
         """
-        x_start = self.pred_xstart(output, x, t, clip=self.clip_denoised)
-        mean = self.q_posterior_mean(x_start, x, t)
-        log_variance = self.pred_log_variance(output, t)
+        mean, log_variance, x_start = self.p_mean_variance(
+            output, x, t, clip_denoised=self.clip_denoised
+        )
         if gradient is not None:
             mean = mean + _exp(log_variance) * gradient
         if t == 0:  # the last step adds no noise
@@ -189,17 +214,134 @@ class GaussianDiffusion:
             return mean.add_(noise, alpha=math.exp(0.5 * log_variance)), x_start
         return mean.addcmul_((0.5 * log_variance).exp_(), noise), x_start
 
-    def denoise_ddim(
-        self, output: Tensor, x: Tensor, t: int, gradient: Tensor | None = None
+    def ddim_sample(
+        self,
+        output: Tensor,
+        x: Tensor,
+        t: int,
+        noise: Tensor,
+        gradient: Tensor | None = None,
+        *,
+        eta: float = 0.0,  # how much of the noise of x_{t-1} is drawn anew, 0 to 1
+        correct: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Step to x_{t-1} without noise; return it and x_0 (DDIM eq. 12; ADM, Algorithm 2)."""
+        """Step to x_{t-1} by way of x_0, which ``correct`` may change in between.
+
+        x_{t-1} = sqrt(abar_{t-1}) x_0 + sqrt(1 - abar_{t-1}) (eta z + sqrt(1 - eta^2) eps): DDIM
+        (eq. 12) with an ``eta`` of 0; DDNM (Wang et al. 2023, section 3.3) where ``correct`` puts
+        the known pixels into x_0. A classifier's ``gradient`` changes eps (ADM, Algorithm 2).
+        Returns x_{t-1} and x_0.
+        """
         x_start = self.pred_xstart(output, x, t, clip=self.clip_denoised)
-        eps = self.eps_from_xstart(x, t, x_start)
+        eps = self.predict_eps_from_xstart(x, t, x_start)
         if gradient is not None:
             eps = eps - self._at("sqrt_one_minus_alphas_cumprod", t) * gradient
-            x_start = self.xstart_from_eps(x, t, eps)
+            x_start = self.predict_xstart_from_eps(x, t, eps)
+        if correct:
+            x_start = correct(x_start)
+        if eta:
+            eps = _mix(eta, noise, math.sqrt(1 - eta**2), eps)
         direction = self._at("sqrt_one_minus_alphas_cumprod_prev", t) * eps
         return self._at("sqrt_alphas_cumprod_prev", t) * x_start + direction, x_start
+
+    # --- the loop --------------------------------------------------------------------------------
+
+    def p_sample_loop_progressive(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        x: Tensor,
+        times: list[int],
+        draw_noise: Callable[[], Tensor],
+        *,
+        condition_x: Callable[[Tensor, int], Tensor],
+        denoise: Callable[[Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor]],
+        inpa_inj_time_shift: int = 1,
+    ) -> Iterator[Step]:
+        """Walk ``times`` from the noise ``x`` to a picture (RePaint, Algorithm 1).
+
+        The comments name the lines of the algorithm; line 1 draws ``x``. ``times`` ends at -1 and
+        its neighbours differ by one. ``model`` gets x (N, 3, S, S) and the network's times (N,).
+        ``condition_x`` (x, t) puts the known pixels into x_t, ``denoise`` (output, x, t, noise)
+        returns x_{t-1} and x_0. ``draw_noise`` gives standard normal noise of the shape of ``x``.
+        Yields after every transition; the last ``x`` is the result.
+        """
+        network_times = self.network_times(x.device)[:, None].expand(-1, len(x))
+        is_first = True  # x_T is noise everywhere, so there is nothing to condition yet
+        for t, t_next in pairwise(times):  # lines 2, 3 and 9
+            if t_next > t:
+                x = self.undo(x, t + inpa_inj_time_shift, draw_noise())  # line 10
+                yield Step(t_next, x, None)
+                continue
+            noise = draw_noise()  # line 6
+            if not is_first:
+                x = condition_x(x, t)  # lines 4, 5 and 8
+            is_first = False
+            x, pred_xstart = denoise(model(x, network_times[t]), x, t, noise)  # line 7
+            yield Step(t_next, x, pred_xstart)
+
+    def repaint(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        gt: Tensor,
+        gt_keep_mask: Tensor,
+        times: list[int],
+        draw_noise: Callable[[], Tensor],
+        *,
+        sampler: str = "repaint",  # how known pixels come in: into x_t, or with ddnm into x_0
+        ddnm_eta: float = 0.85,
+        cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        use_ddim: bool = False,
+        inpa_inj_sched_prev: bool = True,  # condition on the known pixels at all
+        inpa_inj_sched_prev_cumnoise: bool = False,  # their noise is one walk, not drawn anew
+        inpa_inj_time_shift: int = 1,
+    ) -> Iterator[Step]:
+        """Choose the pieces of ``p_sample_loop_progressive`` and start it.
+
+        ``gt`` and ``gt_keep_mask`` are (N, 3, S, S). ``cond_fn`` (x, the network's times) returns
+        scale · ∇_x log p(y | x). Noise is drawn in this order: x_T; with cumulative noise one for
+        every step of the chain; then for each step down the step's own and, where x_t is
+        conditioned with new noise, the known part's; one for each undo. Known pixels are not pasted
+        back into the result. Raises ValueError where ``times`` leave the chain.
+        """
+        self.check_times(times, inpa_inj_time_shift)
+        x = draw_noise()  # line 1
+        trajectory: list[Tensor] = []
+        if inpa_inj_sched_prev and inpa_inj_sched_prev_cumnoise:
+            trajectory = self.forward_trajectory(gt, draw_noise, max(times))
+
+        def condition_x(x: Tensor, t: int) -> Tensor:
+            if sampler == "ddnm" or not inpa_inj_sched_prev:
+                return x
+            known = trajectory[t] if trajectory else self.q_sample(gt, t, draw_noise())
+            return condition(x, known, gt_keep_mask)
+
+        denoise = self.ddim_sample if use_ddim else self.p_sample
+        if sampler == "ddnm":
+            correct = partial(condition, known=gt, gt_keep_mask=gt_keep_mask)
+            correct = correct if inpa_inj_sched_prev else None
+            denoise = partial(self.ddim_sample, eta=ddnm_eta, correct=correct)
+        if cond_fn:
+            denoise = self._guided(denoise, cond_fn)
+        return self.p_sample_loop_progressive(
+            model,
+            x,
+            times,
+            draw_noise,
+            condition_x=condition_x,
+            denoise=denoise,
+            inpa_inj_time_shift=inpa_inj_time_shift,
+        )
+
+    def _guided(
+        self, denoise: Callable[..., tuple[Tensor, Tensor]], cond_fn: Callable
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Return ``denoise`` with the gradient of ``cond_fn`` at its x."""
+
+        def guided(output: Tensor, x: Tensor, t: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+            times = self.network_times(x.device)[t].expand(len(x))
+            return denoise(output, x, t, noise, cond_fn(x, times))
+
+        return guided
 
     def forward_trajectory(
         self, gt: Tensor, draw_noise: Callable[[], Tensor], last: int
@@ -221,78 +363,15 @@ class GaussianDiffusion:
         if shifted and not (min(shifted) >= 0 and max(shifted) < self.num_timesteps):
             raise ValueError(f"undo would use steps {min(shifted)} to {max(shifted)} of the chain")
 
-    def repaint(
-        self,
-        model: Callable[[Tensor, Tensor], Tensor],
-        gt: Tensor,
-        gt_keep_mask: Tensor,
-        times: list[int],
-        draw_noise: Callable[[], Tensor],
-        *,
-        cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
-        use_ddim: bool = False,
-        inpa_inj_sched_prev: bool = True,  # condition on the known pixels at all
-        inpa_inj_sched_prev_cumnoise: bool = False,  # their noise is one walk, not drawn anew
-        inpa_inj_time_shift: int = 1,
-    ) -> Iterator[Step]:
-        """Walk ``times`` from noise to a picture that continues ``gt`` (RePaint, Algorithm 1).
-
-        ``gt`` and ``gt_keep_mask`` are (N, 3, S, S); ``times`` ends at -1 and its neighbours differ
-        by one; ``model`` and ``cond_fn`` get x (N, 3, S, S) and the network's times (N,), and
-        ``cond_fn`` returns scale · ∇_x log p(y | x). ``draw_noise`` gives standard normal noise of
-        ``gt``'s shape, in this order: x_T; one for every step of the chain with cumulative noise;
-        then two for each step down (denoise, condition) and one for each undo. Yields after every
-        transition; the last ``x`` is the result, to which the known pixels are not pasted back.
-        """
-        self.check_times(times, inpa_inj_time_shift)
-        network_times = self.network_times(gt.device)[:, None].expand(-1, gt.shape[0])
-        x = draw_noise()
-        trajectory = None
-        if inpa_inj_sched_prev and inpa_inj_sched_prev_cumnoise:
-            trajectory = self.forward_trajectory(gt, draw_noise, max(times))
-        is_first = True
-        for t, t_next in pairwise(times):
-            if t_next > t:
-                x = self.undo(x, t + inpa_inj_time_shift, draw_noise())
-                yield Step(t_next, x, None)
-                continue
-            noise = draw_noise()
-            if inpa_inj_sched_prev and not is_first:
-                known = trajectory[t] if trajectory else self.q_sample(gt, t, draw_noise())
-                x = condition(x, known, gt_keep_mask)
-            is_first = False
-            output = model(x, network_times[t])
-            gradient = cond_fn(x, network_times[t]) if cond_fn else None
-            if use_ddim:
-                x, x_start = self.denoise_ddim(output, x, t, gradient)
-            else:
-                x, x_start = self.denoise(output, x, t, noise, gradient)
-            yield Step(t_next, x, x_start)
-
 
 def condition(x: Tensor, known: Tensor, gt_keep_mask: Tensor) -> Tensor:
     """Take ``known`` where the mask is 1 and ``x`` where it is 0 (RePaint eq. 8c).
 
-    Both are at the same noise level. (Line 5 of the paper's Algorithm 1 prints another level for
-    the known part; with that, quality is lost.)
+    RePaint takes both at the noise level of x_t. (Line 5 of the paper's Algorithm 1 prints another
+    level for the known part; with that, quality is lost.) DDNM takes both without noise (its eq.
+    13). A soft mask mixes.
     """
     return torch.lerp(x, known, gt_keep_mask)
-
-
-def classifier_gradient(
-    classifier: Callable[[Tensor, Tensor], Tensor], y: Tensor, scale: float
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return ``cond_fn``: (x, timesteps) → scale · ∇_x log p(y | x) (ADM, section 4.1)."""
-
-    def cond_fn(x: Tensor, timesteps: Tensor) -> Tensor:
-        # A tensor made in inference mode cannot be differentiated; its copy outside can.
-        with torch.inference_mode(False), torch.enable_grad():
-            x_in = x.clone().requires_grad_()
-            log_probs = torch.log_softmax(classifier(x_in, timesteps.clone()), dim=-1)
-            selected = log_probs.gather(1, y.clone()[:, None])
-            return torch.autograd.grad(selected.sum(), x_in)[0] * scale
-
-    return cond_fn
 
 
 def _mix(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from guided_diffusion.nn import (
 
 @dataclass(frozen=True)
 class TrunkConfig:
-    """What both networks' trunks are built from."""
+    """What both networks are built from."""
 
     image_size: int  # side of the square input, px
     model_channels: int  # base width C
@@ -191,7 +191,7 @@ class EmbedSequential(nn.Sequential):
         return x
 
 
-class Trunk(nn.Module):
+class UNetEncoder(nn.Module):
     """Time embedding, the descending half and the middle: what both networks begin with."""
 
     def __init__(self, cfg: TrunkConfig) -> None:
@@ -262,7 +262,7 @@ class Head(nn.Sequential):
         return super().forward(h.type(dtype)).contiguous()
 
 
-class UNetModel(Trunk):
+class UNetModel(UNetEncoder):
     """Estimates noise, and the variance's interpolation where ``out_channels`` is 6.
 
     With ``num_classes`` a label embedding is added to that of time.
@@ -326,7 +326,7 @@ class AttentionPool(nn.Module):
         return self.c_proj(h)[:, :, 0]
 
 
-class EncoderUNetModel(Trunk):
+class EncoderUNetModel(UNetEncoder):
     """The noisy classifier: logits (N, out_channels) for a picture at noise level ``timesteps``.
 
     ``pool`` is ``attention``, ``adaptive``, ``spatial`` or ``spatial_v2``.

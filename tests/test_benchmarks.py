@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.gaussian_diffusion import classifier_gradient
 from guided_diffusion.nn import GroupNorm32
+from guided_diffusion.run.inpainter import classifier_gradient
 from guided_diffusion.unet import EncoderUNetModel, TrunkConfig
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
@@ -109,7 +109,7 @@ def test_the_plain_classifier_is_the_networks_in_float64(pool, updown, monkeypat
     monkeypatch.setattr(GroupNorm32, "forward", nn.GroupNorm.forward)
     monkeypatch.setattr(model, "embed_time", lambda t: plain.embed_time(model, t))
     assert relative(plain.classifier(model, x, t), model(x, t)) < 1e-12
-    own = classifier_gradient(model, y, 3.0)(x, t)
+    own = classifier_gradient(model, x, t, y, 3.0)
     assert relative(plain.classifier_gradient(model, x, t, y, 3.0), own) < 1e-12
 
 

@@ -10,11 +10,11 @@ import yaml
 
 from guided_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
-    classifier_gradient,
     condition,
     get_named_beta_schedule,
 )
 from guided_diffusion.respace import respaced_betas, space_timesteps
+from guided_diffusion.run.inpainter import classifier_gradient
 from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.training.losses import training_losses, vb_terms_bits
 from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
@@ -136,7 +136,9 @@ def test_golden_samples_for_every_batch_size(name, batch_size):
         generators = [torch.Generator().manual_seed(conf["seed"] + k) for k in batch]
         y = torch.cat([torch.randint(0, 1000, (1,), generator=g) for g in generators])
         assert y.tolist() == expect["y"][batch].tolist()
-        cond_fn = classifier and classifier_gradient(classifier, y, conf["classifier_scale"])
+        cond_fn = classifier and (
+            lambda x, t, y=y: classifier_gradient(classifier, x, t, y, conf["classifier_scale"])
+        )
         sample = last(
             diffusion.repaint(
                 lambda x, t, y=y: model(x, t, y),
@@ -472,7 +474,7 @@ def test_all_known_returns_the_picture_up_to_the_last_noise():
     # A network that knows the noise gives back the picture, whatever happened before.
     def true_noise(x, t):
         level = diffusion.timestep_map.tolist().index(int(t[0]))
-        return diffusion.eps_from_xstart(x, level, gt)
+        return diffusion.predict_eps_from_xstart(x, level, gt)
 
     torch.testing.assert_close(run(true_noise), gt, rtol=0, atol=1e-5)
     # One that sees none leaves exactly the noise with which level 0 was conditioned.
@@ -625,8 +627,8 @@ def step_inputs(channels=6):
 def test_guidance_shifts_the_mean_by_the_variance(t):
     output, x, noise, gradient = step_inputs()
     diffusion = chain()
-    plain, x_start = diffusion.denoise(output, x, t, noise)
-    guided, same_x_start = diffusion.denoise(output, x, t, noise, gradient)
+    plain, x_start = diffusion.p_sample(output, x, t, noise)
+    guided, same_x_start = diffusion.p_sample(output, x, t, noise, gradient)
     variance = diffusion.pred_log_variance(output, t).exp()
     torch.testing.assert_close(guided - plain, variance * gradient, rtol=1e-4, atol=1e-6)
     assert torch.equal(x_start, same_x_start)
@@ -635,11 +637,11 @@ def test_guidance_shifts_the_mean_by_the_variance(t):
 def test_last_step_adds_no_noise():
     output, x, noise, _ = step_inputs()
     diffusion = chain()
-    sample, x_start = diffusion.denoise(output, x, 0, noise)
-    assert torch.equal(sample, diffusion.denoise(output, x, 0, 0 * noise)[0])
+    sample, x_start = diffusion.p_sample(output, x, 0, noise)
+    assert torch.equal(sample, diffusion.p_sample(output, x, 0, 0 * noise)[0])
     torch.testing.assert_close(sample, x_start)  # coef1 is 1 and coef2 0 there
     assert not torch.equal(
-        diffusion.denoise(output, x, 1, noise)[0], diffusion.denoise(output, x, 1, 0 * noise)[0]
+        diffusion.p_sample(output, x, 1, noise)[0], diffusion.p_sample(output, x, 1, 0 * noise)[0]
     )
 
 
@@ -692,9 +694,9 @@ def test_tables_take_one_step_or_a_batch_of_them():
 def test_eps_and_xstart_are_inverse(t):
     diffusion = chain()
     _, x, eps, _ = step_inputs()
-    x_start = diffusion.xstart_from_eps(x, t, eps)
+    x_start = diffusion.predict_xstart_from_eps(x, t, eps)
     torch.testing.assert_close(diffusion.q_sample(x_start, t, eps), x, rtol=1e-4, atol=1e-4)
-    back = diffusion.eps_from_xstart(x, t, x_start)
+    back = diffusion.predict_eps_from_xstart(x, t, x_start)
     torch.testing.assert_close(back, eps, rtol=1e-3, atol=1e-3)
 
 
@@ -725,7 +727,7 @@ def test_time_shift_in_the_loop(shift):
 @pytest.mark.parametrize("guided", [True, False])
 def test_ddim_step(t, clip_denoised, guided):
     diffusion = chain(clip_denoised=clip_denoised)
-    output, x, _, gradient = step_inputs()
+    output, x, noise, gradient = step_inputs()
     abar, before = diffusion.alphas_cumprod[t], diffusion.alphas_cumprod[t - 1] if t else 1.0
     x_start = (x - math.sqrt(1 - abar) * output[:, :3]) / math.sqrt(abar)
     if clip_denoised:
@@ -736,7 +738,7 @@ def test_ddim_step(t, clip_denoised, guided):
         eps = eps - math.sqrt(1 - abar) * gradient
         x_start = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)  # not clipped again
     expected = math.sqrt(before) * x_start + math.sqrt(1 - before) * eps
-    sample, got = diffusion.denoise_ddim(output, x, t, gradient if guided else None)
+    sample, got = diffusion.ddim_sample(output, x, t, noise, gradient if guided else None)
     torch.testing.assert_close(sample, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got, x_start, rtol=1e-4, atol=1e-4)
 
@@ -752,10 +754,9 @@ def test_classifier_gradient(inference):
     # By hand: d/dx_j log softmax(z)_y = (W_yj - Σ_c p_c W_cj) · (1 - tanh²(x_j)).
     p = torch.softmax(classifier(x, t), dim=-1)
     expected = (weight[y] - p @ weight) * (1 - torch.tanh(x.flatten(1)) ** 2)
-    cond_fn = classifier_gradient(classifier, y, scale=2.5)
     with torch.inference_mode(inference):
         # As in the loop, all tensors come from the same mode.
-        got = cond_fn(x.clone(), t.clone())
+        got = classifier_gradient(classifier, x.clone(), t.clone(), y, 2.5)
     torch.testing.assert_close(got, 2.5 * expected.view_as(x), rtol=1e-4, atol=1e-5)
     assert not got.requires_grad
 
@@ -768,7 +769,7 @@ def test_classifier_gradient_through_a_frozen_network_in_inference_mode():
         parameter.normal_(std=0.1)
     x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([10, 700]), torch.tensor([3, 1])
     with torch.inference_mode():
-        got = classifier_gradient(classifier, y, 1.0)(x.clone(), t.clone())
+        got = classifier_gradient(classifier, x.clone(), t.clone(), y, 1.0)
     source = x.clone().requires_grad_()
     log_p = torch.log_softmax(classifier(source, t), -1)
     (log_p[0, 3] + log_p[1, 1]).backward()
@@ -793,16 +794,15 @@ def test_walks_that_leave_the_chain(times, shift, problem):
     with pytest.raises(ValueError, match=problem):
         diffusion.check_times(times, shift)
     calls = []
-    steps = diffusion.repaint(
-        lambda x, t: calls.append(x),
-        gt,
-        gt,
-        times,
-        lambda: calls.append(gt),
-        inpa_inj_time_shift=shift,
-    )
     with pytest.raises(ValueError, match=problem):
-        next(steps)
+        diffusion.repaint(
+            lambda x, t: calls.append(x),
+            gt,
+            gt,
+            times,
+            lambda: calls.append(gt),
+            inpa_inj_time_shift=shift,
+        )
     assert not calls  # found before anything is drawn or called
 
 

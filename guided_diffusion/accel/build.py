@@ -18,7 +18,7 @@ import torch
 
 Library = TypeVar("Library")
 _FOLDER = Path(__file__).parent
-_SOURCES = ("cpu_kernels.cpp", "sampler.cpp", "cpu_kernels.h")  # the last is a part of the others
+_SOURCES = ("cpu_kernels.cpp", "cpu_kernels.h")  # the last is a part of the others
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-math-errno"]
 _COMPILERS = ("g++", "clang++", "c++")
 _CACHE = os.path.expanduser("~/.cache/repaint")  # noqa: PTH111 - pathlib's fails without a home

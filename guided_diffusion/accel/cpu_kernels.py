@@ -1,6 +1,6 @@
 """The C++ kernels for CPUs: built on the machine that runs them, given tensors.
 
-kernels.cpp is the network's part, sampler.cpp the loop's. Feature maps are (N, H, W, C), float32
+Feature maps are (N, H, W, C), float32
 and contiguous, with C a multiple of 16. What does not have the type, shape or layout that a kernel
 reads is a ValueError.
 """
@@ -9,7 +9,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Sequence
-from ctypes import c_double, c_float, c_int64, c_void_p
+from ctypes import c_double, c_int64, c_void_p
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from guided_diffusion.accel.build import load_library
 
 _TAPS, _POINTS = 9, 36  # values a pair of channels in packed weights, without and with transform
-_WORDS = 624  # of a generator's state, behind which comes the number of those that are used up
 _FEW_WEIGHTS = 9 * 256 * 512  # at most this many are transformed beforehand
 _VECTOR = 16  # channels, of the widest instructions
 _empty = functools.partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever the defaults
@@ -96,28 +95,6 @@ class _Attention(ctypes.Structure):
     )
 
 
-class _Denoising(ctypes.Structure):
-    _fields_ = (
-        ("output", c_void_p),
-        ("x", c_void_p),
-        ("noise", c_void_p),
-        ("x_start", c_void_p),
-        ("out", c_void_p),
-        ("count", c_int64),
-        ("size", c_int64),
-        ("output_size", c_int64),
-        ("predict_xstart", c_int64),
-        ("clip", c_int64),
-        ("learn_sigma", c_int64),
-        ("from_x", c_float),
-        ("from_eps", c_float),
-        ("mean_x_start", c_float),
-        ("mean_x", c_float),
-        ("sigma_slope", c_float),
-        ("sigma_offset", c_float),
-    )
-
-
 class Packed(NamedTuple):
     """A convolution's weights as ``Kernels.convolve`` and ``Kernels.pointwise`` take them."""
 
@@ -134,7 +111,7 @@ class Kernels:
         self._library = library
         for name in (
             *("packed_size", "chunks_of", "attention_size", "convolve", "pointwise", "attend"),
-            *("pack_weights", "group_norm", "draw_normal", "mix", "denoise"),
+            *("pack_weights", "group_norm"),
         ):
             getattr(library, name).restype = c_int64  # of those that return nothing it is not read
 
@@ -320,68 +297,6 @@ class Kernels:
         )
         self._library.group_norm(ctypes.byref(call), _threads())
         return scale, shift
-
-    def draw_normal(self, generators: Tensor, out: Tensor) -> Tensor:
-        """Fill ``out`` (N, ...) with the next numbers of ``generators``, which moves them on.
-
-        They are those of ``Tensor.normal_``, to rounding, for 16 numbers an image and more.
-        ``generators`` is int32 (N, 625): the words of each Mersenne Twister, and how many of them
-        are used up.
-        """
-        count, size = len(out), out[0].numel()
-        is_right = generators.shape == (count, _WORDS + 1) and generators.dtype is torch.int32
-        if not (is_right and generators.is_contiguous()):
-            raise _mismatch(generators, f"int32 ({count}, {_WORDS + 1}), contiguous")
-        if size < _VECTOR:
-            raise ValueError(f"{size} numbers an image are fewer than {_VECTOR}")
-        pointers = c_void_p(generators.data_ptr()), c_void_p(_pointer(out, out.numel()))
-        self._library.draw_normal(
-            pointers[0], c_int64(count), c_int64(size), pointers[1], _threads()
-        )
-        return out
-
-    def mix(self, a: float, x: Tensor, b: float, y: Tensor) -> Tensor:
-        """Return a · x + b · y."""
-        out, size = torch.empty_like(x), x.numel()
-        pointers = [c_void_p(_pointer(tensor, size)) for tensor in (x, y, out)]
-        self._library.mix(
-            c_float(a), pointers[0], c_float(b), *pointers[1:], c_int64(size), _threads()
-        )
-        return out
-
-    def denoise(
-        self, output: Tensor, x: Tensor, noise: Tensor | None, settings: "DenoiseSettings"
-    ) -> tuple[Tensor, Tensor]:
-        """Return x_{t-1} and x_0, each (N, 3, S, S), as ``GaussianDiffusion.denoise``."""
-        out, x_start, size = torch.empty_like(x), torch.empty_like(x), x.numel()
-        channels = 2 if settings.learn_sigma else 1
-        call = _Denoising(
-            output=_pointer(output, channels * size),
-            x=_pointer(x, size),
-            noise=_pointer(noise, size),
-            x_start=x_start.data_ptr(),
-            out=out.data_ptr(),
-            count=len(x),
-            size=size // len(x),
-            output_size=channels * (size // len(x)),
-            **settings._asdict(),
-        )
-        self._library.denoise(ctypes.byref(call), _threads())
-        return out, x_start
-
-
-class DenoiseSettings(NamedTuple):
-    """What ``Kernels.denoise`` computes at one level."""
-
-    predict_xstart: bool
-    clip: bool
-    learn_sigma: bool
-    from_x: float  # x_0 = from_x · x + from_eps · eps, unless predicted itself
-    from_eps: float
-    mean_x_start: float  # of x_{t-1}: mean_x_start · x_0 + mean_x · x
-    mean_x: float
-    sigma_slope: float  # ln sigma = slope · v + offset
-    sigma_offset: float
 
 
 def resized(height: int, width: int, resize: int) -> tuple[int, int]:

@@ -1,33 +1,30 @@
-"""PREDICT in fused kernels, on CPUs and GPUs; on CPUs DENOISE, UNDO and the noise, too.
+"""PREDICT in fused kernels, on CPUs and GPUs.
 
-Computes what ``UNetModel.forward`` and ``GaussianDiffusion`` do, to rounding. Feature maps are
-(N, H, W, C) here; ``embs`` are what the residual blocks take of the embedding, in their order.
+Computes what ``UNetModel.forward`` does, to rounding. Feature maps are (N, H, W, C) here; ``embs``
+are the parts of the embedding that the residual blocks take, in the order of the blocks.
 """
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from guided_diffusion.accel.build import KernelError
-from guided_diffusion.accel.cpu_kernels import Affine, DenoiseSettings, Kernels, Packed, load
+from guided_diffusion.accel.cpu_kernels import Affine, Kernels, Packed, load
 from guided_diffusion.accel.gpu_kernels import GpuKernels
 from guided_diffusion.accel.memory import file_mappings, forget_pages
 from guided_diffusion.dist_util import is_out_of_memory
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.nn import UpConv2d, downsample
 from guided_diffusion.unet import (
     AttentionBlock,
     Downsample,
     EmbedSequential,
     ResBlock,
-    Trunk,
+    UNetEncoder,
     TrunkConfig,
     UNetModel,
     Upsample,
@@ -276,7 +273,7 @@ def _run(layers: list[Layer], maps: list[Tensor], embs: Iterator[Tensor]) -> Ten
 # ---- With a gradient -----------------------------------------------------------------------------
 
 
-def fuse_convolutions(kernels: Kernels, network: Trunk) -> None:
+def fuse_convolutions(kernels: Kernels, network: UNetEncoder) -> None:
     """Let the kernels do the 3×3 convolutions of a network through which gradients pass.
 
     On a CPU, float32, gradients at its inputs only: its parameters may not change from here on.
@@ -307,82 +304,3 @@ class _Convolution(torch.autograd.Function):
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
-
-
-# ---- The sampler ---------------------------------------------------------------------------------
-
-
-class FusedDiffusion(GaussianDiffusion):
-    """``GaussianDiffusion`` whose steps pass over memory once, for inference on a CPU."""
-
-    def __init__(
-        self, kernels: Kernels, betas: np.ndarray, timestep_map: list[int], **options: Any
-    ) -> None:
-        super().__init__(betas, timestep_map, **options)
-        self._kernels = kernels
-        self._settings = [self._settings_at(t) for t in range(self.num_timesteps)]
-
-    def q_sample(self, x_start: Tensor, t: int, noise: Tensor) -> Tensor:
-        """As ``GaussianDiffusion.q_sample``, at one level."""
-        signal = self._at("sqrt_alphas_cumprod", t)
-        scale = self._at("sqrt_one_minus_alphas_cumprod", t)
-        return self._kernels.mix(signal, x_start, scale, noise)
-
-    def undo(self, x: Tensor, t: int, noise: Tensor) -> Tensor:
-        """As ``GaussianDiffusion.undo``."""
-        return self._kernels.mix(self._at("sqrt_alphas", t), x, self._at("sqrt_betas", t), noise)
-
-    def denoise(
-        self, output: Tensor, x: Tensor, t: int, noise: Tensor, gradient: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As ``GaussianDiffusion.denoise``."""
-        if gradient is not None:
-            return super().denoise(output, x, t, noise, gradient)
-        return self._kernels.denoise(output, x, noise if t else None, self._settings[t])
-
-    def _settings_at(self, t: int) -> DenoiseSettings:
-        if self.learn_sigma:
-            upper = self._at("log_betas", t)
-            lower = self._at("posterior_log_variance_clipped", t)
-        else:
-            upper = lower = self._at("fixed_large_log_variance", t)
-        return DenoiseSettings(
-            predict_xstart=self.predict_xstart,
-            clip=self.clip_denoised,
-            learn_sigma=self.learn_sigma,
-            from_x=self._at("sqrt_recip_alphas_cumprod", t),
-            from_eps=-self._at("sqrt_recipm1_alphas_cumprod", t),
-            mean_x_start=self._at("posterior_mean_coef1", t),
-            mean_x=self._at("posterior_mean_coef2", t),
-            sigma_slope=(upper - lower) / 4,
-            sigma_offset=(upper + lower) / 4,
-        )
-
-
-def fused_noise(
-    kernels: Kernels, generators: Sequence[torch.Generator], shape: Sequence[int]
-) -> Callable[[], Tensor] | None:
-    """Return a function that draws noise (N, ...), image k's as from ``generators[k]`` on a CPU.
-
-    Its numbers are those of ``Tensor.normal_``, to rounding; the generators stay as they are. None
-    where this version of torch draws others, or a picture has too few of them.
-    """
-    states = torch.stack([_mersenne_twister(generator) for generator in generators])
-    twin = torch.Generator()
-    twin.set_state(generators[0].get_state())
-    expected = torch.empty(16).normal_(generator=twin)
-    own = kernels.draw_normal(states[:1].clone(), torch.empty(1, 16))
-    if not torch.allclose(own[0], expected, rtol=0, atol=1e-5) or math.prod(shape[1:]) < 16:
-        return None
-    return lambda: kernels.draw_normal(states, torch.empty(shape))
-
-
-def _mersenne_twister(generator: torch.Generator) -> Tensor:
-    """Return a CPU generator's words and how many are used up, as ``Kernels.draw_normal`` has it.
-
-    The layout is that in which torch has kept the state in checkpoints since its first versions.
-    """
-    state = generator.get_state().numpy()
-    left, _, used, *_ = state[8:24].view(np.int32)
-    words = state[24 : 24 + 8 * 624].view(np.uint64).astype(np.uint32).view(np.int32)
-    return torch.from_numpy(np.append(words, np.int32(624 if left == 1 else used)))

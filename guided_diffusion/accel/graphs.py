@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from guided_diffusion.dist_util import is_out_of_memory
-from guided_diffusion.unet import AttentionBlock, Head, ResBlock, Trunk
+from guided_diffusion.unet import AttentionBlock, Head, ResBlock, UNetEncoder
 
 # Blocks of different shapes that are compiled, each once; PyTorch's own limit is for debugging.
 _MOST_SHAPES = 1024
@@ -38,7 +38,7 @@ class Accelerated:
     def __init__(
         self,
         function: Callable[..., Tensor],
-        network: Trunk,
+        network: UNetEncoder,
         *,
         compiled: bool = False,
         recorded: bool = False,
@@ -50,9 +50,9 @@ class Accelerated:
         if compiled:
             _compile_blocks(network)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """Return what ``function`` returns, to rounding; the first dimension is the batch."""
-        count = len(inputs[0])
+        inputs, count = [x, timesteps, *([] if y is None else [y])], len(x)
         while self._is_compiled or self._is_recorded:
             size = max(count, self._size)
             try:

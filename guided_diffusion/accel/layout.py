@@ -8,7 +8,7 @@ from torch import nn
 
 from guided_diffusion.accel.memory import file_mappings, forget_pages
 from guided_diffusion.nn import UpConv2d
-from guided_diffusion.unet import Trunk
+from guided_diffusion.unet import UNetEncoder
 
 
 def set_arithmetic(precision: str | None, use_fp16: bool, device: torch.device) -> torch.dtype:
@@ -27,7 +27,7 @@ def set_arithmetic(precision: str | None, use_fp16: bool, device: torch.device) 
     return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(precision, torch.float32)
 
 
-def lay_out(network: Trunk, device: torch.device, *, at_once: bool = True) -> None:
+def lay_out(network: UNetEncoder, device: torch.device, *, at_once: bool = True) -> None:
     """Put the channels of a pixel side by side in memory, as convolutions read them.
 
     On a CPU convolutions after a doubling are folded, too. There, unless ``at_once``, a

@@ -1,4 +1,4 @@
-"""One run over many images: batches and processes, retries, and what is said about it all."""
+"""One run over many images: batches, retries, and what is written and said."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from guided_diffusion import dist_util
+from guided_diffusion.accel.memory import CallMemory
 from guided_diffusion.cli import Interrupts
+from guided_diffusion.dist_util import Team, is_main, is_out_of_memory
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import condition
 from guided_diffusion.image_datasets import sample_names
@@ -43,7 +44,7 @@ from guided_diffusion.run.plan import (
 )
 from guided_diffusion.scheduler import count_steps
 
-_LOST_CHECK_INTERVAL = 64  # network calls between looks at what is lost
+_NONFINITE_CHECK_INTERVAL = 64  # network calls between looks at whether all images are lost
 
 
 def build(plan: Plan) -> Inpainter:
@@ -51,13 +52,13 @@ def build(plan: Plan) -> Inpainter:
     try:
         return Inpainter(plan.conf, plan.times)
     except (RuntimeError, MemoryError) as error:
-        if not dist_util.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         problem = "the network does not fit into memory"
         raise UserError(problem, path=plan.conf.model_path, key="device") from error
 
 
-def run(plan: Plan, inpainter: Inpainter, team: dist_util.Team) -> Summary:
+def run(plan: Plan, inpainter: Inpainter, team: Team) -> Summary:
     """Make all results of ``plan`` that are still to do, this process its share of them.
 
     A result that fails is noted and the others go on. Returns the sum over all processes in the
@@ -70,13 +71,13 @@ def run(plan: Plan, inpainter: Inpainter, team: dist_util.Team) -> Summary:
         write_record(plan, "started", Summary())
     start = time.perf_counter()
     with Interrupts() as interrupts:
-        worker = _Worker(plan, inpainter, team, interrupts)
+        share = Share(plan, inpainter, team, interrupts)
         try:
-            parts = worker.run(plan.todo[team.rank :: team.size])
+            parts = make_all(share)
         except UserError as error:
-            raise UserError(f"{error}; {_way_on(plan, team)}") from error
+            raise UserError(f"{error}; {resume_hint(plan, team)}") from error
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(_way_on(plan, team) if team.is_main else "") from None
+            raise KeyboardInterrupt(resume_hint(plan, team) if team.is_main else "") from None
     total = Summary(seconds=time.perf_counter() - start)
     for part in parts:
         total.finished += part["finished"]
@@ -107,7 +108,7 @@ def conclude(plan: Plan, summary: Summary) -> str:
     return " ".join(f"{plan.conf.log_dir}: {', '.join(parts)}".split())
 
 
-def _way_on(plan: Plan, team: dist_util.Team) -> str:
+def resume_hint(plan: Plan, team: Team) -> str:
     """Say how much is done and with which command the rest will be."""
     done = len(plan.jobs) - len(plan.todo)
     with contextlib.suppress(UserError):
@@ -117,22 +118,238 @@ def _way_on(plan: Plan, team: dist_util.Team) -> str:
     return f"{done} of {len(plan.jobs)} results are in {plan.conf.log_dir}; go on with: {how}"
 
 
-def _say(text: str) -> None:
+def log(text: str) -> None:
     """Write one line to stderr, past the progress bars, which are the main process's."""
-    start = "" if dist_util.is_main() else "\n"
+    start = "" if is_main() else "\n"
     tqdm.write(start + " ".join(text.split()), file=sys.stderr)
 
 
 @dataclass
-class _Made:
+class Share:
+    """One process's share of a run: what it works with, and what it has done."""
+
+    plan: Plan
+    inpainter: Inpainter
+    team: Team
+    interrupts: Interrupts
+    exact: Inpainter | None = None  # the same in float32, once that is needed
+    summary: Summary = field(default_factory=Summary)
+    call_memory: CallMemory | None = None  # until it has told what a network call takes
+
+    def __post_init__(self) -> None:
+        self.call_memory = CallMemory(self.inpainter.device, self.inpainter.weight_bytes)
+
+    def progress(self, title: str, total: int, unit: str, *, leave: bool) -> tqdm:
+        """Return a progress bar; only the main process shows it."""
+        interval = 0.1 if sys.stderr.isatty() else 30  # a night's bars should not fill a log file
+        return tqdm(
+            total=total, desc=title, unit=unit, leave=leave, mininterval=interval,
+            maxinterval=max(10, interval),
+            disable=not (self.plan.conf.show_progress and self.team.is_main),
+        )  # fmt: skip
+
+    def fail(self, job: Job, problem: str) -> None:
+        """Note that a result failed, and say it once."""
+        if job.name not in self.summary.failures:  # a batch may be tried twice
+            self.summary.failures[job.name] = problem
+            log(f"failed: {job.name}: {problem}")
+
+    def suggest_batch_size(self, batch_size: int) -> None:
+        """Say once what memory a network call takes, and which batch_size would fit."""
+        if self.call_memory and (known := self.call_memory.after_call()):
+            self.call_memory = None
+            taken, free = known
+            most = max(batch_size, int(0.9 * free * batch_size / taken))  # a tenth is for gaps
+            if is_main():
+                tqdm.write(
+                    f"batch_size {batch_size}: takes up to {taken / 1e9:.2g} GB beside the "
+                    f"weights; free memory would hold about {most}"
+                )
+
+
+def make_all(share: Share) -> list[dict[str, Any]]:
+    """Make this process's results in batches; return what each process did, if this is main.
+
+    Where memory runs out, batches are halved. Other processes leave their sums for main.
+    """
+    plan, team = share.plan, share.team
+    mine = jobs = plan.todo[team.rank :: team.size]
+    batch_size, too_large = plan.conf.data.batch_size, 0
+    with share.progress("images", len(plan.todo), "image", leave=True) as bar:
+        while jobs:
+            share.interrupts.check()
+            batch, fits = jobs[:batch_size], True
+            try:
+                make_batch(share, batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                fits = False
+            if not fits:  # only here, with the exception gone, is what it held free
+                too_large = too_large or len(batch)
+                batch_size = halve(share.inpainter.device, len(batch))
+                continue
+            if too_large:
+                log(
+                    f"warning: batch_size: {too_large} images at once do not fit into memory, "
+                    f"{len(batch)} do"
+                )
+            too_large, jobs = 0, jobs[len(batch) :]
+            bar.update(team.count("done", len(batch)) - bar.n)
+        find_vanished(share, mine)
+        own = dataclasses.asdict(share.summary)
+        parts = team.from_all("summary", own)
+        while team.is_main and parts is None:
+            share.interrupts.check()
+            time.sleep(0.2)
+            bar.update(team.count("done") - bar.n)
+            parts = team.from_all("summary", own)
+    return parts if team.is_main else []
+
+
+def halve(device: torch.device, batch_size: int) -> int:
+    """Return the next smaller batch size after memory ran out; UserError where there is none."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if batch_size == 1:
+        raise UserError("one image alone does not fit into memory", key="batch_size")
+    return batch_size // 2
+
+
+@dataclass
+class Inputs:
+    """One job with the pixels that it works on."""
+
+    job: Job
+    gt_u8: np.ndarray  # (S, S, 3)
+    mask_u8: np.ndarray  # (S, S, 3), 255 = known
+
+
+@dataclass
+class SampleResult:
     """What the loop made of one job."""
 
-    sample: np.ndarray  # uint8 (S, S, 3)
-    lost_at: int  # the network call, counted from 1, after which it was not finite; 0 if it is
+    sample_u8: np.ndarray  # (S, S, 3)
+    nonfinite_at: int  # the network call, from 1, after which it was not finite; 0: it is finite
     frames: list[ProcessFrame]
 
 
-class _Peek:
+def make_batch(share: Share, jobs: list[Job]) -> None:
+    """Make and write one batch; what fails is noted. Raises UserError where it cannot write."""
+    inputs = []
+    for job in jobs:
+        try:
+            inputs.append(Inputs(job, *load_inputs(share.plan.conf, job.pair)))
+        except UserError as error:  # noqa: PERF203 - one bad picture costs no other
+            share.fail(job, str(error))
+    if not inputs:
+        return
+    results = sample_batch(share, share.inpainter, inputs)
+    if share.inpainter.is_reduced and any(result.nonfinite_at for result in results):
+        results = again_in_float32(share, inputs, results)
+    refusal = None
+    for one, result in zip(inputs, results, strict=True):
+        try:
+            write_one(share, one, result)
+        except UserError as error:  # noqa: PERF203 - the others may still find their place
+            refusal = refusal or error
+    if refusal:
+        raise refusal
+
+
+def again_in_float32(
+    share: Share, inputs: Sequence[Inputs], results: Sequence[SampleResult]
+) -> list[SampleResult]:
+    """Return ``results`` with those that are not finite sampled again in float32."""
+    lost = [i for i, result in enumerate(results) if result.nonfinite_at]
+    names = [inputs[i].job.name for i in lost]
+    log(f"warning: no finite number in reduced precision, in float32: {', '.join(names)}")
+    share.exact = share.exact or share.inpainter.in_float32()
+    again = sample_batch(share, share.exact, [inputs[i] for i in lost])
+    share.summary.in_float32 += names
+    return [again[lost.index(i)] if i in lost else result for i, result in enumerate(results)]
+
+
+def write_one(share: Share, one: Inputs, result: SampleResult) -> None:
+    """Write one result and its process pictures; note it as failed where it is not finite."""
+    plan, job = share.plan, one.job
+    if result.nonfinite_at:
+        call = result.nonfinite_at
+        t = [t for t, after in pairwise(plan.times) if after < t][call - 1]
+        share.fail(job, f"no finite number after network call {call}, at time t = {t}")
+        return
+    if result.frames:
+        stem = Path(plan.conf.log_dir) / "process" / Path(job.name).stem
+        write_film_strip(f"{stem}.png", result.frames)
+        write_gif(f"{stem}.gif", result.frames)
+    write_result(
+        result_folders(plan.conf),
+        job.pair.name,
+        result.sample_u8,
+        one.gt_u8,
+        one.mask_u8,
+        sample_name=job.name,
+        mark=result_mark(plan.settings, job, one.gt_u8, one.mask_u8),
+    )
+    share.summary.finished += 1
+    share.team.count("written", 1)
+
+
+def find_vanished(share: Share, jobs: Sequence[Job]) -> None:
+    """Count as failed what was written but is there no more."""
+    folders = result_folders(share.plan.conf)
+    for job in jobs:
+        names = {key: job.name if key == "srs" else job.pair.name for key in folders}
+        paths = [result_path(folder, names[key]) for key, folder in folders.items()]
+        if job.name not in share.summary.failures and not all(p.exists() for p in paths):
+            share.summary.finished -= 1
+            share.fail(job, "was written, but somebody removed it")
+
+
+@torch.inference_mode()
+def sample_batch(
+    share: Share, inpainter: Inpainter, inputs: Sequence[Inputs]
+) -> list[SampleResult]:
+    """Walk the schedule with a batch; raises KeyboardInterrupt between two steps."""
+    plan, device = share.plan, inpainter.device
+    gt = torch.stack([to_model_range(one.gt_u8) for one in inputs]).to(device)
+    mask = torch.stack([mask_to_tensor(one.mask_u8) for one in inputs]).to(device)
+    wanted = wanted_transitions(plan)
+    x, pred_xstart, frames, calls = gt, gt, [], 0
+    nonfinite_at = torch.zeros(len(inputs), dtype=torch.int64, device=device)
+    all_lost = AsyncFlag(device)
+    steps = inpainter.steps(gt, mask, [one.job.seed for one in inputs])
+    with share.progress("network", count_steps(plan.times)[0], "call", leave=False) as bar:
+        for number, step in enumerate(steps):
+            share.interrupts.check()
+            x = step.x
+            if step.pred_xstart is not None:
+                pred_xstart, calls = step.pred_xstart, calls + 1
+                is_lost = x.isfinite().flatten(1).all(dim=1).logical_not_()
+                nonfinite_at.add_(is_lost & (nonfinite_at == 0), alpha=calls)  # waits for no device
+                bar.update()
+                share.suggest_batch_size(len(inputs))
+                if calls % _NONFINITE_CHECK_INTERVAL == 0 and all_lost(nonfinite_at.all()):
+                    break
+            if number in wanted:
+                frames.append((step.t, to_uint8(x), to_uint8(pred_xstart)))
+    if plan.conf.paste_known:
+        x = condition(x, gt, mask)
+    samples = to_uint8(x.nan_to_num())
+    return [
+        SampleResult(samples[i], lost, [ProcessFrame(t, now[i], x0[i]) for t, now, x0 in frames])
+        for i, lost in enumerate(nonfinite_at.tolist())
+    ]
+
+
+def wanted_transitions(plan: Plan) -> set[int]:
+    """Return the transitions that ``save_process`` keeps, evenly over the walk."""
+    last = len(plan.times) - 2
+    return set(np.linspace(0, last, plan.conf.save_process).round().astype(int).tolist())
+
+
+class AsyncFlag:
     """A flag on the device, read without waiting for it: late, or, on a CPU, at once."""
 
     def __init__(self, device: torch.device) -> None:
@@ -150,179 +367,3 @@ class _Peek:
         self._seen.copy_(flag, non_blocking=True)
         self._copied.record()
         return seen
-
-
-class _Worker:
-    """One process's share of a run."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        inpainter: Inpainter,
-        team: dist_util.Team,
-        interrupts: Interrupts,
-    ) -> None:
-        self.plan, self.conf, self.team, self.interrupts = plan, plan.conf, team, interrupts
-        self.inpainter, self.exact = inpainter, None  # in float32, once that is needed
-        self.batch_size, self.too_large = plan.conf.data.batch_size, 0
-        self.times_called = [t for t, after in pairwise(plan.times) if after < t]
-        self.summary = Summary()
-        self.quiet = not (plan.conf.show_progress and team.is_main)
-
-    def run(self, jobs: list[Job]) -> list[dict[str, Any]]:
-        """Make the results of ``jobs`` in batches; return what each process did, if this is main.
-
-        Where memory runs out, batches are halved. Other processes leave their sums for main.
-        """
-        mine = jobs
-        with self._bar("images", len(self.plan.todo), "image", leave=True) as bar:
-            while jobs:
-                self.interrupts.check()
-                batch = jobs[: self.batch_size]
-                if not self._fits(batch):
-                    continue
-                jobs = jobs[len(batch) :]
-                bar.update(self.team.count("done", len(batch)) - bar.n)
-            self._find_vanished(mine)
-            own = dataclasses.asdict(self.summary)
-            parts = self.team.from_all("summary", own)
-            while self.team.is_main and parts is None:
-                self.interrupts.check()
-                time.sleep(0.2)
-                bar.update(self.team.count("done") - bar.n)
-                parts = self.team.from_all("summary", own)
-        return parts if self.team.is_main else []
-
-    def _bar(self, title: str, total: int, unit: str, *, leave: bool) -> tqdm:
-        interval = 0.1 if sys.stderr.isatty() else 30  # a night's bars should not fill a log file
-        return tqdm(
-            total=total, desc=title, unit=unit, leave=leave, disable=self.quiet,
-            mininterval=interval, maxinterval=max(10, interval),
-        )  # fmt: skip
-
-    def _fits(self, batch: list[Job]) -> bool:
-        """Make one batch; False where it needs too much memory, and the next is to be smaller."""
-        try:
-            self._make(batch)
-        except (RuntimeError, MemoryError) as error:
-            if not dist_util.is_out_of_memory(error):
-                raise
-        else:
-            if self.too_large:
-                _say(
-                    f"warning: batch_size: {self.too_large} images at once do not fit into memory, "
-                    f"{len(batch)} do"
-                )
-            self.too_large = 0
-            return True
-        # Only here, with the exception gone, is what it held free.
-        gc.collect()
-        if self.inpainter.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if len(batch) == 1:
-            raise UserError("one image alone does not fit into memory", key="batch_size")
-        self.too_large = self.too_large or len(batch)
-        self.batch_size = len(batch) // 2
-        return False
-
-    def _make(self, jobs: list[Job]) -> None:
-        """Make and write one batch; what fails is noted."""
-        loaded = []
-        for job in jobs:
-            try:
-                loaded.append((job, *load_inputs(self.conf, job.pair)))
-            except UserError as error:  # noqa: PERF203 - one bad picture costs no other
-                self._fail(job, str(error))
-        if not loaded:
-            return
-        made = self._sample(self.inpainter, loaded)
-        lost = [i for i, one in enumerate(made) if one.lost_at and self.inpainter.is_reduced]
-        if lost:
-            names = [loaded[i][0].name for i in lost]
-            _say(f"warning: no finite number in reduced precision, in float32: {', '.join(names)}")
-            self.exact = self.exact or self.inpainter.in_float32()
-            again = self._sample(self.exact, [loaded[i] for i in lost])
-            made = [again[lost.index(i)] if i in lost else one for i, one in enumerate(made)]
-            self.summary.in_float32 += names
-        refusal = None
-        for (job, gt_u8, mask_u8), one in zip(loaded, made, strict=True):
-            try:
-                self._write(job, gt_u8, mask_u8, one)
-            except UserError as error:  # noqa: PERF203 - the others may still find their place
-                refusal = refusal or error
-        if refusal:
-            raise refusal
-
-    def _write(self, job: Job, gt_u8: np.ndarray, mask_u8: np.ndarray, one: _Made) -> None:
-        if one.lost_at:
-            t = self.times_called[one.lost_at - 1]
-            self._fail(job, f"no finite number after network call {one.lost_at}, at time t = {t}")
-            return
-        if one.frames:
-            stem = Path(self.conf.log_dir) / "process" / Path(job.name).stem
-            write_film_strip(f"{stem}.png", one.frames)
-            write_gif(f"{stem}.gif", one.frames)
-        write_result(
-            result_folders(self.conf),
-            job.pair.name,
-            one.sample,
-            gt_u8,
-            mask_u8,
-            sample_name=job.name,
-            mark=result_mark(self.plan.settings, job, gt_u8, mask_u8),
-        )
-        self.summary.finished += 1
-        self.team.count("written", 1)
-
-    @torch.inference_mode()
-    def _sample(
-        self, inpainter: Inpainter, loaded: Sequence[tuple[Job, np.ndarray, np.ndarray]]
-    ) -> list[_Made]:
-        """Walk the schedule with a batch; raises KeyboardInterrupt between two steps."""
-        device = inpainter.device
-        gt = torch.stack([to_model_range(gt_u8) for _, gt_u8, _ in loaded]).to(device)
-        mask = torch.stack([mask_to_tensor(mask_u8) for _, _, mask_u8 in loaded]).to(device)
-        wanted = self._wanted_transitions()
-        x, pred, frames, call, peek = gt, gt, [], 0, _Peek(device)
-        lost_at = torch.zeros(len(loaded), dtype=torch.int64, device=device)
-        steps = inpainter.steps(gt, mask, [job.seed for job, _, _ in loaded])
-        with self._bar("network", len(self.times_called), "call", leave=False) as bar:
-            for number, step in enumerate(steps):
-                self.interrupts.check()
-                x = step.x
-                if step.pred_xstart is not None:
-                    pred, call = step.pred_xstart, call + 1
-                    is_lost = x.isfinite().flatten(1).all(dim=1).logical_not_()
-                    lost_at.add_(is_lost & (lost_at == 0), alpha=call)  # waits for no device
-                    bar.update()
-                    if call % _LOST_CHECK_INTERVAL == 0 and peek(lost_at.all()):
-                        break
-                if number in wanted:
-                    frames.append((step.t, to_uint8(x), to_uint8(pred)))
-        if self.conf.paste_known:
-            x = condition(x, gt, mask)
-        pictures = to_uint8(x.nan_to_num())
-        return [
-            _Made(pictures[i], lost, [ProcessFrame(t, now[i], x0[i]) for t, now, x0 in frames])
-            for i, lost in enumerate(lost_at.tolist())
-        ]
-
-    def _wanted_transitions(self) -> set[int]:
-        """Numbers of the transitions that ``save_process`` keeps, evenly over the walk."""
-        last = len(self.plan.times) - 2
-        return set(np.linspace(0, last, self.conf.save_process).round().astype(int).tolist())
-
-    def _find_vanished(self, jobs: Sequence[Job]) -> None:
-        """Count as failed what was written but is there no more."""
-        folders = result_folders(self.conf)
-        for job in jobs:
-            names = {key: job.name if key == "srs" else job.pair.name for key in folders}
-            paths = [result_path(folder, names[key]) for key, folder in folders.items()]
-            if job.name not in self.summary.failures and not all(p.exists() for p in paths):
-                self.summary.finished -= 1
-                self._fail(job, "was written, but somebody removed it")
-
-    def _fail(self, job: Job, problem: str) -> None:
-        if job.name not in self.summary.failures:  # a batch may be tried twice
-            self.summary.failures[job.name] = problem
-            _say(f"failed: {job.name}: {problem}")

@@ -44,9 +44,7 @@ def vb_terms_bits(
     diffusion: GaussianDiffusion, output: Tensor, x_start: Tensor, x: Tensor, t: Tensor
 ) -> Tensor:
     """Return L_{t-1}, or L_0 where t is 0, in bits a dimension (N,) (IDDPM eqs. 4 to 6)."""
-    pred = diffusion.pred_xstart(output, x, t, clip=False)
-    mean = diffusion.q_posterior_mean(pred, x, t)
-    log_variance = diffusion.pred_log_variance(output, t)
+    mean, log_variance, _ = diffusion.p_mean_variance(output, x, t, clip_denoised=False)
     true_mean = diffusion.q_posterior_mean(x_start, x, t)
     true_log_variance = diffusion._at("posterior_log_variance_clipped", t)
     kl = _normal_kl(true_mean, true_log_variance, mean, log_variance)

@@ -5,7 +5,6 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,9 +12,7 @@ from torch import nn
 from guided_diffusion.accel import build, cpu_kernels, fused_unet
 from guided_diffusion.accel.memory import file_mappings
 from guided_diffusion.config.keys import InpaintConf, load_conf
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion, classifier_gradient
-from guided_diffusion.run.inpainter import Inpainter
-from guided_diffusion.scheduler import get_schedule_jump
+from guided_diffusion.run.inpainter import Inpainter, classifier_gradient
 from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -161,130 +158,12 @@ def test_a_classifiers_gradient(pool, resblock_updown):
     classifier = randomised(EncoderUNetModel(cfg, 10, pool))
     x, t = inputs(3)
     y = torch.tensor([4, 0, 2])
-    before = classifier_gradient(classifier, y, 2.0)(x, t)
+    before = classifier_gradient(classifier, x, t, y, 2.0)
     fused_unet.fuse_convolutions(cpu_kernels.load(), classifier)
     with torch.inference_mode():
-        gradient = classifier_gradient(classifier, y, 2.0)(x, t)
+        gradient = classifier_gradient(classifier, x, t, y, 2.0)
     assert not torch.equal(gradient, before)  # it did go another way
     assert relative(gradient, before) < 1e-4
-
-
-# ---- The sampler ---------------------------------------------------------------------------------
-
-BETAS = np.linspace(1e-3, 0.3, 20)
-
-
-def both(**options):
-    """The chain in PyTorch and in kernels."""
-    times = list(range(20))
-    return (
-        GaussianDiffusion(BETAS, times, **options),
-        fused_unet.FusedDiffusion(cpu_kernels.load(), BETAS, times, **options),
-    )
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"learn_sigma": False},
-        {"predict_xstart": True},
-        {"clip_denoised": False},
-        {"predict_xstart": True, "learn_sigma": False, "clip_denoised": False},
-    ],
-)
-@pytest.mark.parametrize("size", [5, 16])
-def test_every_step_of_the_loop(options, size):
-    plain_chain, chain = both(**options)
-    generator = torch.Generator().manual_seed(3)
-    channels = 6 if plain_chain.learn_sigma else 3
-    x, noise = torch.randn(2, 2, 3, size, size, generator=generator).unbind()
-    output = torch.randn(2, channels, size, size, generator=generator)
-    inputs = [x.clone(), noise.clone(), output.clone()]
-    for t in (0, 1, 7, 19):
-        expected = plain_chain.denoise(output, x, t, noise)
-        for own, other in zip(chain.denoise(output, x, t, noise), expected, strict=True):
-            assert torch.allclose(own, other, rtol=2e-6, atol=2e-6)
-        for name in ("undo", "q_sample"):
-            own, other = (getattr(c, name)(x, t, noise) for c in (chain, plain_chain))
-            assert torch.allclose(own, other, rtol=1e-6, atol=1e-6)
-    assert all(map(torch.equal, inputs, [x, noise, output]))  # as they were
-    assert relative(chain.denoise(output, x, 7, noise, x)[0],
-                    plain_chain.denoise(output, x, 7, noise, x)[0]) < 1e-6  # fmt: skip
-
-
-def test_a_number_that_is_lost_is_lost_in_its_place_alone():
-    _, chain = both()
-    x, noise, output = torch.ones(1, 3, 8, 8), torch.ones(1, 3, 8, 8), torch.ones(1, 6, 8, 8)
-    output[0, 1, 2, 3] = float("nan")
-    x_next, x_start = chain.denoise(output, x, 5, noise)
-    for picture in (x_next, x_start):
-        assert picture.isfinite().sum() == picture.numel() - 1
-        assert picture[0, 1, 2, 3].isnan()
-    output[0, 1, 2, 3] = 1
-    output[0, 4, 2, 3] = float("nan")  # of the variance
-    assert chain.denoise(output, x, 5, noise)[0][0, 1, 2, 3].isnan()
-
-
-def test_a_walk_of_both_ends_at_the_same_picture():
-    plain_chain, chain = both()
-    times = get_schedule_jump(t_T=20, jump_length=5, jump_n_sample=3)
-    generator = torch.Generator().manual_seed(0)
-    gt = torch.rand(2, 3, 12, 12, generator=generator) * 2 - 1
-    mask = (gt > 0).float()
-
-    def model(x, timesteps):
-        return torch.cat([x * 0.5, torch.tanh(x)], dim=1)
-
-    ends = []
-    for each in (plain_chain, chain):
-        noise = torch.Generator().manual_seed(5)
-        draw = lambda noise=noise: torch.randn(gt.shape, generator=noise)  # noqa: E731
-        *_, last = each.repaint(model, gt, mask, times, draw)
-        ends.append(last.x)
-    assert torch.allclose(*ends, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("labels", [0, 1, 7, 623, 624, 1000])
-@pytest.mark.parametrize("size", [4, 6, 17, 64])
-def test_noise_is_that_of_torch(labels, size):
-    """From wherever the generators are, over many draws; the last of odd sizes are drawn anew."""
-    shape, seeds = (3, 3, size, size), (0, 5, 2**31 + 12)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    for generator in generators:
-        torch.randint(0, 1000, (labels,), generator=generator)
-    draw = fused_unet.fused_noise(cpu_kernels.load(), generators, shape)
-    for _ in range(5):
-        expected = torch.stack([torch.empty(shape[1:]).normal_(generator=g) for g in generators])
-        noise = draw()
-        assert noise.shape == shape
-        assert torch.allclose(noise, expected, rtol=0, atol=2e-6)
-
-
-def test_noise_of_a_million_numbers_is_normal():
-    draw = fused_unet.fused_noise(
-        cpu_kernels.load(), [torch.Generator().manual_seed(1)], (1, 1, 1000, 1000)
-    )
-    noise = draw().double().flatten()
-    assert noise.isfinite().all()
-    assert abs(noise.mean()) < 0.005
-    assert abs(noise.std() - 1) < 0.005
-    assert abs((noise.abs() < 1).double().mean() - 0.6827) < 0.002
-    assert 4.3 < noise.abs().max() < 5.9
-
-
-def test_noise_that_would_be_another_is_left_to_torch(monkeypatch):
-    generators = [torch.Generator().manual_seed(1)]
-    assert fused_unet.fused_noise(cpu_kernels.load(), generators, (1, 3, 8, 8))
-    assert (
-        fused_unet.fused_noise(cpu_kernels.load(), generators, (1, 3, 2, 2)) is None
-    )  # drawn otherwise
-    monkeypatch.setattr(cpu_kernels.Kernels, "draw_normal", lambda *_: torch.zeros(1, 16))
-    assert fused_unet.fused_noise(cpu_kernels.load(), generators, (1, 3, 8, 8)) is None
-    run = inpainter()
-    draw = run.noise_source(generators, (1, 3, 8, 8))
-    expected = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(draw()[0], expected)
 
 
 # ---- Where it is used ----------------------------------------------------------------------------
@@ -300,9 +179,7 @@ def inpainter(**changes):
 def test_a_run_on_a_cpu_uses_it_unless_told_otherwise():
     for compile in ("auto", True):
         assert isinstance(inpainter(compile=compile).network, fused_unet.FusedUNet)
-        assert isinstance(inpainter(compile=compile).diffusion, fused_unet.FusedDiffusion)
     assert not isinstance(inpainter(compile=False).network, fused_unet.FusedUNet)
-    assert not isinstance(inpainter(compile=False).diffusion, fused_unet.FusedDiffusion)
     assert not isinstance(inpainter(precision="bfloat16").network, fused_unet.FusedUNet)
 
 

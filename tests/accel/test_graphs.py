@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_diffusion.accel import graphs, layout, memory
 from guided_diffusion.accel.memory import file_mappings
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion, classifier_gradient
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.nn import UpConv2d
+from guided_diffusion.run.inpainter import classifier_gradient
 from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.unet import EncoderUNetModel, ResBlock, TrunkConfig, UNetModel
 
@@ -242,7 +243,7 @@ def test_a_classifiers_gradient_compiles_too(monkeypatch):
     classifier = randomised(EncoderUNetModel(SMALL, 7, "attention"))
 
     def gradient(x, timesteps, y):
-        return classifier_gradient(classifier, y, 2.0)(x, timesteps)
+        return classifier_gradient(classifier, x, timesteps, y, 2.0)
 
     with torch.inference_mode():
         reference = gradient(X, T, Y)

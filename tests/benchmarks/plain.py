@@ -23,7 +23,7 @@ from guided_diffusion.unet import (
     Downsample,
     EncoderUNetModel,
     ResBlock,
-    Trunk,
+    UNetEncoder,
     UNetModel,
     Upsample,
 )
@@ -108,7 +108,7 @@ def layers(block: nn.Sequential, h: Tensor, emb: Tensor, resize: str | None) -> 
     return h
 
 
-def embed_time(model: Trunk, timesteps: Tensor) -> Tensor:
+def embed_time(model: UNetEncoder, timesteps: Tensor) -> Tensor:
     """(N,) → (N, 4·model_channels)."""
     half = model.cfg.model_channels // 2
     exact = model.time_embed[0].weight.dtype
@@ -117,7 +117,7 @@ def embed_time(model: Trunk, timesteps: Tensor) -> Tensor:
     return model.time_embed(torch.cat([torch.cos(args), torch.sin(args)], dim=-1))
 
 
-def encode(model: Trunk, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+def encode(model: UNetEncoder, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Return the middle's output and every input block's."""
     levels, per_level = len(model.cfg.channel_mult), model.cfg.num_res_blocks + 1
     h, hs = x.type(model.dtype), []

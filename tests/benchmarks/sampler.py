@@ -57,7 +57,7 @@ from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.keys import DataConf, InpaintConf, load_conf
 from guided_diffusion.dist_util import get_device
 from guided_diffusion.io.files import check_folder, write_text_atomic
-from guided_diffusion.run.inpainter import Inpainter
+from guided_diffusion.run.inpainter import Inpainter, noise_source
 from guided_diffusion.scheduler import count_steps, get_schedule_jump
 from guided_diffusion.script_util import (
     create_classifier,
@@ -358,7 +358,7 @@ class Benchmark:
                 own.normal_(generator=generator)
             return noise
 
-        draw = inpainter.noise_source(generators, self.x.shape)
+        draw = noise_source(generators, self.x.shape)
 
         def network(x: Tensor, timesteps: Tensor) -> Tensor:
             return zeros
