@@ -23,6 +23,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "for mask_path")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="folder of results, for the data set's paths")
     parser.add_argument("--invert_mask", action="store_true", help="white is to be generated")
+    parser.add_argument("--fast", action="store_true", help="100 network calls a picture: sampler: "
+                        "ddnm, 100 steps, no resampling")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="any key, dotted, as in YAML; repeatable")  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="skip results that are finished")
@@ -30,6 +32,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.out == "":
         raise UserError("the path is empty", key="--out")
     return args
+
+
+FAST = (
+    "sampler=ddnm",
+    "use_ddim=false",
+    "inpa_inj_sched_prev_cumnoise=false",
+    "timestep_respacing='100'",
+    "schedule_jump_params={t_T: 100, jump_n_sample: 1}",
+)
 
 
 def overrides_of(args: argparse.Namespace) -> list[str]:
@@ -46,7 +57,8 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
         for key, value in values.items()
         if value is not None
     ]
-    return [*quoted, *["invert_mask=true"] * args.invert_mask, *args.overrides]
+    fast = FAST if args.fast else ()
+    return [*fast, *quoted, *["invert_mask=true"] * args.invert_mask, *args.overrides]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from guided_diffusion.run.plan import Summary, plan_run
 
     team = Team()
+    if args.fast and team.is_main:
+        print("--fast: DDNM in place of RePaint; docs/quality.md says what it costs")
     plan = plan_run(conf, team, resume=args.resume)
     summary = Summary()
     if plan.todo:

@@ -926,3 +926,46 @@ def test_loss_without_a_learned_variance():
     whole, *_ = losses_of(chain(learn_sigma=False, use_kl=True), channels=3)
     assert whole["loss"].shape == (2,)
     assert torch.isfinite(whole["loss"]).all()
+
+
+# --- ddnm ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t", [0, 6])
+@pytest.mark.parametrize("eta", [0.0, 0.85, 1.0])
+def test_a_step_of_ddnm_by_hand(t, eta):
+    diffusion = chain(clip_denoised=False)
+    output, x, noise, known = step_inputs()
+    mask = torch.linspace(0, 1, known.numel()).view_as(known)  # soft ones, too
+    draws = iter([x, noise])
+    step = next(
+        diffusion.repaint(
+            lambda *_: output,
+            known,
+            mask,
+            [t, t - 1],
+            draws.__next__,
+            sampler="ddnm",
+            ddnm_eta=eta,
+        )
+    )
+    abar, before = diffusion.alphas_cumprod[t], diffusion.alphas_cumprod[t - 1] if t else 1.0
+    eps = output[:, :3]
+    x_start = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)
+    x_hat = mask * known + (1 - mask) * x_start
+    mixed = eta * noise + math.sqrt(1 - eta**2) * eps
+    expected = math.sqrt(before) * x_hat + math.sqrt(1 - before) * mixed
+    torch.testing.assert_close(step.x, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(step.pred_xstart, x_hat, rtol=1e-4, atol=1e-4)
+
+
+def test_ddnm_ends_with_the_known_pixels_as_they_are():
+    gt = torch.rand(1, 3, 4, 4) * 2 - 1
+    mask = torch.zeros_like(gt)
+    mask[..., :2] = 1
+    steps = chain("5").repaint(
+        bounded_network, gt, mask, WALK, noise_source(gt.shape), sampler="ddnm"
+    )
+    x = last(steps)
+    assert torch.equal(x[..., :2], gt[..., :2])
+    assert not torch.equal(x[..., 2:], gt[..., 2:])

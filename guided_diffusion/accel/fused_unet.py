@@ -24,8 +24,8 @@ from guided_diffusion.unet import (
     Downsample,
     EmbedSequential,
     ResBlock,
-    UNetEncoder,
     TrunkConfig,
+    UNetEncoder,
     UNetModel,
     Upsample,
 )

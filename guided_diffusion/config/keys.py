@@ -245,6 +245,11 @@ class InpaintConf(ModelConf):
     model_path: str = key(text="Checkpoint of the network, a state_dict saved by torch.")
     cond_y: int | None = key(None, "Class label of all pictures; absent: drawn for each at random.",
                              low=0)
+    sampler: str = key("repaint", "Where the known pixels come in: repaint puts them into every "
+                       "noisy picture, ddnm into every predicted one, with fewer calls.",
+                       choices=("repaint", "ddnm"))
+    ddnm_eta: float = key(0.85, "Share of fresh noise in a step of sampler: ddnm; 0 adds none.",
+                          low=0, high=1)
     use_ddim: bool = key(False, "Steps of DDIM, which add no noise, instead of the paper's.")
     inpa_inj_sched_prev: bool = key(True, "Put the known pixels into every step, noised as it is; "
                                     "false does not inpaint but makes a new picture.")
@@ -304,6 +309,12 @@ class InpaintConf(ModelConf):
             "inpa_inj_sched_prev_cumnoise and inpa_inj_sched_prev",
             "the first has no effect while the second is false",
         )
+        for name in ("use_ddim", "inpa_inj_sched_prev_cumnoise"):
+            require(
+                self.sampler != "ddnm" or not getattr(self, name),
+                f"sampler and {name}",
+                f"{name} belongs to sampler: repaint; ddnm_eta: 0 is ddnm without fresh noise",
+            )
         require(
             not self.use_fp16 or self.precision in (None, "float16"),
             "use_fp16 and precision",

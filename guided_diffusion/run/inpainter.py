@@ -77,6 +77,8 @@ class Inpainter:
             gt_keep_mask,
             self.times,
             noise_source(generators, gt.shape),
+            sampler=self.conf.sampler,
+            ddnm_eta=self.conf.ddnm_eta,
             cond_fn=partial(self.gradient, y=y) if self.conf.guided else None,
             use_ddim=self.conf.use_ddim,
             inpa_inj_sched_prev=self.conf.inpa_inj_sched_prev,

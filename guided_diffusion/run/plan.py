@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from guided_diffusion import dist_util
 from guided_diffusion.config.keys import InpaintConf
-from guided_diffusion.config.schema import conf_from_dict, conf_to_dict
+from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, describe
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import Pair, check_pairs, load_pair, pair_images, sample_names
 from guided_diffusion.io.checkpoints import check_beginning, fingerprint
@@ -43,6 +43,10 @@ _WITHOUT_EFFECT_ON_RESULTS = (
     "data.batch_size", "data.deterministic", "data.drop_last", "data.offset", "data.max_len",
     "data.paths.srs", "data.paths.lrs", "data.paths.gts", "data.paths.gt_keep_masks",
 )  # fmt: skip
+
+
+# Keys that came later. At their defaults they leave the marks of earlier results valid.
+_LATER_KEYS = ("sampler", "ddnm_eta")
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,10 @@ def settings_of_results(
     tree["data"] = tree["data"]["eval"][conf.data.name]
     settings = {**dict(flat(tree)), **checkpoints, "device": device_type}
     ignored = {*_WITHOUT_EFFECT_ON_RESULTS} - {"device"}
+    defaults = {doc.key: doc.default for doc in describe(type(conf))}
+    ignored |= {key for key in _LATER_KEYS if settings[key] == defaults[key]}
+    if conf.sampler != "ddnm":
+        ignored.add("ddnm_eta")
     return {key: settings[key] for key in sorted(settings.keys() - ignored)}
 
 

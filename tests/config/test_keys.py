@@ -149,7 +149,7 @@ def test_the_complete_published_form_is_accepted_unchanged(tmp_path):
 def test_complete_form_states_every_published_and_every_ignored_key():
     stated = yaml.safe_load(COMPLETE)
     own = {"num_classes", "seed", "samples_per_image", "precision", "compile", "paste_known"}
-    own |= {"invert_mask", "overview", "save_process"}
+    own |= {"invert_mask", "overview", "save_process", "sampler", "ddnm_eta"}
     written_here = {"record"}
     fields = {field.name for field in dataclasses.fields(InpaintConf)}
     assert fields - own == stated.keys() - keys.IGNORED_KEYS.keys()
