@@ -5,6 +5,7 @@ torchrun's own options. The result runs at once: ``python test.py --conf_path <o
 """
 
 import argparse
+import os
 import sys
 
 from guided_diffusion.cli import OptionParser, command_line
@@ -26,7 +27,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "or start where there is none")  # fmt: skip
     parser.add_argument("--export", metavar="FILE", help="do not train: write the newest averaged "
                         "weights in half precision to FILE")  # fmt: skip
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.export = args.export and os.path.expanduser(args.export)  # noqa: PTH111 - as it was given
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

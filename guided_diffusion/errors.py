@@ -1,5 +1,8 @@
 """The one exception for mistakes a user can mend."""
 
+import os
+from pathlib import Path
+
 
 class UserError(ValueError):
     """A mistake the user can mend, told in one line: where, what was expected, what was found.
@@ -24,3 +27,21 @@ class UserError(ValueError):
         what = "; ".join(part for part in (problem, contrast) if part)
         where = [str(part) for part in (path, key) if part is not None]
         super().__init__(" ".join(": ".join([*where, what]).split()))
+
+
+def looked_in(path: str | os.PathLike) -> str:
+    """Return where a relative ``path`` that is missing was looked for, to end a message with.
+
+    Empty for other paths. Where the path is right as seen from the program's own folder, as those
+    of the published configurations are, it says so.
+    """
+    path, program = os.fspath(path), Path(__file__).resolve().parents[1]
+    if not path or os.path.isabs(path) or "://" in path:  # noqa: PTH117
+        return ""
+    try:
+        here = Path.cwd()
+        elsewhere = (program / path).exists() and not program.samefile(here)
+    except (OSError, ValueError):  # the working directory was removed, or a null character
+        return ""
+    hint = f", but it is in {program}: start the program there" if elsewhere else ""
+    return f" (looked for in {here}{hint})"

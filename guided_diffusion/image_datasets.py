@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from guided_diffusion import masks
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, looked_in
 from guided_diffusion.io.images import (
     _blobfile,
     _scale_short_side,
@@ -76,7 +76,7 @@ def _list_local(path: str, key: str | None) -> list[str]:
         if stat.S_ISDIR(os.stat(path).st_mode):  # noqa: PTH116 - a Path would lose "./"
             return list(_walk(path, frozenset()))
     except OSError as error:
-        problem = "no such file or folder"
+        problem = f"no such file or folder{looked_in(path)}"
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             path, problem = error.filename or path, error.strerror or str(error)
         raise UserError(problem, path=path, key=key) from error
@@ -193,7 +193,8 @@ def _list_masks(mask_path: str) -> list[str]:
         if "no such" in error.problem:
             families = ", ".join(masks.FAMILIES)
             error = UserError(
-                f"no such file or folder, nor a kind of mask that can be drawn ({families})",
+                f"no such file or folder, nor a kind of mask that can be drawn ({families})"
+                f"{looked_in(mask_path)}",
                 path=mask_path,
                 key="mask_path",
             )

@@ -168,12 +168,25 @@ def zipped(folder):
         archive.writestr("readme.txt", "no checkpoint")
 
 
+def edited_record(text, **changes):
+    """Add lines to the record of a finished run, as by hand."""
+
+    def spoil(folder):
+        options = finished_run(**changes)(folder)
+        path = folder / "log" / "run" / "run.yml"
+        path.write_text(path.read_text() + text)
+        return options
+
+    return spoil
+
+
 LONG = "x" * 300
 
 CASES = {
     # the YAML as a file
     "no yaml": (remove("c.yml"), "c.yml: cannot be read: No such file"),
     "yaml is a folder": (folder_for("c.yml"), "c.yml: cannot be read: Is a directory"),
+    "yaml is a pipe": (pipe("c.yml"), "c.yml: is no regular file"),
     "yaml is empty": (raw(b"# nothing\n"), "c.yml: expected keys and values, found an empty file"),
     "yaml is a picture": (copy("gt/00.png", "c.yml"), "c.yml: expected YAML"),
     "yaml is a checkpoint": (copy("model.pt", "c.yml"), "c.yml: expected YAML"),
@@ -185,6 +198,8 @@ CASES = {
     "a key twice": (raw(b"seed: 1\nseed: 2"), "c.yml: no valid YAML: line 2"),
     "a list": (raw(b"- name\n- seed"), "c.yml: expected keys and values"),
     "a word": (raw(b"name"), "c.yml: expected keys and values"),
+    "a set that is none": (raw(b"name: !!set 3"), "c.yml: no valid YAML: line 1, column 7: this"),
+    "a windows path": (raw(b'name: "C:\\Users"'), "in double quotes \\ is special"),
     "two documents": (raw(b"name: a\n---\nname: b"), "c.yml: no valid YAML: line 2"),
     "python object": (raw(b"name: !!python/object/apply:os.system [touch executed]"), "c.yml: no"),
     "a thousand laughs": (raw(b"a: &a [1]\nb: &b [*a,*a]\nc: [*b,*b]"), "c.yml: no valid YAML"),
@@ -330,6 +345,14 @@ CASES = {
     "resume with another seed": (finished_run(seed=6), "log/run/run.yml: "),
     "resume from nonsense": (
         both(write("log/run/run.yml", b"x: ["), options("--resume")),
+        "log/run/run.yml: is not the record of a run",
+    ),
+    "a date in the record": (edited_record("  at: !!timestamp never"), "run.yml: is not the rec"),
+    "a set in the record": (edited_record("  at: !!set 3"), "run.yml: is not the record"),
+    "depths in the record": (edited_record("  at: " + "[" * 5000), "run.yml: is not the record"),
+    "a list in the record": (edited_record("  checkpoints: [1]"), "run.yml: is not the record"),
+    "a pipe as the record": (
+        both(write("log/run/run.yml", b""), pipe("log/run/run.yml"), options("--resume")),
         "log/run/run.yml: is not the record of a run",
     ),
 }  # fmt: skip

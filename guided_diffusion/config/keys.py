@@ -88,11 +88,14 @@ class JumpParams(Conf):
 class OutputPaths(Conf):
     """``data.eval.<set>.paths``: the folders of results, one PNG an image in each."""
 
-    srs: str = key("", "Folder of the inpainted pictures; empty: ./log/<name>/inpainted.")
-    lrs: str = key("", "Folder of the inputs with a black hole; empty: ./log/<name>/gt_masked.")
+    srs: str = key("", "Folder of the inpainted pictures; empty: ./log/<name>/inpainted.",
+                   path=True)
+    lrs: str = key("", "Folder of the inputs with a black hole; empty: ./log/<name>/gt_masked.",
+                   path=True)
     gts: str = key("", "Folder of the inputs as the network saw them; empty: ./log/<name>/gt if no "
-                   "other folder is stated, else they are not written.")
-    gt_keep_masks: str = key("", "Folder of the masks; empty: ./log/<name>/gt_keep_mask.")
+                   "other folder is stated, else they are not written.", path=True)
+    gt_keep_masks: str = key("", "Folder of the masks; empty: ./log/<name>/gt_keep_mask.",
+                             path=True)
 
     def filled(self, name: str) -> "OutputPaths":
         """The same with the folders of run ``name`` where none is stated."""
@@ -109,10 +112,10 @@ class DataConf(Conf):
 
     name: str
     gt_path: str = key(text="Pictures: a folder, taken with its subfolders and sorted by path, or "
-                       "one file.")
+                       "one file.", path=True)
     mask_path: str = key(text="Masks, white (255) = known, black (0) = to generate: a folder or "
                          "file, paired with the pictures in sorted order, or to draw them one of "
-                         "thin, thick, ev2li, nn2, ex64, genhalf.")
+                         "thin, thick, ev2li, nn2, ex64, genhalf.", path=True)
     image_size: int | None = key(None, "Has to equal the network's image_size; absent: that.",
                                  low=1)
     batch_size: int = key(1, "Pictures that go through the network at once: more is faster on a "
@@ -182,7 +185,7 @@ class ModelConf(Conf):
         """Check the keys one by one, then those that have to fit each other."""
         super().__post_init__()
         if not self.timestep_respacing:
-            self.settle("timestep_respacing", str(self.diffusion_steps))
+            self._set("timestep_respacing", str(self.diffusion_steps))
         require(
             self.noise_schedule != "linear" or not 1 < self.diffusion_steps <= 20,
             "diffusion_steps and noise_schedule",
@@ -242,7 +245,7 @@ class InpaintConf(ModelConf):
     ignored: ClassVar[dict[str, str]] = IGNORED_KEYS
 
     name: str = key(text="Name of the run, for its folder ./log/<name>/.")
-    model_path: str = key(text="Checkpoint of the network, a state_dict saved by torch.")
+    model_path: str = key(text="Checkpoint of the network, a state_dict saved by torch.", path=True)
     cond_y: int | None = key(None, "Class label of all pictures; absent: drawn for each at random.",
                              low=0)
     sampler: str = key("repaint", "Where the known pixels come in: repaint puts them into every "
@@ -259,7 +262,7 @@ class InpaintConf(ModelConf):
                                    high=1_000_000)
     schedule_jump_params: JumpParams = key(JumpParams(), "The walk.")  # noqa: RUF009 - it is frozen
     classifier_path: str | None = key(None, "Checkpoint of a classifier of noisy pictures, which "
-                                      "guides towards the label; absent: no guidance.")
+                                      "guides towards the label; absent: no guidance.", path=True)
     classifier_scale: float = key(4.0, "Strength of the guidance; 0 is off and saves its time.",
                                   low=0)
     classifier_width: int = key(128, "As num_channels, for the classifier.", low=32, multiple_of=32)
@@ -357,7 +360,7 @@ class InpaintConf(ModelConf):
             f"{size} and {self.image_size} have to be equal",
         )
         paths = self.data.paths.filled(self.name)
-        self.settle("data", dataclasses.replace(self.data, image_size=self.image_size, paths=paths))
+        self._set("data", dataclasses.replace(self.data, image_size=self.image_size, paths=paths))
         inputs = {"gt_path": self.data.gt_path, "mask_path": self.data.mask_path}
         used = {os.path.realpath(path): name for name, path in inputs.items()}
         for name, path in ((f"paths.{name}", getattr(paths, name)) for name in paths.__dict__):
@@ -393,8 +396,9 @@ class TrainConf(ModelConf):
 
     name: str = key(text="Name of the run, for its folder ./runs/<name>.")
     data_dir: str = key(text="Folder of pictures, taken with its subfolders; with class_cond each "
-                        "subfolder on its first level is a class.")
-    out_dir: str = key("", "Folder of checkpoints and process pictures; empty: ./runs/<name>.")
+                        "subfolder on its first level is a class.", path=True)
+    out_dir: str = key("", "Folder of checkpoints and process pictures; empty: ./runs/<name>.",
+                       path=True)
     timestep_respacing: str = key("", "Steps of the chain to train; empty: all.", pattern=STEPS)
     rescale_learned_sigmas: bool = key(True, "Train the variance with its share of the loss times "
                                        "the chain's length over 1000.")
@@ -434,15 +438,16 @@ class TrainConf(ModelConf):
     sample_count: int = key(8, "Process pictures to make each time; 0: none.", low=0)
     sample_respacing: str = key("50", "As timestep_respacing, for the process pictures: fewer "
                                 "steps are faster and less good.", pattern=STEPS)
-    init_from: str | None = key(None, "Checkpoint to start from; absent: random weights.")
+    init_from: str | None = key(None, "Checkpoint to start from; absent: random weights.",
+                                path=True)
     # fmt: on
 
     def __post_init__(self) -> None:
         """Check the keys one by one, then those that have to fit each other."""
         super().__post_init__()
         _check_name(self.name, "./runs/")
-        self.settle("out_dir", self.out_dir or f"./runs/{self.name}")
-        self.settle("sample_respacing", self.sample_respacing or str(self.diffusion_steps))
+        self._set("out_dir", self.out_dir or f"./runs/{self.name}")
+        self._set("sample_respacing", self.sample_respacing or str(self.diffusion_steps))
         require(
             not self.use_fp16,
             "use_fp16 and precision",

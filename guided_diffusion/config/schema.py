@@ -3,7 +3,7 @@
 A configuration is a frozen dataclass of ``Conf`` whose fields are keys. What ``key(...)`` says of a
 key is the one source of its check, of its documentation and of the JSON Schema that editors read.
 A configuration checks itself whenever it is made: from a file, by ``--set`` or by ``replace``.
-This module knows no key by name; conf.py has them all.
+This module knows no key by name; keys.py has them all.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import yaml
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, looked_in
 
 MAX_YAML_BYTES = 1 << 21  # a checkpoint given for a YAML is refused without reading all of it
 # ---- What a key may hold -------------------------------------------------------------------------
@@ -39,6 +39,10 @@ KINDS = {  # type: (words, JSON Schema's type)
     bool: ("true or false", "boolean"),
     str: ("text", "string"),
 }
+
+
+EXPONENT = r"[-+]?(\d{1,18}(\.\d{0,18})?|\.\d{1,18})[eE][-+]?\d{1,3}"
+QUOTES = "in double quotes \\ is special, so write single quotes or /"
 
 
 class Pattern(NamedTuple):
@@ -69,17 +73,19 @@ def key(
     choices: tuple = (),
     pattern: Pattern | None = None,
     special: int | None = None,
+    path: bool = False,
     under: str | None = None,
     **bounds: float,
 ) -> Any:
     """A dataclass field that is a YAML key; without a default it is required.
 
     ``text`` documents it in one sentence. ``choices`` are all the values there are; ``bounds`` are
-    those of BOUNDS and ``special`` is a value allowed outside them. ``under="eval"`` is for keys
-    that hold ``eval:`` and in it one set of keys by a name that is free.
+    those of BOUNDS and ``special`` is a value allowed outside them. A ``path`` may begin with ~,
+    the home folder. ``under="eval"`` is for keys that hold ``eval:`` and in it one set of keys by a
+    name that is free.
     """
-    rules = {"choices": choices, "pattern": pattern, "special": special, "under": under}
-    rules["bounds"] = bounds
+    rules = {"choices": choices, "pattern": pattern, "special": special, "path": path}
+    rules |= {"under": under, "bounds": bounds}
     return dataclasses.field(default=default, metadata={"text": text, **rules})
 
 
@@ -117,9 +123,9 @@ def _wanted(field: dataclasses.Field) -> str:
 def _number(value: Any, kind: type) -> int | float | None:
     """``value`` as an int or float, None if it is neither or not finite.
 
-    Text such as 1e-4 counts: YAML 1.1 takes an exponent without a point for text.
+    Text such as 1e-4 counts: YAML 1.1 takes an exponent without point and sign for text.
     """
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d{1,18}[eE][-+]?\d{1,3}", value):
+    if isinstance(value, str) and re.fullmatch(EXPONENT, value, re.ASCII):
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**63:
         return None
@@ -134,7 +140,9 @@ def _text(value: Any) -> str | None:
     """
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return str(value)
-    if not isinstance(value, str) or any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+    if not isinstance(value, str) or {"Cc", "Cs", "Zl", "Zp"} & set(
+        map(unicodedata.category, value)
+    ):
         return None
     return value
 
@@ -168,10 +176,13 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     elif kind is str:
         text = _number_text(value, rules["pattern"]) if rules["pattern"] else _text(value)
         if text or (text == "" and field.default is not MISSING):
-            return text
+            return os.path.expanduser(text) if rules["path"] else text  # noqa: PTH111 - keeps "./"
         if not rules["pattern"] and not isinstance(value, str):
             problem = "text that YAML takes for something else needs quotes"
             wrong = UserError(problem, key=field.name, got=got)
+        elif text is None and not rules["pattern"]:  # mostly "C:\new": \n is the end of a line
+            expected = f"text without control characters ({QUOTES})"
+            wrong = UserError(key=field.name, expected=expected, got=got)
     elif kind in (int, float):
         number = _number(value, kind)
         bounds = [(BOUNDS[name][0], limit) for name, limit in rules["bounds"].items()]
@@ -203,9 +214,9 @@ class Conf:
 
     def __post_init__(self) -> None:
         for field in _keys(type(self)).values():
-            self.settle(field.name, _checked(field, getattr(self, field.name)))
+            self._set(field.name, _checked(field, getattr(self, field.name)))
 
-    def settle(self, name: str, value: Any) -> None:
+    def _set(self, name: str, value: Any) -> None:
         """Give a key its final value; for ``__post_init__`` alone."""
         object.__setattr__(self, name, value)
 
@@ -216,10 +227,10 @@ AnyConf = TypeVar("AnyConf", bound=Conf)
 # ---- From a tree, and back -----------------------------------------------------------------------
 
 
-def _moved(error: UserError, *, path: object = None, prefix: str = "") -> UserError:
+def _seen_from(error: UserError, *, path: object = None, prefix: str = "") -> UserError:
     """The same error seen from further up: in a file, or with ``prefix`` before its keys."""
-    moved = error.key and " and ".join(prefix + name for name in error.key.split(" and "))
-    return UserError(error.problem, path=path, key=moved, expected=error.expected, got=error.got)
+    keys = error.key and " and ".join(prefix + name for name in error.key.split(" and "))
+    return UserError(error.problem, path=path, key=keys, expected=error.expected, got=error.got)
 
 
 def _mapping(tree: Any, where: str) -> Mapping:
@@ -269,7 +280,7 @@ def _build(
     try:
         return cls(**values)
     except UserError as error:
-        raise _moved(error, prefix=prefix) from None
+        raise _seen_from(error, prefix=prefix) from None
 
 
 def _build_named(field: dataclasses.Field, tree: Any, root: type[Conf]) -> Conf:
@@ -299,7 +310,7 @@ def conf_from_dict(tree: Any, cls: type[AnyConf], source: object = None) -> AnyC
     try:
         return _build(cls, tree, cls)
     except UserError as error:
-        raise _moved(error, path=source) from None
+        raise _seen_from(error, path=source) from None
 
 
 def conf_to_dict(conf: Conf) -> dict[str, Any]:
@@ -342,9 +353,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError, TypeError) as error:
+        try:  # always deep: PyYAML would fill a map or a set later, where nothing tells its place
+            return super().construct_object(node, deep=True)
+        except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
             raise yaml.MarkedYAMLError(
                 problem=f"this is not a {node.tag.rpartition(':')[2]}",
                 problem_mark=node.start_mark,
@@ -355,8 +366,14 @@ class _Loader(yaml.SafeLoader):
         text = self.construct_scalar(node)
         return int(text) if re.fullmatch(r"[-+]?(0|[1-9]\d{0,17})", text) else text
 
+    def pointed(self, node: yaml.ScalarNode) -> float | str:
+        """A number with a point; 1:30.5, to YAML 1.1 a number of base 60, stays text."""
+        text = self.construct_scalar(node)
+        return text if ":" in text else self.construct_yaml_float(node)
+
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.decimal)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.pointed)
 
 
 def _parse(text: str) -> Any:
@@ -366,6 +383,8 @@ def _parse(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark or error.context_mark, error.problem
         line, column = mark.line + 1, mark.column + 1
+        if "escape" in problem:  # "C:\Users": \U wants eight digits
+            problem = f"{problem}; {QUOTES}"
     except yaml.reader.ReaderError as error:
         lines = text[: error.position].split("\n")
         line, column, problem = len(lines), len(lines[-1]) + 1, error.reason
@@ -374,15 +393,20 @@ def _parse(text: str) -> Any:
     raise UserError(f"no valid YAML: line {line}, column {column}: {problem}")
 
 
-def _read(path: str | os.PathLike) -> Any:
+def read_yaml(path: str | os.PathLike, max_bytes: int = MAX_YAML_BYTES) -> Any:
+    """The tree that a YAML file holds; UserError, in one line, for all that is wrong with it."""
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+        raise UserError("is no regular file", path=path)
     try:
-        with Path(path).open("rb") as file:
-            raw = file.read(MAX_YAML_BYTES + 1)
+        with path.open("rb") as file:
+            raw = file.read(max_bytes + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot be read: {reason}", path=path) from None
-    if b"\0" in raw or len(raw) > MAX_YAML_BYTES:
-        found = "a binary file" if b"\0" in raw else "more than 2 MiB"
+        where = looked_in(path) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"cannot be read: {reason}{where}", path=path) from None
+    found = _no_utf8(raw) or (len(raw) > max_bytes and f"more than {max_bytes >> 20} MiB")
+    if found:
         raise UserError(path=path, expected="YAML in UTF-8", got=found)
     try:
         return _parse(raw.decode("utf-8-sig"))
@@ -391,7 +415,15 @@ def _read(path: str | os.PathLike) -> Any:
         problem = f"line {line} is in another encoding"
         raise UserError(problem, path=path, expected="YAML in UTF-8") from None
     except UserError as error:
-        raise _moved(error, path=path) from None
+        raise _seen_from(error, path=path) from None
+
+
+def _no_utf8(raw: bytes) -> str | None:
+    """In words, what the bytes are that cannot be UTF-8 text."""
+    zeros = [byte == 0 for byte in raw[:4]]
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or zeros in ([True, False] * 2, [False, True] * 2):
+        return "UTF-16 or UTF-32 (save the file as UTF-8 in the editor)"
+    return "a binary file" if b"\0" in raw else None
 
 
 def _override(tree: dict, option: str, cls: type[Conf]) -> str:
@@ -429,16 +461,18 @@ def load(path: str | os.PathLike, cls: type[AnyConf], overrides: Sequence[str] =
     """
     if not os.fspath(path):
         raise UserError("the path of the YAML file is empty")
-    tree = _read(path)
+    path = os.path.expanduser(path)  # noqa: PTH111 - as the user wrote it but for the ~
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         found = "an empty file" if tree is None else shown(tree)
         raise UserError(path=path, expected="keys and values", got=found)
     given = {}
     for option in overrides:
+        name = f"--set {option}" if len(option) <= 200 else f"--set {option[:200]}…"
         try:
-            given[_override(tree, option, cls)] = f"--set {option}"
-        except UserError as error:  # noqa: PERF203 - each names its own option
-            raise _moved(error, path=f"--set {option}") from None
+            given[_override(tree, option, cls)] = name
+        except UserError as error:
+            raise _seen_from(error, path=name) from None
     try:
         return conf_from_dict(tree, cls, path)
     except UserError as error:
@@ -448,7 +482,7 @@ def load(path: str | os.PathLike, cls: type[AnyConf], overrides: Sequence[str] =
             for name, option in given.items()
             if any(key.startswith(f"{name}.") or f"{name}.".startswith(key) for key in wrong)
         ]
-        raise _moved(error, path=" ".join(options) or path) from None
+        raise _seen_from(error, path=" ".join(options) or path) from None
 
 
 # ---- The keys, described -------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, looked_in
 
 # How the files begin that people save in a checkpoint's place.
 _IMPOSTORS = (
@@ -87,7 +87,7 @@ def check_beginning(path: str | os.PathLike) -> bool:
         with path.open("rb") as stream:
             beginning = stream.read(64).lstrip()
     except FileNotFoundError:
-        raise UserError("no such checkpoint", path=path) from None
+        raise UserError(f"no such checkpoint{looked_in(path)}", path=path) from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", path=path) from error
     if not beginning:

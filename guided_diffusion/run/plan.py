@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from guided_diffusion import dist_util
 from guided_diffusion.config.keys import InpaintConf
-from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, describe
+from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, describe, read_yaml
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import Pair, check_pairs, load_pair, pair_images, sample_names
 from guided_diffusion.io.checkpoints import check_beginning, fingerprint
@@ -36,6 +36,7 @@ from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import create_gaussian_diffusion, create_schedule
 
 SAMPLE_SEED_STRIDE = 1_000_003  # sample j of image k: seed + k + j · this, so that none coincide
+_MAX_RECORD_BYTES = 1 << 30  # a record has a line for each result
 # Settings that change how a run goes, but not what a result looks like.
 _WITHOUT_EFFECT_ON_RESULTS = (
     "name", "show_progress", "overview", "save_process", "device", "samples_per_image", "compile",
@@ -251,13 +252,14 @@ def _read_record(conf: InpaintConf) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path, max_bytes=_MAX_RECORD_BYTES)
         earlier, record = conf_from_dict(tree, InpaintConf, path), tree["record"]
-        settings = settings_of_results(earlier, record["checkpoints"], record["device_type"])
+        checkpoints = {key: str(value) for key, value in record["checkpoints"].items()}
+        settings = settings_of_results(earlier, checkpoints, str(record["device_type"]))
         if earlier.seed is None:
             raise KeyError("seed")
         return {"seed": earlier.seed, "settings": settings, "record": record}
-    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         problem = "is not the record of a run; remove it or run without --resume"
         raise UserError(problem, path=path) from error
 

@@ -62,7 +62,10 @@ def problem(load, text, overrides=(), base=BASE):
         ("channel_mult: 1", "channel_mult", "1"),
         ("channel_mult: null", "channel_mult", ""),
         ("dropout: 1e-1", "dropout", 0.1),
+        ("dropout: .5e-1", "dropout", 0.05),
         ("dropout: 0", "dropout", 0.0),
+        ("classifier_scale: 1.5e1", "classifier_scale", 15.0),
+        ("num_channels: 1.28e2", "num_channels", 128),
         ("classifier_scale: 4", "classifier_scale", 4.0),
         ("classifier_scale: ~", "classifier_scale", 4.0),
         ("num_channels: 128.0", "num_channels", 128),
@@ -96,11 +99,17 @@ def test_values_as_people_write_them(load, text, key, value):
         ("image_size: " + "9" * 10_000, "image_size: expected an integer"),
         ("image_size: '256'", "image_size: expected an integer"),
         ("image_size: {a: 1}", "image_size: expected an integer"),
+        ("seed: 1:30", "at least 0 and at most 2147483647, found '1:30'"),
+        ("classifier_scale: 1:30.5", "at least 0, found '1:30.5'"),
+        ("classifier_scale: " + "1:" * 200 + "1.0", "classifier_scale: expected a finite number"),
+        ("seed: !!set {a}", "seed: expected an integer"),
         ("device: yes", "device: text that YAML takes for something else needs quotes; found true"),
         ("device: 2024-01-01", "device: text that YAML takes for something else needs quotes"),
         ("device: 1.10", "device: text that YAML takes for something else needs quotes"),
         ('device: "a\\0b"', "device: expected text"),
         ('device: "\\ud800"', "device: expected text"),
+        (r'device: "C:\new"', "(in double quotes \\ is special, so write single quotes or /)"),
+        (r'device: "C:\Program Files"', "in double quotes \\ is special"),  # \P ends a paragraph
     ],
 )
 def test_values_that_are_something_else(load, text, words):
@@ -110,7 +119,8 @@ def test_values_that_are_something_else(load, text, words):
 
 
 @pytest.mark.parametrize(
-    ("name", "kept"), [("012", "012"), ("12", "12"), ("1:30", "1:30"), ("1e5", "1e5"), ("'é'", "é")]
+    ("name", "kept"),
+    [("'é'", "é"), *((name, name) for name in ("012", "12", "1:30", "1:30.5", "1e5", "1.5e1"))],
 )
 def test_names_stay_as_they_are_written(load, name, kept):
     assert load("", base=BASE.replace("name: run", f"name: {name}")).name == kept
@@ -151,6 +161,15 @@ def test_a_conf_checks_itself_however_it_is_made(load):
         ("seed: !!bool maybe", "line 4, column 7: this is not a bool"),
         ("seed: !!float ''", "line 4, column 7: this is not a float"),
         ("seed: !!timestamp never", "line 4, column 7: this is not a timestamp"),
+        ("seed: !!timestamp 2024-01-01t00:00:00+99:99", "this is not a timestamp"),
+        ("seed: !!set 3", "line 4, column 7: this is not a set"),
+        ("seed: !!set [1, 2]", "line 4, column 7: this is not a set"),
+        ("seed: !!map 3", "line 4, column 7: this is not a map"),
+        ("seed: [!!map [1]]", "line 4, column 8: this is not a map"),
+        ("seed: !!omap [1]", "line 4, column 15: expected a mapping"),
+        (r'device: "C:\Users"', r"column 14: expected escape sequence of 8 hexadecimal numbers"),
+        (r'device: "C:\Users"', r"in double quotes \ is special, so write single quotes or /"),
+        (r'device: "a\data"', r"unknown escape character 'd'; in double quotes \ is special"),
         ("seed: =", "line 4, column 7"),
         ("---\nseed: 1", "line 4, column 1"),
         ("a: " + "[" * 5000, "nested too deeply"),
@@ -193,7 +212,9 @@ def test_a_number_may_name_the_data_set(load):
         (b"just text", "expected keys and values, found 'just text'"),
         (b"name: \xff\n", "line 1 is in another encoding"),
         ("name: é\n".encode("latin-1"), "line 1 is in another encoding"),
-        ("name: a\n".encode("utf-16"), "expected YAML in UTF-8"),
+        ("name: a\n".encode("utf-16"), "expected YAML in UTF-8, found UTF-16 "),
+        ("name: a\n".encode("utf-16-be"), "expected YAML in UTF-8, found UTF-16 "),
+        ("name: a\n".encode("utf-16-le"), "expected YAML in UTF-8, found UTF-16 "),
         (b"PK\x03\x04\0\0\0\0", "found a binary file"),
         (b"a: b\n" * 500_000, "more than 2 MiB"),
     ],
@@ -217,6 +238,24 @@ def test_missing_file_and_folder(tmp_path):
         load_conf("a\0b")
 
 
+def test_a_relative_path_that_is_missing_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="No such file") as caught:
+        load_conf("none.yml")
+    assert str(caught.value).endswith(f" (looked for in {tmp_path})")
+    with pytest.raises(UserError, match=r"but it is in .*: start the program there\)$"):
+        load_conf("confs/demo.yml")
+    with pytest.raises(UserError) as caught:
+        load_conf(tmp_path / "none.yml")
+    assert "looked for" not in str(caught.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.yml")
+    with pytest.raises(UserError, match=r"a\.yml: is no regular file"):
+        load_conf(tmp_path / "a.yml")
+
+
 def test_unreadable_file(tmp_path, monkeypatch):
     def denied(*_):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -224,6 +263,46 @@ def test_unreadable_file(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", denied)
     with pytest.raises(UserError, match=r"a\.yml: cannot be read: Permission denied"):
         load_conf(tmp_path / "a.yml")
+
+
+# ---- the home folder -----------------------------------------------------------------------------
+
+
+def test_a_tilde_is_the_home_folder_in_the_path_of_the_conf(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yml").write_text(BASE)
+    assert load_conf("~/a.yml").name == "run"
+    with pytest.raises(UserError, match=f"^{tmp_path}/b.yml: cannot be read"):
+        load_conf("~/b.yml")
+
+
+PATHS = {"data.gt_path", "data.mask_path", "model_path", "classifier_path"}
+PATHS |= {f"data.paths.{name}" for name in ("srs", "lrs", "gts", "gt_keep_masks")}
+
+
+@pytest.mark.parametrize("key", sorted(PATHS))
+def test_a_tilde_is_the_home_folder_in_every_path(load, monkeypatch, key):
+    monkeypatch.setenv("HOME", "/home/me")
+    for written, expected in (("~/x", "/home/me/x"), ("./~/x", "./~/x"), ("a~", "a~")):
+        found = load("", [f"{key}={written}"])
+        for part in key.split("."):
+            found = getattr(found, part)
+        assert found == expected
+
+
+@pytest.mark.parametrize("key", ["data_dir", "out_dir", "init_from"])
+def test_a_tilde_is_the_home_folder_in_training_too(monkeypatch, key):
+    monkeypatch.setenv("HOME", "/home/me")
+    tree = {"name": "a", "data_dir": "b", key: "~/x"}
+    assert getattr(conf_from_dict(tree, TrainConf), key) == "/home/me/x"
+
+
+def test_every_key_that_is_a_path_is_known_to_be_one():
+    """A new key of a path, by its name or its sentence, has to be marked as one."""
+    for cls in (InpaintConf, TrainConf):
+        for field in dataclasses.fields(cls):
+            if field.name.endswith(("_path", "_dir")) or "heckpoint" in field.metadata["text"][:10]:
+                assert field.metadata["path"], field.name
 
 
 # ---- overrides -----------------------------------------------------------------------------------
@@ -271,6 +350,9 @@ def test_later_overrides_win_and_folders_follow_the_name(load):
         ("seed.a.b=1", "seed: expected an integer"),
         ("name.x=1", "name is a value and has no keys in it"),
         ("seed=[1", "no valid YAML: line 1, column 3"),
+        ("seed=!!set 3", "no valid YAML: line 1, column 1: this is not a set"),
+        ("seed=!!timestamp never", "no valid YAML: line 1, column 1: this is not a timestamp"),
+        (r'model_path="C:\Users"', "in double quotes"),
         ("a.b=1", "a: unknown key"),
         ("data.eval.other.gt_path=a", "data.eval: expected one set of keys"),
         ("seed", "expected KEY=VALUE"),
@@ -283,6 +365,12 @@ def test_wrong_overrides_are_named(load, option, words):
     message = problem(load, "", [option])
     assert message.startswith(f"--set {option}: ")
     assert words in message
+
+
+def test_a_long_override_is_quoted_in_part(load):
+    message = problem(load, "", ["seed=" + "[" * 1000])
+    assert message.startswith("--set seed=[[[")
+    assert message.endswith("[…: no valid YAML: line 1, column 1: nested too deeply")
 
 
 def test_an_error_of_the_file_is_not_blamed_on_an_override(load):
@@ -344,6 +432,7 @@ def test_loading_a_conf_does_not_load_torch():
 PIECES = (
     *"[]{}:,-?&*!|>'\"#%@`=~\n\t ",
     *("&a ", "*a", "<<: ", "!!int ", "!!float ", "!!binary ", "---\n", "name: a\n", "seed: "),
+    *("!!set ", "!!map ", "!!omap ", "!!timestamp ", "1:1:1.0", '"\\U'),
     *("data: ", "1e5", "0x1", "2024-13-45", "null", "yes", "\x00", "\ud800"),
 )
 texts = st.lists(st.sampled_from(PIECES), max_size=25).map("".join)
