@@ -186,7 +186,7 @@ CASES = {
     # the YAML as a file
     "no yaml": (remove("c.yml"), "c.yml: cannot be read: No such file"),
     "yaml is a folder": (folder_for("c.yml"), "c.yml: cannot be read: Is a directory"),
-    "yaml is a pipe": (pipe("c.yml"), "c.yml: is no regular file"),
+    "yaml is a pipe": (pipe("c.yml"), "c.yml: cannot be read: is no regular file"),
     "yaml is empty": (raw(b"# nothing\n"), "c.yml: expected keys and values, found an empty file"),
     "yaml is a picture": (copy("gt/00.png", "c.yml"), "c.yml: expected YAML"),
     "yaml is a checkpoint": (copy("model.pt", "c.yml"), "c.yml: expected YAML"),

@@ -19,7 +19,7 @@ def readme(request):
 
 def test_the_table_of_keys_is_current(readme):
     assert markdown_table(InpaintConf) in readme
-    assert with_keys(readme) == readme, "run python guided_diffusion/conf.py"
+    assert with_keys(readme) == readme, "run python guided_diffusion/config/docs.py"
 
 
 def test_relative_links_lead_somewhere(readme):

@@ -1,4 +1,8 @@
-"""The keys for readers: --help, Markdown tables, JSON Schema."""
+"""The keys for their readers: ``--help``, Markdown tables and JSON Schema.
+
+``python guided_diffusion/config/docs.py`` rewrites the JSON Schemas in ``confs/`` and the READMEs'
+tables after a key has changed.
+"""
 
 import dataclasses
 import json
@@ -16,22 +20,22 @@ from guided_diffusion.config.schema import (
     BOUNDS,
     KINDS,
     Conf,
-    _keys,
-    _kinds,
-    _place,
     describe,
+    keys_of,
+    prefix_within,
+    types_of,
 )
 
 
 def markdown_table(cls: type[Conf]) -> str:
-    """The keys as a Markdown table."""
+    """Return the keys as a Markdown table."""
     rows = [("key", "value", "default", "meaning"), ("---",) * 4]
     rows += [(f"`{doc.key}`", doc.type, doc.default, doc.text) for doc in describe(cls)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def help_text(cls: type[Conf], width: int = 100) -> str:
-    """The keys for a terminal of ``width`` columns."""
+    """Return the keys as text for a terminal of ``width`` columns."""
     indent = " " * 6
     return "".join(
         f"  {doc.key}  ({doc.type}; default: {doc.default})\n"
@@ -41,7 +45,8 @@ def help_text(cls: type[Conf], width: int = 100) -> str:
 
 
 def _json_key(field: dataclasses.Field) -> dict[str, Any]:
-    rules, kind = field.metadata, _kinds(field)[0]
+    """Return the JSON Schema of one key's value, which accepts what ``schema.py`` accepts."""
+    rules, kind = field.metadata, types_of(field)[0]
     schema: dict[str, Any] = {"description": rules["text"]}
     if field.default not in (MISSING, None):
         schema["default"] = field.default
@@ -59,18 +64,21 @@ def _json_key(field: dataclasses.Field) -> dict[str, Any]:
 
 
 def json_schema(cls: type[Conf], root: type[Conf] | None = None, place: str = "") -> dict[str, Any]:
-    """JSON Schema of a configuration's YAML, for editors that complete and check as one types.
+    """Return the JSON Schema of a YAML. Editors complete and check keys with it.
 
-    ``cls`` stands at ``place`` in ``root``, which is ``cls`` itself by default.
+    ``cls`` is ``root`` itself by default, or the part of it at ``place`` (``data.eval.<set>.``).
     """
     shut = {"type": "object", "additionalProperties": False}
     root = root or cls
     properties: dict[str, Any] = {}
-    for name, field in _keys(cls).items():
+    for name, field in keys_of(cls).items():
         if not dataclasses.is_dataclass(field.type):
             properties[name] = _json_key(field)
             continue
-        inner, under = json_schema(field.type, root, _place(place, field)), field.metadata["under"]
+        inner, under = (
+            json_schema(field.type, root, prefix_within(place, field)),
+            field.metadata["under"],
+        )
         if under:
             one = {"type": "object", "minProperties": 1, "maxProperties": 1}
             sets = {under: {**one, "additionalProperties": inner}}
@@ -80,12 +88,12 @@ def json_schema(cls: type[Conf], root: type[Conf] | None = None, place: str = ""
         parent, _, name = ignored.rpartition(".")
         if parent == place.rstrip("."):
             properties[name] = {"description": f"Without effect: {why}."}
-    required = [name for name, field in _keys(cls).items() if field.default is MISSING]
+    required = [name for name, field in keys_of(cls).items() if field.default is MISSING]
     return {**shut, "properties": properties, "required": required}
 
 
 def schema_files() -> dict[str, str]:
-    """The JSON Schema files of ``confs/``: name and content."""
+    """Return the JSON Schema files of ``confs/``: content by file name."""
     classes = {"schema.json": InpaintConf, "train.schema.json": TrainConf}
     draft = {"$schema": "http://json-schema.org/draft-07/schema#"}
     return {
@@ -95,14 +103,14 @@ def schema_files() -> dict[str, str]:
 
 
 def with_keys(readme: str) -> str:
-    """Return a README's text with the table of keys brought up to date between its markers."""
+    """Return a README's text with a new table of keys between its two markers."""
     before, _, rest = readme.partition("<!-- keys -->\n")
     _, _, after = rest.partition("<!-- /keys -->")
     return f"{before}<!-- keys -->\n{markdown_table(InpaintConf)}<!-- /keys -->{after}"
 
 
 def main() -> None:
-    """Write what repeats the keys elsewhere: JSON Schemas in ``confs/``, tables in the READMEs."""
+    """Rewrite the files that repeat the keys: JSON Schemas in ``confs/``, tables in READMEs."""
     root = Path(__file__).resolve().parents[2]
     for name, text in schema_files().items():
         (root / "confs" / name).write_text(text, encoding="utf-8")

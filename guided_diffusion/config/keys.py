@@ -1,8 +1,8 @@
 """The YAML keys: each with its type, default, range and one sentence.
 
-What the keys need of each other is checked here too, in ``__post_init__``; schema.py does the
-rest. ``python guided_diffusion/config/docs.py`` brings the JSON Schemas in ``confs/`` and the
-READMEs' tables up to date.
+To add a key, write one line here and run ``python guided_diffusion/config/docs.py``, which rewrites
+the JSON Schemas in ``confs/`` and the READMEs' tables. Checks of several keys together stand here
+too, in ``__post_init__``; everything else is schema.py's.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from guided_diffusion.config.schema import (
 )
 from guided_diffusion.masks import FAMILIES
 
-# Width multiplier of each level by the picture's side; a classifier has no others.
+# Width multiplier of each level, by the side in pixels; a classifier's cannot be set otherwise.
 CHANNEL_MULT_BY_SIZE = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
     256: (1, 1, 2, 2, 4, 4),
@@ -36,17 +36,17 @@ CHANNEL_MULT_BY_SIZE = {
 CLASSIFIER_CLASSES = 1000
 CLASSIFIER_HEAD_CHANNELS = 64
 SMALLEST_MASK = 8  # px
-# Folders of results in a run's log folder, by their key in ``paths``.
+# Names of the result folders below a run's log folder, by their key in ``paths``.
 RESULT_FOLDERS = {
     "srs": "inpainted",
     "lrs": "gt_masked",
     "gts": "gt",
     "gt_keep_masks": "gt_keep_mask",
 }
-# Keys that published YAMLs state and that never had an effect: accepted whatever they hold.
+# Keys that published YAMLs have and that never had an effect: any value is accepted.
 IGNORED_KEYS = {
     "lr_kernel_n_std": "belongs to super-resolution, which this program does not do",
-    "num_samples": "all pictures of the data set are worked on; see max_len, samples_per_image",
+    "num_samples": "a run takes all pictures of the data set; see max_len, samples_per_image",
     "n_jobs": "pictures are read as they are needed",
     "print_estimated_vars": "nothing is printed",
     "latex_name": "a label for the tables of a paper",
@@ -57,7 +57,7 @@ IGNORED_KEYS = {
 
 
 def _attending(size: int, mult: Sequence[float], channels: int, sides: Sequence[int]) -> set[int]:
-    """Widths of the levels with attention: those of the listed sides, and always the deepest."""
+    """Return the widths with attention: those at the listed sides, and always the deepest."""
     widths = [int(m * channels) for m in mult]
     listed = {width for level, width in enumerate(widths) if size >> level in sides}
     return listed | {widths[-1]}
@@ -98,7 +98,7 @@ class OutputPaths(Conf):
                              path=True)
 
     def filled(self, name: str) -> "OutputPaths":
-        """The same with the folders of run ``name`` where none is stated."""
+        """Return a copy in which each missing folder is the one of run ``name``."""
         folders = dict(RESULT_FOLDERS)
         if self != OutputPaths():
             del folders["gts"]
@@ -137,9 +137,9 @@ class DataConf(Conf):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConf(Conf):
-    """The network and its diffusion chain: what running and training share.
+    """The network and its diffusion chain: the keys that running and training share.
 
-    What shapes the network and its noise has to be as the checkpoint was trained.
+    Most of them have to be as they were when the checkpoint was trained.
     """
 
     image_size: int = key(256, "Side in pixels of the square that the network sees; pictures are "
@@ -352,7 +352,7 @@ class InpaintConf(ModelConf):
         )
 
     def _complete_data(self) -> None:
-        """Give the data set its size and folders, and see that no folder is used twice."""
+        """Set the data set's size and folders; refuse a folder that is used twice."""
         prefix, size = f"data.eval.{self.data.name}.", self.data.image_size
         require(
             size in (None, self.image_size),
@@ -373,7 +373,7 @@ class InpaintConf(ModelConf):
 
     @property
     def log_dir(self) -> str:
-        """Folder of the run's record: where the folders of results stand, or ./log/<name>."""
+        """Folder of run.yml: the one that holds all folders of results, else ./log/<name>."""
         folders = {os.path.normpath(path) for path in vars(self.data.paths).values() if path}
         parents = {os.path.dirname(folder) for folder in folders}  # noqa: PTH120 - text in, text out
         return (parents.pop() or ".") if len(parents) == 1 else f"./log/{self.name}"
@@ -462,7 +462,7 @@ class TrainConf(ModelConf):
 
     @property
     def ema_rates(self) -> tuple[float, ...]:
-        """Rates of the averaged copies, each once."""
+        """Rates of the averaged copies of the weights, without repetitions."""
         return tuple(dict.fromkeys(numbers(self.ema_rate, float)))
 
 

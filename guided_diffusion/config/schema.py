@@ -1,9 +1,9 @@
-"""What a YAML key is: one field with a type, a range and a sentence, and what follows from it.
+"""Reading and checking a YAML: what a key is, how a file becomes a configuration.
 
-A configuration is a frozen dataclass of ``Conf`` whose fields are keys. What ``key(...)`` says of a
-key is the one source of its check, of its documentation and of the JSON Schema that editors read.
-A configuration checks itself whenever it is made: from a file, by ``--set`` or by ``replace``.
-This module knows no key by name; keys.py has them all.
+A configuration is a frozen dataclass derived from ``Conf``. Each YAML key is one field, declared
+with ``key(...)``: default, one sentence, range. Checks, help, Markdown and JSON Schema come from
+this declaration alone. A configuration checks itself whenever it is made: from a file, by ``--set``
+or by ``dataclasses.replace``. The keys themselves stand in keys.py.
 """
 
 import dataclasses
@@ -24,29 +24,30 @@ import yaml
 
 from guided_diffusion.errors import UserError, looked_in
 
-MAX_YAML_BYTES = 1 << 21  # a checkpoint given for a YAML is refused without reading all of it
+MAX_YAML_BYTES = 1 << 21  # someone may give a checkpoint instead of a YAML: do not read it all
+
 # ---- What a key may hold -------------------------------------------------------------------------
-BOUNDS = {  # as key() takes it: (test, words, JSON Schema's word)
+BOUNDS = {  # the bounds that key() takes: (test, words for messages, JSON Schema's keyword)
     "low": (operator.ge, "at least", "minimum"),
     "above": (operator.gt, "above", "exclusiveMinimum"),
     "high": (operator.le, "at most", "maximum"),
     "below": (operator.lt, "below", "exclusiveMaximum"),
     "multiple_of": (lambda value, unit: value % unit == 0, "a multiple of", "multipleOf"),
 }
-KINDS = {  # type: (words, JSON Schema's type)
+KINDS = {  # type of a field: (words for messages, JSON Schema's type)
     int: ("an integer", "integer"),
     float: ("a finite number", "number"),
     bool: ("true or false", "boolean"),
     str: ("text", "string"),
 }
-
-
 EXPONENT = r"[-+]?(\d{1,18}(\.\d{0,18})?|\.\d{1,18})[eE][-+]?\d{1,3}"
-QUOTES = "in double quotes \\ is special, so write single quotes or /"
+# Control characters, lone surrogates, and Unicode's ends of lines and of paragraphs.
+UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}
+QUOTES_HINT = "in double quotes \\ is special, so write single quotes or /"
 
 
 class Pattern(NamedTuple):
-    """A text made of numbers: YAML may give it as text, as one number or as a list of numbers."""
+    """Numbers with commas between. YAML may give them as text, as one number or as a list."""
 
     regex: str
     words: str
@@ -77,29 +78,35 @@ def key(
     under: str | None = None,
     **bounds: float,
 ) -> Any:
-    """A dataclass field that is a YAML key; without a default it is required.
+    """Declare a YAML key as a field of a dataclass. A key without a default is required.
 
-    ``text`` documents it in one sentence. ``choices`` are all the values there are; ``bounds`` are
-    those of BOUNDS and ``special`` is a value allowed outside them. A ``path`` may begin with ~,
-    the home folder. ``under="eval"`` is for keys that hold ``eval:`` and in it one set of keys by a
-    name that is free.
+    Args:
+        default: the value where the YAML does not have the key.
+        text: one sentence for help, README and editors.
+        choices: all allowed values.
+        pattern: the form of a text of numbers.
+        special: one number that is allowed outside the bounds, such as -1.
+        path: whether the text is a path, in which a leading ~ is the home folder.
+        under: "eval" where the key holds ``eval:``, and that one set of keys under any name.
+        bounds: low, above, high, below, multiple_of; see BOUNDS.
     """
     rules = {"choices": choices, "pattern": pattern, "special": special, "path": path}
     rules |= {"under": under, "bounds": bounds}
     return dataclasses.field(default=default, metadata={"text": text, **rules})
 
 
-def _keys(cls: type) -> dict[str, dataclasses.Field]:
-    """The fields of a configuration that are YAML keys."""
+def keys_of(cls: type) -> dict[str, dataclasses.Field]:
+    """Return the fields of a configuration that are YAML keys, by name."""
     return {field.name: field for field in dataclasses.fields(cls) if field.metadata}
 
 
-def _kinds(field: dataclasses.Field) -> tuple[type, ...]:
+def types_of(field: dataclasses.Field) -> tuple[type, ...]:
+    """Return the types of a key's value: one, or several such as (int, NoneType)."""
     return typing.get_args(field.type) or (field.type,)
 
 
 def shown(value: Any) -> str:
-    """``value`` for a message: short whatever it holds, and as YAML writes it."""
+    """Return ``value`` for a message: never long, and true, false as YAML writes them."""
     if value is None or isinstance(value, bool):
         return {None: "nothing", True: "true", False: "false"}[value]
     brief = reprlib.Repr()
@@ -107,8 +114,8 @@ def shown(value: Any) -> str:
     return brief.repr(value)
 
 
-def _wanted(field: dataclasses.Field) -> str:
-    """In words, what a key's value has to be."""
+def expected_value(field: dataclasses.Field) -> str:
+    """Say in words what a key's value has to be."""
     rules = field.metadata
     if rules["choices"]:
         return " or ".join(c if isinstance(c, str) else shown(c) for c in rules["choices"])
@@ -117,13 +124,14 @@ def _wanted(field: dataclasses.Field) -> str:
     bounds = [f"{BOUNDS[name][1]} {limit}" for name, limit in rules["bounds"].items()]
     special = [] if rules["special"] is None else [f"or {rules['special']}"]
     range_ = [" and ".join(bounds)] if bounds else []
-    return ", ".join([KINDS[_kinds(field)[0]][0], *range_, *special])
+    return ", ".join([KINDS[types_of(field)[0]][0], *range_, *special])
 
 
 def _number(value: Any, kind: type) -> int | float | None:
-    """``value`` as an int or float, None if it is neither or not finite.
+    """Return ``value`` as an int or float; None if it is neither or not finite.
 
-    Text such as 1e-4 counts: YAML 1.1 takes an exponent without point and sign for text.
+    Text such as 1e-4 or 1.5e1 is a number too: YAML 1.1 knows exponents only with both a point and
+    a sign, and reads others as text.
     """
     if isinstance(value, str) and re.fullmatch(EXPONENT, value, re.ASCII):
         value = float(value)
@@ -133,22 +141,19 @@ def _number(value: Any, kind: type) -> int | float | None:
 
 
 def _text(value: Any) -> str | None:
-    """``value`` as text, None if it is none: integers count, as ``name: 12`` is meant as text.
+    """Return ``value`` as text; None if it is none. Integers count: ``name: 12`` means text.
 
-    Other things that YAML makes of unquoted text (dates, ``yes``, 1.10) have lost how they were
-    written.
+    YAML makes dates, true and 1.1 of other unquoted text, such as 2024-01-01, yes and 1.10. How it
+    was written is lost then.
     """
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return str(value)
-    if not isinstance(value, str) or {"Cc", "Cs", "Zl", "Zp"} & set(
-        map(unicodedata.category, value)
-    ):
-        return None
-    return value
+    is_text = isinstance(value, str) and UNPRINTABLE.isdisjoint(map(unicodedata.category, value))
+    return value if is_text else None
 
 
 def _number_text(value: Any, pattern: Pattern) -> str | None:
-    """``value`` as a text of ``pattern``, None if it is none."""
+    """Return ``value`` as numbers with commas between; None if it does not fit ``pattern``."""
     items = value if isinstance(value, list | tuple) else [value]
     if any(isinstance(item, bool) or not isinstance(item, int | float | str) for item in items):
         return None
@@ -157,67 +162,71 @@ def _number_text(value: Any, pattern: Pattern) -> str | None:
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
-    """A key's value in its own type; UserError names the key, what it wants and what it got."""
-    rules, kind, got = field.metadata, _kinds(field)[0], shown(value)
-    if NoneType in _kinds(field) and (value is None or value == ""):
+    """Return a key's value in its own type; UserError where it does not fit the declaration."""
+    rules, kind, got = field.metadata, types_of(field)[0], shown(value)
+    if NoneType in types_of(field) and (value is None or value == ""):
         return None
     if dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
             return value
         raise UserError(key=field.name, expected=kind.__name__, got=got)
-    wrong = UserError(key=field.name, expected=_wanted(field), got=got)
     if rules["choices"]:
         if any(type(value) is type(choice) and value == choice for choice in rules["choices"]):
             return value
-        if len(rules["choices"]) == 1 and isinstance(value, bool):
-            wrong = UserError(rules["text"].rstrip("."), key=field.name, got=got)
+        if len(rules["choices"]) == 1 and isinstance(value, bool):  # the sentence says why
+            raise UserError(rules["text"].rstrip("."), key=field.name, got=got)
     elif kind is bool and isinstance(value, bool):
         return value
     elif kind is str:
-        text = _number_text(value, rules["pattern"]) if rules["pattern"] else _text(value)
-        if text or (text == "" and field.default is not MISSING):
-            return os.path.expanduser(text) if rules["path"] else text  # noqa: PTH111 - keeps "./"
-        if not rules["pattern"] and not isinstance(value, str):
-            problem = "text that YAML takes for something else needs quotes"
-            wrong = UserError(problem, key=field.name, got=got)
-        elif text is None and not rules["pattern"]:  # mostly "C:\new": \n is the end of a line
-            expected = f"text without control characters ({QUOTES})"
-            wrong = UserError(key=field.name, expected=expected, got=got)
+        return _checked_text(field, value)
     elif kind in (int, float):
         number = _number(value, kind)
         bounds = [(BOUNDS[name][0], limit) for name, limit in rules["bounds"].items()]
         inside = number is not None and all(test(number, limit) for test, limit in bounds)
         if inside or (number is not None and number == rules["special"]):
             return number
-    raise wrong
+    raise UserError(key=field.name, expected=expected_value(field), got=got)
+
+
+def _checked_text(field: dataclasses.Field, value: Any) -> str:
+    rules, got, problem, expected = field.metadata, shown(value), "", expected_value(field)
+    text = _number_text(value, rules["pattern"]) if rules["pattern"] else _text(value)
+    if text or (text == "" and field.default is not MISSING):
+        # Not Path.expanduser, which would drop a leading "./".
+        return os.path.expanduser(text) if rules["path"] else text  # noqa: PTH111
+    if not rules["pattern"] and not isinstance(value, str):
+        problem, expected = "text that YAML takes for something else needs quotes", None
+    elif not rules["pattern"] and text is None:  # mostly "C:\new", where \n is a line break
+        expected = f"text without control characters ({QUOTES_HINT})"
+    raise UserError(problem, key=field.name, expected=expected, got=got)
 
 
 def numbers(text: str, kind: type) -> tuple:
-    """The numbers of a text that holds them with commas between."""
+    """Return the numbers of a text that has commas between them."""
     return tuple(kind(item) for item in text.split(",") if item)
 
 
 def require(fits: bool, keys: str, problem: str) -> None:
-    """Refuse values that do not go together; ``keys`` are the keys, joined by 'and'."""
+    """Raise UserError unless some values go together; ``keys`` are their keys, joined by 'and'."""
     if not fits:
         raise UserError(problem, key=keys)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conf:
-    """What all configurations share: every key is brought to its type and checked.
+    """The base of all configurations: converts and checks every key.
 
-    ``ignored`` are dotted keys that a tree may have without effect, each with the reason.
+    ``ignored`` names dotted keys that a YAML may have without effect, each with the reason.
     """
 
     ignored: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
-        for field in _keys(type(self)).values():
+        for field in keys_of(type(self)).values():
             self._set(field.name, _checked(field, getattr(self, field.name)))
 
     def _set(self, name: str, value: Any) -> None:
-        """Give a key its final value; for ``__post_init__`` alone."""
+        """Set a key of this frozen object, in ``__post_init__`` alone."""
         object.__setattr__(self, name, value)
 
 
@@ -227,22 +236,26 @@ AnyConf = TypeVar("AnyConf", bound=Conf)
 # ---- From a tree, and back -----------------------------------------------------------------------
 
 
-def _seen_from(error: UserError, *, path: object = None, prefix: str = "") -> UserError:
-    """The same error seen from further up: in a file, or with ``prefix`` before its keys."""
+def _with_place(error: UserError, *, path: object = None, prefix: str = "") -> UserError:
+    """Return the same error with the file it is in, or with ``prefix`` before each of its keys."""
     keys = error.key and " and ".join(prefix + name for name in error.key.split(" and "))
     return UserError(error.problem, path=path, key=keys, expected=error.expected, got=error.got)
 
 
 def _mapping(tree: Any, where: str) -> Mapping:
+    """Return ``tree``; UserError, with the dotted key ``where``, unless it has keys and values."""
     if not isinstance(tree, Mapping):
         raise UserError(key=where or None, expected="keys and values", got=shown(tree))
     return tree
 
 
 def _unknown(name: Any, cls: type, prefix: str, root: type) -> UserError:
-    """An unknown key, with the known one that is spelt most like it, best one of this place."""
+    """Return the error of an unknown key; it names the known key that is spelt most like it.
+
+    Of keys spelt equally alike, one at the same place in the tree is named.
+    """
     name = str(name)[:100]
-    local = [prefix + known for known in _keys(cls)]
+    local = [prefix + known for known in keys_of(cls)]
 
     def likeness(known: str) -> tuple[float, bool]:
         last = known.rpartition(".")[2].lower()
@@ -255,12 +268,17 @@ def _unknown(name: Any, cls: type, prefix: str, root: type) -> UserError:
 def _build(
     cls: type[AnyConf], tree: Any, root: type[Conf], prefix: str = "", place: str = "", **extra: str
 ) -> AnyConf:
-    """Make ``cls`` of the part of a tree at ``prefix``.
+    """Make a ``cls`` from the part of the whole tree that stands at ``prefix``.
 
-    ``root`` is the class of the whole tree, ``place`` is the prefix with ``<set>`` for the name of
-    a set, and ``extra`` are fields that are no keys.
+    Args:
+        cls: the configuration to make.
+        tree: keys and values.
+        root: the class of the whole tree.
+        prefix: what stands before the keys in messages, such as ``data.eval.faces.``.
+        place: the same as ``ignored`` and help write it, such as ``data.eval.<set>.``.
+        extra: fields that are no keys.
     """
-    known, values = _keys(cls), dict(extra)
+    known, values = keys_of(cls), dict(extra)
     for name, value in _mapping(tree, prefix.rstrip(".")).items():
         if name not in known:
             if f"{place}{name}" not in root.ignored:
@@ -280,11 +298,11 @@ def _build(
     try:
         return cls(**values)
     except UserError as error:
-        raise _seen_from(error, prefix=prefix) from None
+        raise _with_place(error, prefix=prefix) from None
 
 
 def _build_named(field: dataclasses.Field, tree: Any, root: type[Conf]) -> Conf:
-    """The one set of keys, by a free name, of a key such as ``data: eval: <set>:``."""
+    """Make the configuration of a key such as ``data``, which holds ``eval: <any name>: keys``."""
     under = field.metadata["under"]
     where = f"{field.name}.{under}"
     for name in _mapping(tree, field.name):
@@ -303,20 +321,20 @@ def _build_named(field: dataclasses.Field, tree: Any, root: type[Conf]) -> Conf:
 
 
 def conf_from_dict(tree: Any, cls: type[AnyConf], source: object = None) -> AnyConf:
-    """A checked configuration from a tree in the published YAML form.
+    """Make a checked configuration from a tree in the published YAML form.
 
-    Raises UserError for anything wrong with it, as of the file ``source``.
+    Raises UserError, naming the file ``source``, for anything wrong with the tree.
     """
     try:
         return _build(cls, tree, cls)
     except UserError as error:
-        raise _seen_from(error, path=source) from None
+        raise _with_place(error, path=source) from None
 
 
 def conf_to_dict(conf: Conf) -> dict[str, Any]:
-    """The tree in the published YAML form with all keys; loading it gives the same ``conf``."""
+    """Return all keys as a tree in the published YAML form; it loads as the same ``conf``."""
     tree = {}
-    for name, field in _keys(type(conf)).items():
+    for name, field in keys_of(type(conf)).items():
         value, under = getattr(conf, name), field.metadata["under"]
         if under:
             tree[name] = {under: {value.name: conf_to_dict(value)}}
@@ -331,7 +349,11 @@ def conf_to_dict(conf: Conf) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: no key twice, no aliases that multiply, integers are decimal."""
+    """Safe YAML with stricter rules.
+
+    A key may be there only once. An alias stands for a single value, so that a small file cannot
+    become a huge tree. Only decimal numbers are numbers. Errors tell line and column.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
@@ -353,7 +375,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:  # always deep: PyYAML would fill a map or a set later, where nothing tells its place
+        try:  # deep: PyYAML would otherwise fill maps and sets later, without a place for errors
             return super().construct_object(node, deep=True)
         except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
             raise yaml.MarkedYAMLError(
@@ -361,30 +383,30 @@ class _Loader(yaml.SafeLoader):
                 problem_mark=node.start_mark,
             ) from error
 
-    def decimal(self, node: yaml.ScalarNode) -> int | str:
-        """An integer; 012, 0x12 and 1:12, other integers to YAML 1.1, stay text."""
+    def integer(self, node: yaml.ScalarNode) -> int | str:
+        """Return an integer. 012, 0x12 and 1:12, which are integers in YAML 1.1, stay text."""
         text = self.construct_scalar(node)
         return int(text) if re.fullmatch(r"[-+]?(0|[1-9]\d{0,17})", text) else text
 
-    def pointed(self, node: yaml.ScalarNode) -> float | str:
-        """A number with a point; 1:30.5, to YAML 1.1 a number of base 60, stays text."""
+    def number(self, node: yaml.ScalarNode) -> float | str:
+        """Return a float. 1:30.5, which is a number of base 60 in YAML 1.1, stays text."""
         text = self.construct_scalar(node)
         return text if ":" in text else self.construct_yaml_float(node)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.decimal)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.pointed)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.integer)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.number)
 
 
 def _parse(text: str) -> Any:
-    """What the YAML says; UserError tells line and column."""
+    """Return the tree of a YAML text; a UserError tells line and column."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark or error.context_mark, error.problem
         line, column = mark.line + 1, mark.column + 1
-        if "escape" in problem:  # "C:\Users": \U wants eight digits
-            problem = f"{problem}; {QUOTES}"
+        if "escape" in problem:  # as in "C:\Users", where eight digits should follow \U
+            problem = f"{problem}; {QUOTES_HINT}"
     except yaml.reader.ReaderError as error:
         lines = text[: error.position].split("\n")
         line, column, problem = len(lines), len(lines[-1]) + 1, error.reason
@@ -394,18 +416,24 @@ def _parse(text: str) -> Any:
 
 
 def read_yaml(path: str | os.PathLike, max_bytes: int = MAX_YAML_BYTES) -> Any:
-    """The tree that a YAML file holds; UserError, in one line, for all that is wrong with it."""
+    """Return the tree of a YAML file, unchecked.
+
+    Raises UserError, in one line, for a file that cannot be read, is larger than ``max_bytes``, is
+    not in UTF-8 or is no YAML.
+    """
     path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
-        raise UserError("is no regular file", path=path)
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError("is no regular file")  # opening a pipe would wait forever
         with path.open("rb") as file:
             raw = file.read(max_bytes + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         where = looked_in(path) if isinstance(error, FileNotFoundError) else ""
         raise UserError(f"cannot be read: {reason}{where}", path=path) from None
-    found = _no_utf8(raw) or (len(raw) > max_bytes and f"more than {max_bytes >> 20} MiB")
+    found = _encoding_but_utf8(raw)
+    if found is None and len(raw) > max_bytes:
+        found = f"more than {max_bytes >> 20} MiB"
     if found:
         raise UserError(path=path, expected="YAML in UTF-8", got=found)
     try:
@@ -415,26 +443,26 @@ def read_yaml(path: str | os.PathLike, max_bytes: int = MAX_YAML_BYTES) -> Any:
         problem = f"line {line} is in another encoding"
         raise UserError(problem, path=path, expected="YAML in UTF-8") from None
     except UserError as error:
-        raise _seen_from(error, path=path) from None
+        raise _with_place(error, path=path) from None
 
 
-def _no_utf8(raw: bytes) -> str | None:
-    """In words, what the bytes are that cannot be UTF-8 text."""
+def _encoding_but_utf8(raw: bytes) -> str | None:
+    """Say what bytes are that are not UTF-8 at first sight; None where they may be."""
     zeros = [byte == 0 for byte in raw[:4]]
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or zeros in ([True, False] * 2, [False, True] * 2):
-        return "UTF-16 or UTF-32 (save the file as UTF-8 in the editor)"
+        return "UTF-16 (save the file as UTF-8 in the editor)"
     return "a binary file" if b"\0" in raw else None
 
 
 def _override(tree: dict, option: str, cls: type[Conf]) -> str:
-    """Set in ``tree`` what ``option``, KEY=VALUE, says; returns the whole dotted key."""
+    """Set in ``tree`` what ``option`` (KEY=VALUE) says; return the dotted key in full."""
     dotted, equals, text = option.partition("=")
     parts = dotted.strip().split(".")
     if not equals or not all(parts):
         raise UserError(expected="KEY=VALUE", got=shown(option))
-    field = _keys(cls).get(parts[0])
+    field = keys_of(cls).get(parts[0])
     under = field and field.metadata["under"]
-    if under and parts[1:2] not in ([], [under]):  # the short form
+    if under and parts[1:2] not in ([], [under]):  # the short form, such as data.gt_path
         below = tree.get(parts[0])
         sets = below.get(under) if isinstance(below, dict) else None
         if not isinstance(sets, dict) or len(sets) != 1:
@@ -455,13 +483,13 @@ def _override(tree: dict, option: str, cls: type[Conf]) -> str:
 def load(path: str | os.PathLike, cls: type[AnyConf], overrides: Sequence[str] = ()) -> AnyConf:
     """Read and check a YAML file.
 
-    ``overrides`` are texts KEY=VALUE with dotted keys and values in YAML, as ``--set`` takes them;
-    data.gt_path is short for data.eval.<set>.gt_path. Raises UserError, in one line, for all that
-    can be wrong with a file, a key or a value.
+    ``overrides`` are texts KEY=VALUE as ``--set`` takes them: the key is dotted, the value is YAML,
+    and data.gt_path is short for data.eval.<set>.gt_path. Raises UserError, in one line, for
+    anything wrong with the file, a key or a value.
     """
     if not os.fspath(path):
         raise UserError("the path of the YAML file is empty")
-    path = os.path.expanduser(path)  # noqa: PTH111 - as the user wrote it but for the ~
+    path = os.path.expanduser(path)  # noqa: PTH111 - messages name the path as the user wrote it
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         found = "an empty file" if tree is None else shown(tree)
@@ -472,7 +500,7 @@ def load(path: str | os.PathLike, cls: type[AnyConf], overrides: Sequence[str] =
         try:
             given[_override(tree, option, cls)] = name
         except UserError as error:
-            raise _seen_from(error, path=name) from None
+            raise _with_place(error, path=name) from None
     try:
         return conf_from_dict(tree, cls, path)
     except UserError as error:
@@ -482,14 +510,15 @@ def load(path: str | os.PathLike, cls: type[AnyConf], overrides: Sequence[str] =
             for name, option in given.items()
             if any(key.startswith(f"{name}.") or f"{name}.".startswith(key) for key in wrong)
         ]
-        raise _seen_from(error, path=" ".join(options) or path) from None
+        # Where options set the keys at fault, or a part of them, the file is not to blame.
+        raise _with_place(error, path=" ".join(options) or path) from None
 
 
 # ---- The keys, described -------------------------------------------------------------------------
 
 
 class KeyDoc(NamedTuple):
-    """A YAML key for a reader: dotted name, what its value is, default, sentence."""
+    """A YAML key as its reader sees it: dotted name, type and range, default, sentence."""
 
     key: str
     type: str
@@ -497,19 +526,22 @@ class KeyDoc(NamedTuple):
     text: str
 
 
-def _place(prefix: str, field: dataclasses.Field) -> str:
+def prefix_within(prefix: str, field: dataclasses.Field) -> str:
+    """Return what stands before the keys inside of ``field``, such as ``data.eval.<set>.``."""
     under = field.metadata["under"]
     return f"{prefix}{field.name}.{under}.<set>." if under else f"{prefix}{field.name}."
 
 
 def describe(cls: type[Conf], prefix: str = "") -> list[KeyDoc]:
-    """All keys of a configuration in their order, nested ones by dotted names."""
+    """Return all keys of a configuration in order; keys of keys have dotted names."""
     docs = []
-    for name, field in _keys(cls).items():
+    for name, field in keys_of(cls).items():
         if dataclasses.is_dataclass(field.type):
-            docs += describe(field.type, _place(prefix, field))
+            docs += describe(field.type, prefix_within(prefix, field))
         else:
             words = {MISSING: "required", None: "absent", "": "empty"}
             default = words.get(field.default) or shown(field.default).strip("'")
-            docs.append(KeyDoc(prefix + name, _wanted(field), default, field.metadata["text"]))
+            docs.append(
+                KeyDoc(prefix + name, expected_value(field), default, field.metadata["text"])
+            )
     return docs

@@ -332,7 +332,7 @@ def test_confs_name_the_schema_and_fit_it(path):
 @pytest.mark.parametrize("name", docs.schema_files())
 def test_schema_files_are_current(name):
     written = (CONFS / name).read_text(encoding="utf-8")
-    assert written == docs.schema_files()[name], "run: python guided_diffusion/conf.py"
+    assert written == docs.schema_files()[name], "run: python guided_diffusion/config/docs.py"
     jsonschema.Draft7Validator.check_schema(json.loads(written))
 
 
