@@ -73,9 +73,9 @@ class JumpParams(Conf):
     n_sample: int = key(1, "Times that each single step is sampled; 1 leaves resampling to the "
                         "jumps.", low=1)
     jump_length: int = key(10, "Steps that a jump climbs back.", low=1)
-    jump_n_sample: int = key(10, "Times that each stretch of jump_length steps is walked down: the "
-                             "time grows with it, and 1 is fastest, does not resample and fits the "
-                             "hole least to its surroundings.", low=1)
+    jump_n_sample: int = key(10, "Times that each stretch of jump_length steps is denoised; time "
+                             "grows with it, and 1 does not resample, which is fastest and fits "
+                             "the hole least to its surroundings.", low=1)
     jump2_length: int = key(1, "Steps that a jump of a second, finer level climbs back.", low=1)
     jump2_n_sample: int = key(1, "As jump_n_sample, for the second level; 1 is off.", low=1)
     jump3_length: int = key(1, "Steps that a jump of a third, finest level climbs back.", low=1)
@@ -92,8 +92,8 @@ class OutputPaths(Conf):
                    path=True)
     lrs: str = key("", "Folder of the inputs with a black hole; empty: ./log/<name>/gt_masked.",
                    path=True)
-    gts: str = key("", "Folder of the inputs as the network saw them; empty: ./log/<name>/gt if no "
-                   "other folder is stated, else they are not written.", path=True)
+    gts: str = key("", "Folder of the inputs as the network saw them; empty: ./log/<name>/gt, or "
+                   "not written where another of these folders is set.", path=True)
     gt_keep_masks: str = key("", "Folder of the masks; empty: ./log/<name>/gt_keep_mask.",
                              path=True)
 
@@ -153,18 +153,19 @@ class ModelConf(Conf):
     num_heads: int = key(4, "Attention heads; counts if num_head_channels is -1.", low=1)
     num_head_channels: int = key(64, "Channels of an attention head; -1: num_heads decides.",
                                  low=1, special=-1)
-    num_heads_upsample: int = key(-1, "Attention heads on the way up; -1: as num_heads.",
+    num_heads_upsample: int = key(-1, "Attention heads in the decoder; -1: as num_heads.",
                                   low=1, special=-1)
     use_scale_shift_norm: bool = key(True, "The time scales and shifts the normalised features.")
     resblock_updown: bool = key(True, "Residual blocks resize, not single convolutions.")
     use_new_attention_order: bool = key(False, "Split q, k and v before the heads, not after.")
     class_cond: bool = key(False, "The network takes a class label.")
     num_classes: int = key(1000, "Number of class labels.", low=1, high=1_000_000)
-    learn_sigma: bool = key(True, "The network has 6 outputs, the noise and its variance.")
+    learn_sigma: bool = key(True, "The network has 6 output channels: the noise and its variance.")
     use_fp16: bool = key(False, "Convolutions in half precision: on a GPU faster and with about "
                          "half the memory for weights.")
-    dropout: float = key(0.0, "Share of features dropped in training.", low=0, below=1)
-    use_checkpoint: bool = key(False, "Saves memory in training and costs time.")
+    dropout: float = key(0.0, "Dropout rate in training.", low=0, below=1)
+    use_checkpoint: bool = key(False, "Recompute activations in training, which saves memory and "
+                               "costs time.")
     diffusion_steps: int = key(1000, "Steps of the chain that the network is trained on.",
                                low=1, high=1_000_000)
     noise_schedule: str = key("linear", "How noise grows along the chain.",
@@ -177,8 +178,8 @@ class ModelConf(Conf):
     clip_denoised: bool = key(True, "Clip predicted pictures to the range of pixels.")
     rescale_timesteps: bool = key(False, "Multiply the network's time by 1000/diffusion_steps.")
     use_kl: bool = key(False, "Train on the variational bound alone.")
-    rescale_learned_sigmas: bool = key(False, "Train the variance with its share of the loss times "
-                                       "the chain's length over 1000.")
+    rescale_learned_sigmas: bool = key(False, "Multiply the variance's part of the training loss "
+                                       "by the chain's length over 1000.")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -253,16 +254,17 @@ class InpaintConf(ModelConf):
                        choices=("repaint", "ddnm"))
     ddnm_eta: float = key(0.85, "Share of fresh noise in a step of sampler: ddnm; 0 adds none.",
                           low=0, high=1)
-    use_ddim: bool = key(False, "Steps of DDIM, which add no noise, instead of the paper's.")
-    inpa_inj_sched_prev: bool = key(True, "Put the known pixels into every step, noised as it is; "
-                                    "false does not inpaint but makes a new picture.")
+    use_ddim: bool = key(False, "DDIM steps, which add no noise, instead of the paper's steps.")
+    inpa_inj_sched_prev: bool = key(True, "Put the known pixels, noised to its level, into every "
+                                    "step; false makes a new picture instead of inpainting.")
     inpa_inj_sched_prev_cumnoise: bool = key(False, "Noise the known pixels along one trajectory "
-                                             "instead of anew in every step.")
+                                             "instead of independently in every step.")
     inpa_inj_time_shift: int = key(1, "Added to a step's index where a jump adds noise.", low=0,
                                    high=1_000_000)
     schedule_jump_params: JumpParams = key(JumpParams(), "The walk.")  # noqa: RUF009 - it is frozen
     classifier_path: str | None = key(None, "Checkpoint of a classifier of noisy pictures, which "
-                                      "guides towards the label; absent: no guidance.", path=True)
+                                      "guides towards the class label; absent: no guidance.",
+                                      path=True)
     classifier_scale: float = key(4.0, "Strength of the guidance; 0 is off and saves its time.",
                                   low=0)
     classifier_width: int = key(128, "As num_channels, for the classifier.", low=32, multiple_of=32)
@@ -272,7 +274,7 @@ class InpaintConf(ModelConf):
     classifier_use_scale_shift_norm: bool = key(True, "As use_scale_shift_norm, for the "
                                                 "classifier.")
     classifier_resblock_updown: bool = key(True, "As resblock_updown, for the classifier.")
-    classifier_pool: str = key("attention", "How the classifier sums up its features.",
+    classifier_pool: str = key("attention", "How the classifier pools its features.",
                                choices=("attention", "adaptive", "spatial", "spatial_v2"))
     classifier_use_fp16: bool = key(False, "As use_fp16, for the classifier.")
     device: str | None = key(None, "cpu, cuda, cuda:1 and so on; absent: a GPU if there is one.")
@@ -283,9 +285,8 @@ class InpaintConf(ModelConf):
     samples_per_image: int = key(1, "Different results to make of each picture: number j, from 0, "
                                  "uses seed + k + j * 1000003.", low=1, high=1_000_000)
     precision: str | None = key(None, "Arithmetic: tf32, float16 and bfloat16 are for GPUs, and "
-                                "less exact; absent: as PyTorch does it, in float32 but for "
-                                "convolutions on GPUs, which are in TF32, and with use_fp16 "
-                                "float16.",
+                                "less exact; absent: float16 with use_fp16, else PyTorch's "
+                                "default, which is float32, and TF32 for convolutions on GPUs.",
                                 choices=("float32", "tf32", "float16", "bfloat16"))
     compile: bool | str = key("auto", "How calls of the network are made fast: auto, by kernels of "
                               "its own, built in seconds at the first run; true, on a GPU by "
@@ -294,7 +295,7 @@ class InpaintConf(ModelConf):
     paste_known: bool = key(False, "Paste the known pixels unchanged into the result.")
     invert_mask: bool = key(False, "The masks are the other way round: white is to generate.")
     overview: bool = key(True, "Also write sheets with inputs and results side by side.")
-    save_process: int = key(0, "Pictures to keep of the way from noise to result; 0: none.", low=0)
+    save_process: int = key(0, "Pictures to keep of the walk from noise to result; 0: none.", low=0)
     data: DataConf = key(text="`eval:` and in it one data set by its name.", under="eval")  # noqa: RUF009
     # fmt: on
 
@@ -400,11 +401,11 @@ class TrainConf(ModelConf):
     out_dir: str = key("", "Folder of checkpoints and process pictures; empty: ./runs/<name>.",
                        path=True)
     timestep_respacing: str = key("", "Steps of the chain to train; empty: all.", pattern=STEPS)
-    rescale_learned_sigmas: bool = key(True, "Train the variance with its share of the loss times "
-                                       "the chain's length over 1000.")
+    rescale_learned_sigmas: bool = key(True, "Multiply the variance's part of the training loss "
+                                       "by the chain's length over 1000.")
     batch_size: int = key(8, "Pictures a step, over all GPUs together.", low=1)
-    microbatch: int = key(-1, "Pictures that a GPU works on at once, to lower if memory runs out; "
-                          "-1: its whole share.", low=1, special=-1)
+    microbatch: int = key(-1, "Pictures that a GPU works on at once, to be lowered if memory runs "
+                          "out; -1: its whole share of the batch.", low=1, special=-1)
     lr: float = key(1e-4, "Learning rate.", above=0)
     lr_anneal_steps: int = key(0, "Last steps of the training, over which the learning rate falls "
                                "to 0; 0: it stays.", low=0)
@@ -417,15 +418,15 @@ class TrainConf(ModelConf):
     log_interval: int = key(100, "Steps between lines of the log.", low=1)
     save_interval: int = key(5_000, "Steps between checkpoints, from which a run goes on.", low=1)
     sample_interval: int = key(5_000, "Steps between process pictures; 0: none.", low=0)
-    schedule_sampler: str = key("uniform", "Times to train on are drawn evenly, or more often "
-                                "where the loss is large.",
+    schedule_sampler: str = key("uniform", "Timesteps to train on are drawn uniformly, or more "
+                                "often where the loss is large.",
                                 choices=("uniform", "loss-second-moment"))
     grad_clip: float = key(0.0, "Largest norm of the gradient; 0: no limit.", low=0)
     random_flip: bool = key(True, "Mirror pictures with probability one half.")
     random_crop: bool = key(False, "Cut pictures at random places instead of the centre.")
-    cache_gb: float = key(4.0, "Memory in GiB of each machine for decoded pictures; those that do "
-                          "not fit are read again every time.", low=0)
-    holdout: float = key(0.05, "Share of the pictures kept out of training, to test with.",
+    cache_gb: float = key(4.0, "Memory in GiB, on each machine, for decoded pictures; those that "
+                          "do not fit are read again every time.", low=0)
+    holdout: float = key(0.05, "Share of the pictures that is kept out of training, to test with.",
                          low=0, below=1)
     precision: str = key("float32", "Arithmetic; tf32 and bfloat16 are for GPUs, and less exact.",
                          choices=("float32", "tf32", "bfloat16"))
