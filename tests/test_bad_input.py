@@ -168,13 +168,15 @@ def zipped(folder):
         archive.writestr("readme.txt", "no checkpoint")
 
 
-def edited_record(text, **changes):
-    """Add lines to the record of a finished run, as by hand."""
+def edited_record(new, old="device_type: cpu"):
+    """Edit the record of a finished run, as by hand."""
 
     def spoil(folder):
-        options = finished_run(**changes)(folder)
+        options = finished_run()(folder)
         path = folder / "log" / "run" / "run.yml"
-        path.write_text(path.read_text() + text)
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
         return options
 
     return spoil
@@ -347,10 +349,17 @@ CASES = {
         both(write("log/run/run.yml", b"x: ["), options("--resume")),
         "log/run/run.yml: is not the record of a run",
     ),
-    "a date in the record": (edited_record("  at: !!timestamp never"), "run.yml: is not the rec"),
-    "a set in the record": (edited_record("  at: !!set 3"), "run.yml: is not the record"),
-    "depths in the record": (edited_record("  at: " + "[" * 5000), "run.yml: is not the record"),
-    "a list in the record": (edited_record("  checkpoints: [1]"), "run.yml: is not the record"),
+    "a date in the record": (edited_record("device_type: !!timestamp x"), "run.yml: is not the re"),
+    "a set in the record": (edited_record("device_type: !!set 3"), "run.yml: is not the record"),
+    "depths in the record": (edited_record("x: " + "[" * 5000), "run.yml: is not the record of a"),
+    "a list in the record": (
+        edited_record("checkpoints: [1]", "checkpoints:\n    model_path: '0'"),
+        "run.yml: is not the record of a run",
+    ),
+    "a number in the record": (
+        edited_record("model_path: 5", "model_path: '0'"),
+        "run.yml: model_path: the results there were made with other settings",
+    ),
     "a pipe as the record": (
         both(write("log/run/run.yml", b""), pipe("log/run/run.yml"), options("--resume")),
         "log/run/run.yml: is not the record of a run",
