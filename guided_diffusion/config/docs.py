@@ -75,10 +75,8 @@ def json_schema(cls: type[Conf], root: type[Conf] | None = None, place: str = ""
         if not dataclasses.is_dataclass(field.type):
             properties[name] = _json_key(field)
             continue
-        inner, under = (
-            json_schema(field.type, root, prefix_within(place, field)),
-            field.metadata["under"],
-        )
+        under = field.metadata["under"]
+        inner = json_schema(field.type, root, prefix_within(place, field))
         if under:
             one = {"type": "object", "minProperties": 1, "maxProperties": 1}
             sets = {under: {**one, "additionalProperties": inner}}

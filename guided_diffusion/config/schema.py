@@ -541,7 +541,6 @@ def describe(cls: type[Conf], prefix: str = "") -> list[KeyDoc]:
         else:
             words = {MISSING: "required", None: "absent", "": "empty"}
             default = words.get(field.default) or shown(field.default).strip("'")
-            docs.append(
-                KeyDoc(prefix + name, expected_value(field), default, field.metadata["text"])
-            )
+            text = field.metadata["text"]
+            docs.append(KeyDoc(prefix + name, expected_value(field), default, text))
     return docs
