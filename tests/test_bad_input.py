@@ -188,7 +188,7 @@ CASES = {
     # the YAML as a file
     "no yaml": (remove("c.yml"), "c.yml: cannot be read: No such file"),
     "yaml is a folder": (folder_for("c.yml"), "c.yml: cannot be read: Is a directory"),
-    "yaml is a pipe": (pipe("c.yml"), "c.yml: cannot be read: is no regular file"),
+    "yaml is a pipe": (pipe("c.yml"), "c.yml: cannot be read: is a pipe or device"),
     "yaml is empty": (raw(b"# nothing\n"), "c.yml: expected keys and values, found an empty file"),
     "yaml is a picture": (copy("gt/00.png", "c.yml"), "c.yml: expected YAML"),
     "yaml is a checkpoint": (copy("model.pt", "c.yml"), "c.yml: expected YAML"),
@@ -273,6 +273,15 @@ CASES = {
     # paths
     "no pictures' folder": (options("--gt", "none"), "none: gt_path: no such file or folder"),
     "no masks' folder": (options("--mask", "none"), "none: mask_path: no such file or folder"),
+    "pictures of another folder": (
+        options("--gt", "data/datasets/gts/demo"),
+        "data/datasets/gts/demo: gt_path: no such file or folder (looked for in ",
+    ),
+    "a checkpoint of another folder": (
+        keys(model_path="data/pretrained/demo64.pt"),
+        ": start the program there)",
+    ),
+    "a home that has no masks": (options("--mask", "~/none"), "/none: mask_path: no such file or"),
     "no picture in the folder": (both(write("e/a.txt", b"a"), options("--gt", "e")), "e: gt_pa"),
     "a null in a path": (options("--set", 'data.gt_path="a\\0b"'), "gt_path: expected text"),
     "a remote path": (options("--gt", "nowhere://x"), "nowhere://x"),

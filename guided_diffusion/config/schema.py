@@ -424,7 +424,7 @@ def read_yaml(path: str | os.PathLike, max_bytes: int = MAX_YAML_BYTES) -> Any:
     path = Path(path)
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise OSError("is no regular file")  # opening a pipe would wait forever
+            raise OSError("is a pipe or device and not a file")  # opening a pipe would wait forever
         with path.open("rb") as file:
             raw = file.read(max_bytes + 1)
     except (OSError, ValueError) as error:

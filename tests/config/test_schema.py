@@ -252,7 +252,7 @@ def test_a_relative_path_that_is_missing_says_where_it_was_looked_for(tmp_path, 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.yml")
-    with pytest.raises(UserError, match=r"a\.yml: cannot be read: is no regular file"):
+    with pytest.raises(UserError, match=r"a\.yml: cannot be read: is a pipe or device"):
         load_conf(tmp_path / "a.yml")
 
 
