@@ -100,20 +100,39 @@ def schema_files() -> dict[str, str]:
     }
 
 
-def with_keys(readme: str) -> str:
-    """Return a README's text with a new table of keys between its two markers."""
-    before, _, rest = readme.partition("<!-- keys -->\n")
-    _, _, after = rest.partition("<!-- /keys -->")
-    return f"{before}<!-- keys -->\n{markdown_table(InpaintConf)}<!-- /keys -->{after}"
+_PAGE = """# Configuration
+
+`python guided_diffusion/config/docs.py` writes this page from the keys themselves. `python test.py
+--help` and `python train.py --help` print the same. Editors that know JSON Schema complete and
+check the files in `confs/`. A YAML states only what differs from the defaults. `--set KEY=VALUE`
+changes a key on the command line, with dots for nested keys; `data.gt_path` is short for
+`data.eval.<set>.gt_path`.
+
+## Inpainting: test.py
+
+{inpainting}
+Published files hold further keys that never had an effect. They are accepted: {ignored}.
+
+## Training: train.py
+
+{training}"""
+
+
+def configuration_page() -> str:
+    """Return the text of ``docs/configuration.md``."""
+    ignored = ", ".join(f"`{key}`" for key in InpaintConf.ignored)
+    tables = {"inpainting": InpaintConf, "training": TrainConf}
+    return _PAGE.format(
+        ignored=ignored, **{name: markdown_table(cls) for name, cls in tables.items()}
+    )
 
 
 def main() -> None:
-    """Rewrite the files that repeat the keys: JSON Schemas in ``confs/``, tables in READMEs."""
+    """Rewrite the files that repeat the keys: JSON Schemas in ``confs/``, the page in ``docs/``."""
     root = Path(__file__).resolve().parents[2]
     for name, text in schema_files().items():
         (root / "confs" / name).write_text(text, encoding="utf-8")
-    for readme in root.glob("README*.md"):
-        readme.write_text(with_keys(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    (root / "docs" / "configuration.md").write_text(configuration_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The YAML keys: each with its type, default, range and one sentence.
 
 To add a key, write one line here and run ``python guided_diffusion/config/docs.py``, which rewrites
-the JSON Schemas in ``confs/`` and the READMEs' tables. Checks of several keys together stand here
+the JSON Schemas in ``confs/`` and docs/configuration.md. Checks of several keys together stand here
 too, in ``__post_init__``; everything else is schema.py's.
 """
 
