@@ -2,22 +2,17 @@
 
 import argparse
 import contextlib
-import functools
-import http.client
 import os
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 if __name__ == "__main__":  # as a script its own folder comes first on the path
     _SELF = Path(__file__)
@@ -33,371 +28,26 @@ from guided_diffusion.tools.archives import (
     put_in_place,
     unpack,
 )
+from guided_diffusion.tools.catalogue import CATALOGUE, DEFAULT, HUB_FILES, Published, look_up
+from guided_diffusion.tools.transfers import (
+    File,
+    Missing,
+    NotFetched,
+    Settings,
+    bytes_of,
+    file_of,
+    get_drive,
+    get_folder,
+    get_http,
+    get_hub,
+    human,
+    largest,
+)
 
-BLOCK = 1 << 18  # bytes
 # A link to this file is followed, and a link to a folder above it is not: data/ lies beside that.
 ROOT = Path(sys.path[0]) if __name__ == "__main__" else Path(__file__).resolve().parents[2]
-MARGIN = 16 << 20  # bytes that stay free on the disk
-TRY_AGAIN = (408, 416, 425, 429)  # those HTTP statuses from 400 to 499 that may pass
 KEPT = "what has arrived is kept, and the same command goes on from there"
-OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021"
 HUB = "https://huggingface.co"
-
-
-# ---- what there is -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Published:
-    """A file or a folder that somebody published."""
-
-    name: str
-    source: str  # drive (Google Drive), http, or hub (a folder on huggingface.co)
-    address: str
-    licence: str
-    network: str = ""  # "model" or "classifier"
-    conf: str = ""  # the configuration that describes the network
-    size: str = "-"
-
-
-# "see source": the code's licence is known, the terms of the weights or pictures are not.
-_CODE, _REPAINT = "MIT (code); weights: see source", "CC BY-NC-SA 4.0"
-CATALOGUE = (
-    *(
-        Published(f"{name}.pt", "drive", address, _REPAINT, "model", conf, "2.2 GB")
-        for name, address, conf in (
-            ("celeba256_250000", "1norNWWGYP3EZ_o05DmoW1ryKuKMmhlCX", "test_c256_thick"),
-            ("places256_300000", "1QEl-btGbzQz6IwkXiFGd49uQNTUtTHsk", "test_p256_thick"),
-        )
-    ),
-    Published(
-        "data.zip",
-        "drive",
-        "1Q_dxuyI41AAmSv9ti3780BwaJQqwvwMv",
-        f"{_REPAINT}; pictures: see source",
-    ),
-    *(
-        Published(f"{name}.pt", "http", OPENAI, _CODE, network, conf)
-        for name, network, conf in (
-            ("256x256_diffusion", "model", "test_inet256_thick"),
-            ("256x256_classifier", "classifier", "test_inet256_thick"),
-            ("256x256_diffusion_uncond", "model", "inet256_uncond"),
-            ("lsun_bedroom", "model", "lsun_bedroom"),
-            ("lsun_cat", "model", "lsun_cat"),
-            ("lsun_horse", "model", "lsun_horse"),
-            ("lsun_horse_nodropout", "model", "lsun_horse_nodropout"),
-            ("512x512_diffusion", "model", "inet512"),
-            ("512x512_classifier", "classifier", "inet512"),
-            ("64x64_diffusion", "model", "inet64"),
-            ("64x64_classifier", "classifier", "inet64"),
-            ("128x128_diffusion", "model", "inet128"),
-            ("128x128_classifier", "classifier", "inet128"),
-        )
-    ),
-    *(
-        Published(name, "hub", f"google/{name}", "Apache-2.0")
-        for name in (
-            "ddpm-celebahq-256",
-            "ddpm-ema-celebahq-256",
-            "ddpm-church-256",
-            "ddpm-cat-256",
-            "ddpm-bedroom-256",
-        )
-    ),
-)
-DEFAULT = [entry.name for entry in CATALOGUE[:5]]
-# A folder of diffusers is a pipeline with folders in it, or the bare network. Of each row the
-# first file that there is will do; without the rows marked True the model is of no use.
-HUB_FILES = (
-    (True, ("config.json", "unet/config.json")),
-    (True, ("scheduler_config.json", "scheduler/scheduler_config.json")),
-    (
-        True,
-        (
-            "diffusion_pytorch_model.safetensors",
-            "unet/diffusion_pytorch_model.safetensors",
-            "diffusion_pytorch_model.bin",
-            "unet/diffusion_pytorch_model.bin",
-        ),
-    ),
-    (False, ("model_index.json",)),
-)
-
-
-def look_up(word: str) -> Published:
-    """Return what is called ``word``, with or without .pt, .zip or owner; raises UserError."""
-    for entry in CATALOGUE:
-        stem = entry.name.removesuffix(".pt").removesuffix(".zip")
-        if word in (entry.name, stem, f"google/{entry.name}"):
-            return entry
-    raise UserError(f"{word} is not a published file; bash download.sh --list names them all")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Where files go and come from."""
-
-    root: Path  # the folder of data/
-    mirror: str  # address or folder, or empty
-    timeout: int  # seconds
-    tries: int
-    lock: int | None = None  # the descriptor that a child must hold too
-
-
-@dataclass(frozen=True)
-class File:
-    """One file on its way: ``name`` below a mirror, ``final`` its place."""
-
-    entry: Published
-    name: str
-    final: Path
-    settings: Settings
-
-    @property
-    def part(self) -> Path:
-        """Where the bytes gather."""
-        return self.final.with_name(f"{self.final.name}.part")
-
-    @property
-    def record(self) -> Path:
-        """The list of what data.zip brought; the archive itself is removed afterwards."""
-        return self.final.with_name(f"{self.final.name}.contents")
-
-    def partial(self) -> list[Path]:
-        """Return what has arrived so far, the largest first; gdown picks names of its own."""
-        paths = [self.part, *self.final.parent.glob(f"{self.part.name}.drive*")]
-        return sorted((path for path in paths if path.is_file()), key=bytes_of, reverse=True)
-
-
-def file_of(entry: Published, settings: Settings, inner: str = "") -> File:
-    """Return the file of ``entry``, for a folder the one called ``inner`` in it."""
-    folder = "datasets" if entry.name == "data.zip" else "pretrained"
-    name = f"{entry.name}/{inner}" if inner else entry.name
-    return File(entry, name, settings.root / "data" / folder / name, settings)
-
-
-class NotFetched(Exception):
-    """The file does not come from this source; the text follows its name and a colon."""
-
-
-class Missing(NotFetched):
-    """The source answers, and has no such file."""
-
-
-# ---- transfers ---------------------------------------------------------------------------------
-
-
-def bytes_of(path: Path) -> int:
-    """Return the size of a file that need not exist."""
-    return path.stat().st_size if path.is_file() else 0
-
-
-def human(size: int) -> str:
-    """Return a number of bytes as people read it."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size / 1e3:.1f} kB"
-
-
-def check_room(file: File, needed: int) -> None:
-    """Raise NotFetched unless the disk has room for ``needed`` more bytes."""
-    data = file.settings.root / "data"
-    free = shutil.disk_usage(data).free
-    if needed + MARGIN > free:
-        raise NotFetched(f"needs {human(needed)} and {human(free)} are free on the disk of {data}")
-
-
-def progress(file: File, total: int | None, initial: int) -> tqdm:
-    """Return a bar of bytes with the time to come; it shows in a terminal only."""
-    return tqdm(
-        desc=file.name,
-        total=total,
-        initial=initial,
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        disable=None,
-    )
-
-
-def write_part(file: File, blocks: Iterable[bytes], total: int | None, start: int) -> None:
-    """Append ``blocks`` to the part after its first ``start`` bytes; what was there goes."""
-    try:
-        file.part.parent.mkdir(parents=True, exist_ok=True)
-        stream = file.part.open("r+b" if start else "wb")
-    except OSError as error:
-        raise NotFetched(f"{file.part}: cannot be written: {error.strerror}") from error
-    with stream, progress(file, total, start) as bar:
-        stream.seek(start)
-        stream.truncate()
-        for block in blocks:
-            try:
-                stream.write(block)
-                stream.flush()
-            except OSError as error:  # the disk is full
-                raise NotFetched(f"{file.part}: cannot be written: {error.strerror}") from error
-            bar.update(len(block))
-
-
-def ask(url: str, timeout: int, method: str = "GET", start: int = 0) -> http.client.HTTPResponse:
-    """Open ``url`` from the byte ``start`` on; raises what urllib raises."""
-    headers = {"User-Agent": "repaint-download", "Accept-Encoding": "identity"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    request = urllib.request.Request(url, headers=headers, method=method)
-    return urllib.request.urlopen(request, timeout=timeout)
-
-
-_UNREACHED = (OSError, http.client.HTTPException, ValueError)  # an HTTPError is an OSError
-
-
-def announced_length(url: str, timeout: int) -> int | None:
-    """Return the length of a file as its server tells it, or None."""
-    with contextlib.suppress(*_UNREACHED), ask(url, timeout, "HEAD") as answer:
-        length = answer.headers.get("Content-Length", "")
-        if answer.status == 200 and length.isascii() and length.isdigit():
-            return int(length)
-    return None
-
-
-def transfer(file: File, url: str, total: int | None) -> str:
-    """Fetch what the part lacks, once; return what went wrong, or nothing when it is complete."""
-    start = bytes_of(file.part)
-    try:
-        answer = ask(url, file.settings.timeout, start=start)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 416:  # ours ends beyond theirs
-            file.part.unlink(missing_ok=True)
-        if 400 <= error.code < 500 and error.code not in TRY_AGAIN:
-            kind = Missing if error.code in (404, 410) else NotFetched
-            raise kind(f"{url}: HTTP {error.code}") from error
-        return f"HTTP {error.code}"
-    except _UNREACHED as error:
-        return f"no connection: {getattr(error, 'reason', None) or error}"
-    with answer:
-        if answer.status == 206 and not _continues(answer, start):
-            file.part.unlink(missing_ok=True)
-            return "the server sent another part than was asked for"
-        start = start if answer.status == 206 else 0
-        if total is None and answer.length is not None:
-            total = start + answer.length
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            write_part(file, iter(functools.partial(answer.read1, BLOCK), b""), total, start)
-            if total is None or bytes_of(file.part) == total:
-                return ""
-    return "the line breaks off or stalls"
-
-
-def _continues(answer: http.client.HTTPResponse, start: int) -> bool:
-    return answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-
-
-def get_http(file: File, url: str) -> None:
-    """Fill the part from an http(s) address, with as many transfers as bring new bytes."""
-    settings, fruitless, most, answered = file.settings, 0, 0, False
-    total = announced_length(url, settings.timeout)
-    if total is not None:
-        check_room(file, max(0, total - bytes_of(file.part)))
-    while True:
-        if total is not None and bytes_of(file.part) > total:
-            file.part.unlink()
-        here = bytes_of(file.part)
-        if here and here == total:
-            return
-        most = max(most, here)
-        problem = transfer(file, url, total)
-        if not problem:
-            return
-        here = bytes_of(file.part)
-        # Bytes that were never here before are worth another try; so a bad line gets through.
-        fruitless = 0 if here > most else fruitless + 1
-        # A server that has answered is worth waiting for; without a network two tries will do.
-        answered = answered or not problem.startswith("no connection")
-        if fruitless >= (settings.tries if answered else min(2, settings.tries)):
-            given_up = f"given up after {fruitless} tries ({problem}), {human(here)} kept"
-            raise NotFetched(f"{url}: {given_up}")
-        time.sleep(max(1, fruitless) * settings.timeout / 12)
-
-
-def get_folder(file: File, path: str) -> None:
-    """Fill the part from a file of this machine."""
-    source = Path(path)
-    if not source.is_file():
-        raise Missing(f"{path}: no such file")
-    check_room(file, bytes_of(source))
-    try:
-        with source.open("rb") as stream:
-            blocks = iter(functools.partial(stream.read, BLOCK), b"")
-            write_part(file, blocks, bytes_of(source), 0)
-    except OSError as error:
-        raise NotFetched(f"{path}: cannot be read: {error.strerror}") from error
-
-
-QUOTA = (
-    "Google Drive sent a page in place of the file; usually its daily limit for this file is used "
-    "up (quota): try again in a day, or set REPAINT_MIRROR"
-)
-QUOTA_SIGNS = ("too many users", "quota", "many accesses", "retrieve file url", "the public link")
-
-
-def get_drive(file: File, address: str) -> None:
-    """Fill the part from Google Drive, by the program gdown."""
-    program = shutil.which("gdown")
-    if program is None:
-        raise NotFetched("is on Google Drive, and gdown is not installed (pip install gdown)")
-    # gdown appends to our name for its partial files, will not choose between two, and takes a
-    # file of the very name for complete.
-    target = file.part.with_name(f"{file.part.name}.drive")
-    target.unlink(missing_ok=True)
-    partial = [path for path in file.partial() if path != file.part]
-    for smaller in partial[1:]:
-        smaller.unlink()
-    total = None
-    if file.entry.size.endswith(" GB"):
-        total = round(float(file.entry.size.removesuffix(" GB")) * 1e9)
-        check_room(file, max(0, total - sum(bytes_of(path) for path in partial[:1])))
-    with tempfile.TemporaryFile() as output:
-        command = [program, "--continue", "-O", str(target), address]
-        status = _watch(file, command, output.fileno(), total)
-        output.seek(0)
-        said = " ".join(output.read().decode(errors="replace").split())
-    if status == 0 and bytes_of(target):
-        with target.open("rb") as stream:
-            is_page = stream.read(1) == b"<"
-        if not is_page:
-            target.replace(file.part)
-            return
-        target.unlink()
-        raise NotFetched(QUOTA)
-    if any(sign in said.lower() for sign in QUOTA_SIGNS):
-        raise NotFetched(QUOTA)
-    raise NotFetched(f"gdown failed: {said[-300:]}")
-
-
-def _watch(file: File, command: list[str], output: int, total: int | None) -> int:
-    """Run gdown and return its exit status; it is ended when nothing arrives any more."""
-    held = () if file.settings.lock is None else (file.settings.lock,)
-    child = subprocess.Popen(command, stdout=output, stderr=output, pass_fds=held)
-    before = sum(bytes_of(path) for path in file.partial()[:1])
-    last_growth = time.monotonic()
-    try:
-        with progress(file, total, before) as bar:
-            while child.poll() is None:
-                time.sleep(0.1)
-                now = sum(bytes_of(path) for path in file.partial()[:1])
-                if now != before:
-                    bar.update(max(0, now - before))
-                    before, last_growth = now, time.monotonic()
-                if time.monotonic() - last_growth >= file.settings.timeout:
-                    seconds = file.settings.timeout
-                    raise NotFetched(f"Google Drive sent nothing for {seconds} seconds")
-    finally:
-        if child.poll() is None:
-            child.terminate()
-        child.wait()
-    return child.returncode
 
 
 # ---- checks ------------------------------------------------------------------------------------
@@ -501,11 +151,13 @@ def get(file: File, source: tuple[Callable[[File, str], None], str]) -> None:
     transport, address = source
     while True:
         resumed = bytes_of(file.part) > 0
-        transport(file, address)
         try:
+            transport(file, address)
             return finish(file, file.part)
+        except NotFetched:
+            raise
         except Refused as reason:
-            file.part.unlink()
+            file.part.unlink(missing_ok=True)
             problem = f"what came from {address} {reason}"
             if not resumed:
                 raise NotFetched(problem) from reason
@@ -529,7 +181,7 @@ def sources(file: File) -> Iterator[tuple[str, tuple[Callable[[File, str], None]
     else:
         inner = file.name.removeprefix(f"{entry.name}/")
         address = f"{HUB}/{entry.address}"
-        yield address, (get_http, f"{address}/resolve/main/{inner}")
+        yield address, (get_hub, f"{address}/resolve/main/{inner}")
 
 
 def fetch_file(file: File) -> bool:
@@ -574,28 +226,38 @@ def fetch_folder(entry: Published, settings: Settings) -> bool:
 def _fetch_first(files: Sequence[File], is_needed: bool) -> bool:
     """Bring the first of ``files`` that a source has; return whether there was one."""
     for places in zip(*(sources(file) for file in files), strict=True):
-        missing = []
         for file, (words, source) in zip(files, places, strict=True):
-            try:
-                get(file, source)
+            problem = _attempt(file, source)
+            if problem is None:
                 say(f"{file.name}: from {words}")
                 return True
-            except Missing as problem:
-                missing.append(problem)
-            except NotFetched as problem:
-                if is_needed:
-                    complain(f"{file.name}: {problem}")
+            if not isinstance(problem, Missing):
+                names = file.name
                 break
-        if is_needed and len(missing) == len(files):
-            complain(f"{files[0].name}: {missing[0]}")
+        else:
+            names = " or ".join(file.name for file in files)
+        if is_needed:
+            complain(f"{names}: {problem}")
     return False
+
+
+def _attempt(file: File, source: tuple[Callable[[File, str], None], str]) -> NotFetched | None:
+    try:
+        get(file, source)
+    except NotFetched as problem:
+        return problem
+    return None
 
 
 def fetch(entry: Published, settings: Settings) -> bool:
     """Bring a file or a folder into its place; return whether it is there."""
     if entry.source == "hub":
-        return fetch_folder(entry, settings)
-    return fetch_file(file_of(entry, settings))
+        is_there = fetch_folder(entry, settings)
+    else:
+        is_there = fetch_file(file_of(entry, settings))
+    if is_there:
+        say(f"{entry.name}: ok")
+    return is_there
 
 
 def list_all(settings: Settings) -> None:
@@ -603,7 +265,7 @@ def list_all(settings: Settings) -> None:
     say(f"{'FILE':<28} {'SIZE':<7} {'HERE':<17} LICENCE")
     for entry in CATALOGUE:
         file, here = file_of(entry, settings), "-"
-        arrived = sum(bytes_of(path) for path in file.partial()[:1])
+        arrived = largest([file.part, *file.from_drive()])
         if file.record.exists():
             here = "unpacked"
         elif file.final.is_dir():
@@ -649,10 +311,11 @@ def read_settings() -> Settings:
     return Settings(ROOT, mirror, numbers["REPAINT_TIMEOUT"], numbers["REPAINT_TRIES"])
 
 
-def hold(root: Path) -> int | None:
+@contextlib.contextmanager
+def held(root: Path) -> Iterator[int | None]:
     """Make the folders and lock them for this process, and for a gdown that outlives it.
 
-    Returns the descriptor, or None where the system has no such locks. Raises UserError.
+    Yields the descriptor, or None where the system has no such locks. Raises UserError.
     """
     data = root / "data"
     try:
@@ -660,18 +323,19 @@ def hold(root: Path) -> int | None:
             (data / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {data}: {error.strerror}") from error
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
+    if fcntl is None:
+        yield None
+        return
     handle = os.open(data / "pretrained", os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another download into {data} is running") from None
-    except OSError:  # a file system without locks
-        return None
-    return handle
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another download into {data} is running") from None
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def _stop(*_: object) -> None:
@@ -711,22 +375,15 @@ exit status: 0 all is here, 1 something is missing, 2 the command is wrong""",
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fetch what is asked for; return the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)):
-        if number and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _stop)
     options = _parse(argv)
     entries = list(dict.fromkeys(look_up(word) for word in options.names or DEFAULT))
     if options.list:
         list_all(Settings(ROOT, "", 1, 1))
         return 0
     settings = read_settings()
-    settings = replace(settings, lock=hold(ROOT))
-    missing = []
-    for entry in entries:
-        if fetch(entry, settings):
-            say(f"{entry.name}: ok")
-        else:
-            missing.append(entry.name)
+    with held(ROOT) as lock:
+        settings = replace(settings, lock=lock)
+        missing = [entry.name for entry in entries if not fetch(entry, settings)]
     if missing:
         complain(f"missing: {' '.join(missing)} (the same command goes on with them)")
         return 1
@@ -735,4 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for _number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)):
+        if _number and signal.getsignal(_number) is not signal.SIG_IGN:  # nohup stays in force
+            signal.signal(_number, _stop)
     command_line(main)

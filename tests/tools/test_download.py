@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from guided_diffusion.tools import download
+from guided_diffusion.tools import catalogue
 
 ROOT = Path(__file__).resolve().parents[2]
 # What the stubs of gdown below call; the program itself needs bash and Python.
 TOOLS = ("bash", "cp", "ls", "rm", "sleep")
-PROGRAM = ("__init__", "cli", "errors", "tools/__init__", "tools/archives", "tools/download")
+PROGRAM = ("__init__", "cli", "errors", "tools/__init__", "tools/archives")
+PROGRAM += ("tools/catalogue", "tools/download", "tools/transfers")
 CHECKPOINT = "256x256_diffusion.pt"
 DEFAULT = (
     "celeba256_250000.pt",
@@ -650,7 +651,7 @@ def test_every_checkpoint_has_its_architecture(name, width, deepest, labels):
     from guided_diffusion import script_util
     from guided_diffusion.config import keys
 
-    entry = download.look_up(f"{name}.pt")
+    entry = catalogue.look_up(f"{name}.pt")
     network, yml = entry.network, entry.conf
     loaded = keys.load_conf(ROOT / "confs" / f"{yml}.yml")
     used_there = {"model": loaded.model_path, "classifier": loaded.classifier_path}[network]
