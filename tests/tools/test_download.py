@@ -1,8 +1,10 @@
 import contextlib
 import functools
+import hashlib
 import http.server
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from guided_diffusion.tools import catalogue
+from guided_diffusion.tools import catalogue, download
 
 ROOT = Path(__file__).resolve().parents[2]
 # What the stubs of gdown below call; the program itself needs bash and Python.
@@ -97,7 +99,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = self.path.rpartition("/")[2]
         wanted = self.headers.get("Range")
         self.server.requests.append((name, wanted))
-        file = self.server.files.get(name)
+        file = self.server.files.get(self.path, self.server.files.get(name))
         if file is None:
             return self.send_error(404)
         failing, file.failures = file.failures > 0, file.failures - 1
@@ -549,6 +551,256 @@ def test_stalled_gdown_is_ended(checkout):
 def test_gdown_is_asked_for(checkout):
     (checkout.bin / "gdown").unlink()
     assert "gdown is not installed (pip install gdown)" in checkout.run("data.zip").err
+
+
+def test_gdown_that_outlives_a_killed_run_still_holds_the_folder(checkout, tmp_path):
+    checkout.stub("gdown", f'#!/bin/bash\necho $$ > "{tmp_path}/pid"\nexec sleep 30\n')
+    process = checkout.start("data.zip", REPAINT_TIMEOUT=30)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.communicate(timeout=10)
+    blocked = checkout.run("lsun_cat")
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert blocked.returncode == 2
+    assert "another download into" in blocked.err
+
+
+def test_growth_beside_a_larger_part_is_seen(checkout, server):
+    """The part of a mirror that broke off must not hide what Google Drive sends."""
+    checkout.stub(
+        "gdown",
+        '#!/bin/bash\nfor i in 1 2 3 4 5 6; do printf x >> "$3"abcdefgh.part; sleep 0.4; done\n'
+        'echo "Too many users" >&2\nexit 1\n',
+    )
+    (checkout.root / "data/datasets").mkdir(parents=True)
+    (checkout.root / "data/datasets/data.zip.part").write_bytes(bytes(1000))
+    err = checkout.run("data.zip").err
+    assert "sent nothing" not in err
+    assert "quota" in err
+
+
+WEIGHTS = "diffusion_pytorch_model"
+
+
+def safetensors(seed=0, length=300_000):
+    table = json.dumps({"a": {"dtype": "U8", "shape": [length], "data_offsets": [0, length]}})
+    return len(table).to_bytes(8, "little") + table.encode() + bytes([seed]) * length
+
+
+def hub_files(weights=f"{WEIGHTS}.safetensors", content=None):
+    content = content or (checkpoint() if weights.endswith(".bin") else safetensors())
+    return {
+        "model_index.json": b'{"_class_name": "DDPMPipeline"}',
+        "config.json": b'{"_class_name": "UNet2DModel"}',
+        "scheduler_config.json": b'{"_class_name": "DDPMScheduler"}',
+        weights: content,
+    }
+
+
+@pytest.mark.parametrize("weights", [f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin"])
+def test_diffusers_folder_from_an_address(checkout, server, weights):
+    server.files = {name: File(content) for name, content in hub_files(weights).items()}
+    done = checkout.run("google/ddpm-cat-256", REPAINT_MIRROR=server.url)
+    assert (done.returncode, done.err) == (0, "")
+    assert checkout.files() == {f"pretrained/ddpm-cat-256/{name}" for name in hub_files(weights)}
+    again = checkout.run("ddpm-cat-256", REPAINT_MIRROR="")
+    assert (again.returncode, again.out, again.err) == (
+        0, "ddpm-cat-256: ok\nall is here\n", ""
+    )  # fmt: skip
+    row = next(line for line in checkout.run("--list").out.splitlines() if "cat-256" in line)
+    assert re.search(r"ddpm-cat-256 +- +300\.\d kB +Apache-2\.0$", row)
+
+
+def test_diffusers_folder_from_a_folder_keeps_its_form(checkout, tmp_path):
+    """A pipeline has its network and scheduler in folders of their own."""
+    mirror = tmp_path / "mirror/ddpm-church-256"
+    names = {
+        "model_index.json": b"{}",
+        "unet/config.json": b"{}",
+        f"unet/{WEIGHTS}.safetensors": safetensors(),
+        "scheduler/scheduler_config.json": b"{}",
+    }
+    for name, content in names.items():
+        (mirror / name).parent.mkdir(parents=True, exist_ok=True)
+        (mirror / name).write_bytes(content)
+    done = checkout.run("ddpm-church-256", REPAINT_MIRROR=mirror.parent)
+    assert (done.returncode, done.err) == (0, "")
+    assert checkout.files() == {f"pretrained/ddpm-church-256/{name}" for name in names}
+
+
+def test_diffusers_file_that_is_missing_or_broken_is_named(checkout, server):
+    files = hub_files(content=safetensors()[:-5])
+    server.files = {name: File(content) for name, content in files.items()}
+    del server.files["model_index.json"]  # the network does without
+    where = f"{server.url}/ddpm-cat-256"
+    done = checkout.run("ddpm-cat-256", REPAINT_MIRROR=server.url)
+    assert done.returncode == 1
+    assert (
+        f"ddpm-cat-256/{WEIGHTS}.safetensors: what came from {where}/{WEIGHTS}.safetensors is cut "
+        "off or damaged (300"
+    ) in done.err
+    assert done.err.splitlines()[-1].startswith("missing: ddpm-cat-256 (")
+    kept = {f"pretrained/ddpm-cat-256/{name}" for name in ("config.json", "scheduler_config.json")}
+    assert checkout.files() == kept
+    assert "partly: 0.1 kB" in checkout.run("--list").out
+    # What is here is not fetched again.
+    server.requests.clear()
+    server.files[f"{WEIGHTS}.safetensors"] = File(safetensors())
+    assert checkout.run("ddpm-cat-256", REPAINT_MIRROR=server.url).returncode == 0
+    assert ("config.json", None) not in server.requests
+    assert checkout.files() == kept | {f"pretrained/ddpm-cat-256/{WEIGHTS}.safetensors"}
+    del server.files["config.json"]
+    checkout.path("ddpm-cat-256/config.json").write_bytes(b"<html>")
+    done = checkout.run("ddpm-cat-256", REPAINT_MIRROR=server.url)
+    assert "config.json is a web page and not the file; moved to data/pretrained/" in done.err
+    assert "ddpm-cat-256/config.json or ddpm-cat-256/unet/config.json: " in done.err
+
+
+def pointer(content):
+    """What huggingface.co tells of a large file."""
+    digest = hashlib.sha256(content).hexdigest()
+    return (
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {len(content)}\n"
+    ).encode()
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
+    """The program in this process; huggingface.co is the server, which knows one model."""
+    monkeypatch.setattr(download, "HUB", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(download, "ROOT", tmp_path)
+    monkeypatch.setenv("REPAINT_TIMEOUT", "1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("REPAINT_MIRROR", raising=False)
+    folder = "/google/ddpm-cat-256"
+    server.files = {
+        f"{folder}/resolve/main/{name}": File(content) for name, content in hub_files().items()
+    }
+    server.files[f"{folder}/raw/main/{WEIGHTS}.safetensors"] = File(pointer(safetensors()))
+    return tmp_path / "data/pretrained/ddpm-cat-256"
+
+
+def test_hub(hub, server, capsys):
+    assert download.main(["ddpm-cat-256"]) == 0
+    assert {path.name: path.read_bytes() for path in hub.iterdir()} == hub_files()
+    out, err = capsys.readouterr()
+    assert f"ddpm-cat-256/config.json: from {download.HUB}/google/ddpm-cat-256\n" in out
+    assert err == ""
+
+
+def test_hub_part_of_another_version_is_thrown_away(hub, capsys):
+    """A safetensors file has no checksum of its own; that of Git LFS tells."""
+    hub.mkdir(parents=True)
+    (hub / f"{WEIGHTS}.safetensors.part").write_bytes(safetensors(7)[:200_000])
+    assert download.main(["ddpm-cat-256"]) == 0
+    assert (hub / f"{WEIGHTS}.safetensors").read_bytes() == safetensors()
+    out, err = capsys.readouterr()
+    assert "is damaged (its SHA-256 is not the one" in err
+    assert "once more from the start" in out
+
+
+def test_hub_without_checksums_will_do(hub, server):
+    del server.files[f"/google/ddpm-cat-256/raw/main/{WEIGHTS}.safetensors"]
+    assert download.main(["ddpm-cat-256"]) == 0
+
+
+def test_apache_models_are_named_with_licence():
+    names = ("celebahq", "ema-celebahq", "church", "cat", "bedroom")
+    for name in names:
+        entry = catalogue.look_up(f"google/ddpm-{name}-256")
+        assert (entry.name, entry.licence) == (f"ddpm-{name}-256", "Apache-2.0")
+
+
+def namesake(folder):
+    """A folder that looks like ours, and is somebody else's."""
+    (folder / "data/pretrained").mkdir(parents=True)
+    (folder / "data/datasets").mkdir()
+    return folder
+
+
+def test_link_to_the_script_fills_the_folder_of_the_script(checkout, server, tmp_path):
+    server.files[CHECKPOINT] = File(checkpoint())
+    other = namesake(tmp_path / "other")
+    (other / "download.sh").symlink_to(checkout.root / "download.sh")
+    link = [shutil.which("bash"), str(other / "download.sh"), CHECKPOINT]
+    environment = checkout.environment | {"REPAINT_MIRROR": server.url}
+    done = subprocess.run(link, cwd=other, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert checkout.files() == {f"pretrained/{CHECKPOINT}"}
+    assert not [path for path in (other / "data").rglob("*") if path.is_file()]
+
+
+def test_link_to_the_python_program_fills_its_folder(checkout, tmp_path):
+    other = namesake(tmp_path / "a/b/other").parent
+    (other / "get.py").symlink_to(checkout.root / "guided_diffusion/tools/download.py")
+    done = subprocess.run(
+        [sys.executable, str(other / "get.py"), "lsun_cat"],
+        env=checkout.environment | {"REPAINT_TRIES": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert (checkout.root / "data/pretrained").is_dir()
+
+
+def test_cdpath_with_a_namesake_fills_no_other_folder(checkout, server, tmp_path):
+    server.files[CHECKPOINT] = File(checkpoint())
+    (tmp_path / "elsewhere").mkdir()
+    other = namesake(tmp_path / "elsewhere" / checkout.root.name)
+    done = subprocess.run(
+        [shutil.which("bash"), f"{checkout.root.name}/download.sh", CHECKPOINT],
+        cwd=tmp_path,
+        env=checkout.environment
+        | {"REPAINT_MIRROR": server.url, "CDPATH": str(tmp_path / "elsewhere")},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert checkout.files() == {f"pretrained/{CHECKPOINT}"}
+    assert not [path for path in other.rglob("*") if path.is_file()]
+
+
+def test_python_is_asked_for(checkout):
+    (checkout.bin / "python3").unlink()
+    done = checkout.run("--list")
+    assert (done.returncode, done.out) == (2, "")
+    assert done.err == "error: Python 3.10 or newer is needed, and is not installed\n"
+    checkout.stub("python", "#!/bin/sh\nexit 3\n")  # what the question for 3.10 ends with
+    assert checkout.run("--list").err == done.err
+
+
+def test_tqdm_is_asked_for(checkout, tmp_path):
+    (tmp_path / "without/tqdm.py").write_text("raise ImportError('left out')\n")
+    done = checkout.run("--list")
+    assert done.returncode == 2
+    assert done.err == (
+        "error: python3 lacks the package tqdm: python3 -m pip install -r requirements.txt\n"
+    )
+
+
+def test_the_second_python_will_do(checkout):
+    checkout.stub("python", "#!/bin/sh\nexit 4\n")
+    assert checkout.run("--list").returncode == 0
+
+
+def test_modules_of_the_callers_folder_are_not_imported(checkout, tmp_path):
+    (tmp_path / "tqdm.py").write_text("raise SystemExit('ran')\n")
+    assert checkout.run("--list", cwd=tmp_path).returncode == 0
+
+
+def test_shipped_model_is_not_replaced(checkout, server):
+    shipped = checkout.path("demo64.pt")
+    shipped.parent.mkdir(parents=True)
+    shipped.write_bytes(b"shipped")
+    content = {"data/pretrained/demo64.pt": b"evil", "data/datasets/gts/face/0.png": b"picture"}
+    server.files["data.zip"] = File(archive(content))
+    done = checkout.run("data.zip", REPAINT_MIRROR=server.url)
+    assert done.returncode == 0
+    assert "1 files unpacked into data/; 1 other entries left out" in done.out
+    assert shipped.read_bytes() == b"shipped"
 
 
 def test_list_tells_what_is_here(checkout):
