@@ -269,6 +269,7 @@ TABLE = {"__metadata__": {"format": "pt"}, "a": {"dtype": "F32", "data_offsets":
         (safetensors({}, 8), "its table cannot be read"),
         (safetensors({"a": {"data_offsets": [0, "8"]}}, 8), "its table cannot be read"),
     ],
+    ids=range(12),
 )
 def test_safetensors_that_is_not_whole_is_refused(tmp_path, content, problem):
     path = tmp_path / "x.safetensors"

@@ -1,4 +1,5 @@
 import contextlib
+import fcntl
 import functools
 import hashlib
 import http.server
@@ -8,8 +9,10 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import zipfile
@@ -712,6 +715,23 @@ def test_apache_models_are_named_with_licence():
     for name in names:
         entry = catalogue.look_up(f"google/ddpm-{name}-256")
         assert (entry.name, entry.licence) == (f"ddpm-{name}-256", "Apache-2.0")
+
+
+def test_terminal_sees_bytes_and_the_time_to_come(checkout, server):
+    server.files[CHECKPOINT] = File(checkpoint(), break_at=150_000, failures=1, stall=True)
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    command = [shutil.which("bash"), str(checkout.root / "download.sh"), CHECKPOINT]
+    environment = checkout.environment | {"REPAINT_MIRROR": server.url}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while block := os.read(ours, 1 << 16):
+            shown += block
+    os.close(ours)
+    assert process.wait(20) == 0
+    assert re.search(rb"256x256_diffusion\.pt: +\d+%.*/300k \[\d\d:\d\d<.*B/s\]", shown), shown
 
 
 def namesake(folder):
