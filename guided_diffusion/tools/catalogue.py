@@ -88,6 +88,6 @@ def look_up(word: str) -> Published:
     """Return what is called ``word``, with or without .pt, .zip or owner; raises UserError."""
     for entry in CATALOGUE:
         stem = entry.name.removesuffix(".pt").removesuffix(".zip")
-        if word in (entry.name, stem, f"google/{entry.name}"):
+        if word in (entry.name, stem) or (entry.source == "hub" and word == entry.address):
             return entry
     raise UserError(f"{word} is not a published file; bash download.sh --list names them all")
