@@ -362,7 +362,10 @@ environment:
 exit status: 0 all is here, 1 something is missing, 2 the command is wrong""",
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="files of the list, with or without .pt or .zip"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="files or models of the list, with or without .pt or .zip",
     )
     parser.add_argument(
         "-l",
