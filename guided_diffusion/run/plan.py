@@ -112,7 +112,7 @@ def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -
     for path in checkpoints.values():
         check_beginning(path)
     checkpoints = {key: fingerprint(path) for key, path in checkpoints.items()}
-    for folder in {*result_folders(conf).values(), conf.log_dir}:
+    for folder in (conf.log_dir, *result_folders(conf).values()):
         refuse_inside(folder, conf.data.gt_path, key="gt_path")
         refuse_inside(folder, conf.data.mask_path, key="mask_path")
     pairs = pair_images(
