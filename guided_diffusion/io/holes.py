@@ -97,7 +97,7 @@ def grow_hole(known: np.ndarray, pixels: int) -> np.ndarray:
     """
     if not pixels:
         return known
-    diagonal = int((pixels - 1) * (1 - 2**-0.5))
+    diagonal = round((pixels - 1) * (1 - 2**-0.5))
     straight = pixels - 2 * diagonal
     grown = np.pad(known, pixels, constant_values=255)  # ways from hole to pixel may lead outside
     # An octagon is the sum of four lines, and the darkest along a line is that of few shifts.

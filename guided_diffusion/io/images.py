@@ -138,10 +138,10 @@ def read_rgb(path: str, depth: tuple[float, float] | None = None) -> Image.Image
 
     The camera's rotation (EXIF) is applied; of an animation the first frame is taken; transparent
     parts are black; more than 8 bits of gray are scaled, not cut off, so that ``depth`` is black
-    and white, if given; CMYK is converted. Colour profiles are not applied. A JPEG of more than
-    ``PIL.Image.MAX_IMAGE_PIXELS`` is read at a half, a quarter or an eighth of its side.
+    and white, if given; CMYK is converted. Colour profiles are not applied. A JPEG of up to four
+    times ``PIL.Image.MAX_IMAGE_PIXELS`` is read at half its side.
     Raises ``UserError`` naming the file for anything that is not a whole picture, is no regular
-    file, cannot be read, or has more pixels than that.
+    file, cannot be read, or has more pixels.
     """
     image = read_upright(path)
     with _told_of(path):
@@ -258,8 +258,7 @@ def _limit_pixels(image: Image.Image, path: str) -> None:
     size, pixels = f"{image.width} x {image.height} pixels", image.width * image.height
     if image.format in ("JPEG", "MPO") and pixels <= _LARGEST_JPEG * limit:
         # Read as a whole it would be halved before anything else.
-        part = 2 if pixels < 3.9 * limit else 4
-        image.draft(image.mode, (image.width // part, image.height // part))
+        image.draft(image.mode, (image.width // 2, image.height // 2))
     if image.width * image.height > limit:
         problem = f"{size} are too many to read safely; make the picture smaller first"
         most = f"at most {limit} pixels, or {_LARGEST_JPEG * limit} in a JPEG"
@@ -337,7 +336,7 @@ def _eight_bits(
     """
 
     def finite(block: np.ndarray) -> np.ndarray:
-        return np.nan_to_num(block.astype(np.float64))
+        return np.nan_to_num(block.astype(np.float64)) if mode == "F" else block
 
     lowest = float(min(_in_blocks(lambda block: finite(block).min(), values)))
     highest = float(max(_in_blocks(lambda block: finite(block).max(), values)))
@@ -347,7 +346,8 @@ def _eight_bits(
     scale = 255 / (white - black)
 
     def eight(block: np.ndarray) -> np.ndarray:
-        return np.rint((finite(block).clip(black, white) - black) * scale).astype(np.uint8)
+        block = finite(block).astype(np.float64)
+        return np.rint((block.clip(black, white) - black) * scale).astype(np.uint8)
 
     return np.concatenate(_in_blocks(eight, values)), Levels(lowest, highest, white)
 
