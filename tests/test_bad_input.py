@@ -143,6 +143,13 @@ def strip(folder):
     Image.new("RGB", (30_000_00, 1)).save(folder / "gt" / "01.png")
 
 
+def wide_picture(folder):
+    Image.new("RGB", (32, 16)).save(folder / "gt" / "01.png")
+    mask = Image.new("L", (16, 16), 255)
+    mask.paste(0, (0, 0, 8, 8))
+    mask.save(folder / "mask" / "01.png")
+
+
 def finished_run(**changes):
     """Leave the record of a run with other settings."""
 
@@ -260,6 +267,31 @@ CASES = {
     "half and double": (keys(use_fp16=True, precision="bfloat16"), "use_fp16 and precision: "),
     "no full batch": (data(drop_last=True, batch_size=9), "drop_last and data.eval.tiny.batch"),
     "results over inputs": (data(paths={"srs": "gt"}), "gt_path and data.eval.tiny.paths.srs: "),
+    "results among inputs": (options("--out", "gt/res"), "gt/res: gt_path: results would go into"),
+    "results among masks": (data(paths={"lrs": "mask/x/y"}), "mask/x/y: mask_path: results would"),
+    "results among inputs by a link": (
+        both(link("gt", "l"), options("--out", "l")), "l: gt_path: results would go into",
+    ),
+    "a result over the input": (
+        both(copy("gt/00.png", "inpainted/a.png"), options("--gt", "inpainted/a.png", "--mask",
+             "thick", "--out", ".")),
+        "inpainted/a.png: a result would overwrite the input inpainted/a.png",
+    ),
+    "a result over the input by a link": (
+        both(link("gt", "inpainted"), options("--gt", "gt/00.png", "--mask", "mask/00.png",
+             "--out", ".", "--set", "data.paths.gts=x")),
+        "inpainted/00.png: a result would overwrite the input gt/00.png",
+    ),
+    "a mask over the mask": (
+        both(copy("mask/00.png", "gt_keep_mask/00.png"), options("--gt", "gt/00.png", "--mask",
+             "gt_keep_mask/00.png", "--out", ".", "--set", "data.paths.gts=x")),
+        "gt_keep_mask/00.png: a result would overwrite the input gt_keep_mask/00.png",
+    ),
+    "the overview over the input": (
+        both(copy("gt/00.png", "overview.png"), options("--gt", "overview.png", "--mask",
+             "mask/00.png", "--out", ".", "--set", "overview=true", "--set", "data.paths.gts=x")),
+        "overview.png: a result would overwrite the input overview.png",
+    ),
     "results over results": (data(paths={"srs": "o", "lrs": "o"}), "paths.srs and data.eval.tiny."),
     # options
     "unknown option": (options("--rezume"), "unrecognized arguments: --rezume"),
@@ -323,6 +355,14 @@ CASES = {
     "a link to itself": (link("01.png", "gt/01.png"), "gt/01.png: "),
     "a bomb": (write("gt/01.png", bomb(60_000, 60_000)), "gt/01.png: "),
     "a bomb as a mask": (write("mask/01.png", bomb(30_000, 30_000)), "mask/01.png: "),
+    "heic": (
+        write("gt/01.png", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
+        "gt/01.png: not a picture in a known format (HEIC has to be converted to JPEG or PNG",
+    ),
+    "a squeezed mask": (wide_picture, "mask/01.png: the mask has another shape than its picture"),
+    "no transparency": (options("--mask", "alpha"), "gt/00.png: mask_path: has no transparency"),
+    "unknown rule for masks": (keys(mask_hole="white"), "mask_hole: expected black, zero, color"),
+    "black above white": (keys(depth_min=2.0, depth_max=1.0), "depth_min and depth_max: the first"),
     "a strip": (strip, "gt/01.png: too narrow a strip"),
     # checkpoints
     "no checkpoint": (remove("model.pt"), "model.pt: no such checkpoint"),

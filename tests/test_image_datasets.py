@@ -123,6 +123,55 @@ def test_nothing_to_list_is_told_in_one_line(tmp_path, monkeypatch, path, proble
     assert "\n" not in str(caught.value)
 
 
+HIDDEN = [
+    "._a.png", ".hidden.jpg", ".ipynb_checkpoints/a-checkpoint.png", "x/.cache/b.png",
+    "__MACOSX/a.png", "@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", "$RECYCLE.BIN/c.png", "Thumbs.db",
+]  # fmt: skip
+
+
+def test_what_systems_and_programs_put_there_is_passed_over(tmp_path, monkeypatch):
+    path = folder_of(tmp_path / ".home" / "p", ["a.png", "x/b.png"])
+    (tmp_path / ".home" / "p" / ".png").touch()
+    for name in HIDDEN:
+        (tmp_path / ".home" / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".home" / "p" / name).write_bytes(b"no picture")
+    expected = [f"{path}/.png", f"{path}/a.png", f"{path}/x/b.png"]
+    assert image_datasets.list_images(path) == expected
+    blobs = FakeBlobs({f"gs://b/{name}": path for name in [*HIDDEN, "a.png", "x/b.png"]})
+    monkeypatch.setitem(sys.modules, "blobfile", blobs)
+    assert image_datasets.list_images("gs://b/") == ["gs://b/a.png", "gs://b/x/b.png"]
+
+
+def test_other_formats_in_a_folder_are_told_and_taken_by_a_key(tmp_path):
+    names = ["a.jpg", "b.webp", "c.png", "d.TIF", "e.bmp", "f.jfif", "c.dng", "notes.txt"]
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match="left out") as caught:
+        found = image_datasets.list_images(str(tmp_path))
+    # What the published program pairs stays as it is.
+    assert [Path(path).name for path in found] == ["a.jpg", "c.png"]
+    [told] = [str(one.message) for one in caught]
+    assert "4 of 6 pictures are left out (.bmp .jfif .tif .webp)" in told
+    assert "all_formats: true" in told
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = image_datasets.list_images(str(tmp_path), all_formats=True)
+    assert [Path(path).name for path in found] == names[:6]
+
+
+def test_a_folder_of_other_formats_alone_needs_no_key(tmp_path):
+    for name in ("a.webp", "b.AVIF"):
+        (tmp_path / name).touch()
+    assert len(image_datasets.list_images(str(tmp_path))) == 2
+    (tmp_path / "c.heic").touch()
+    with pytest.warns(UserWarning, match=r"1 of 3 .*\(\.heic\); convert \.heic to JPEG or PNG"):
+        assert len(image_datasets.list_images(str(tmp_path))) == 2
+    for name in ("a.webp", "b.AVIF"):
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=r"no pictures.*convert \.heic to JPEG or PNG"):
+        image_datasets.list_images(str(tmp_path))
+
+
 class FakeBlobs(types.ModuleType):
     """A storage service with one folder, in the shape of blobfile's functions."""
 
@@ -288,6 +337,84 @@ def test_shifted_names_warn_once(tmp_path):
         warnings.simplefilter("error")
         image_datasets.pair_images(gt, other)
         image_datasets.pair_images(gt, gt)
+
+
+NAMES = ["photo1", "photo10", "photo11", "photo2"]
+BY_NAME = {
+    "affix behind": (NAMES, "{}_mask"),
+    "hyphen": (NAMES, "{}-mask"),
+    "numbered": (NAMES, "{}_mask001"),
+    "affix before": (["2", "10", "1a", "1"], "mask_{}_"),
+    "affix on pictures": ([f"{name}_img" for name in NAMES], None),
+    "other case": (["IMG_1", "img_10", "Img_11"], "{}_MASK"),
+    "suffix kept": (["a", "a.b", "a-1"], "{}.jpg"),
+    "part of each other": (["IMG_1", "IMG_1_2", "IMG_1_2_3"], "{}-mask"),
+}
+
+
+@pytest.mark.parametrize("case", BY_NAME)
+def test_names_that_leave_no_doubt_pair_whatever_their_order(tmp_path, case):
+    names, form = BY_NAME[case]
+    rename = form.format if form else lambda name: name.removesuffix("_img")
+    gt = folder_of(tmp_path / "gt", [f"{name}.png" for name in names])
+    mask = folder_of(tmp_path / "mask", [f"{rename(name)}.png" for name in names])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pairs = image_datasets.pair_images(gt, mask)
+    for pair in pairs:
+        assert Path(pair.mask_path).name == f"{rename(Path(pair.gt_path).stem)}.png"
+    by_position = sorted(path.name for path in Path(mask).iterdir()) == [
+        Path(pair.mask_path).name for pair in pairs
+    ]
+    told = [str(one.message) for one in caught]
+    assert len(told) == (0 if by_position else 1)
+    assert all("paired by name" in text and "\n" not in text for text in told)
+    assert [pair.index for pair in pairs] == list(range(len(names)))
+
+
+def test_an_accent_is_one_however_a_system_writes_it(tmp_path):
+    gt = folder_of(tmp_path / "gt", ["e\u0301te.png", "fan.png"])
+    mask = folder_of(tmp_path / "mask", ["\u00e9te_mask.png", "fan_mask.png"])
+    with pytest.warns(UserWarning, match="paired by name"):
+        pairs = image_datasets.pair_images(gt, mask)
+    assert [Path(pair.mask_path).name for pair in pairs] == ["\u00e9te_mask.png", "fan_mask.png"]
+
+
+@pytest.mark.parametrize(
+    ("names", "mask_names"),
+    [
+        (["a", "b", "c"], ["b_mask", "c_mask", "d_mask"]),
+        (["a", "b", "c"], ["b_mask001", "c_mask002", "d_mask003"]),
+        (["img_1", "img_10", "img_2"], ["mask_01", "mask_02", "mask_10"]),
+        (["0", "1", "10", "2"], ["000000", "000001", "000002", "000010"]),
+        (["a_image", "b_image"], ["b_mask", "c_mask"]),
+    ],
+)
+def test_names_that_contradict_positions_warn_with_an_example(tmp_path, names, mask_names):
+    gt = folder_of(tmp_path / "gt", [f"{name}.png" for name in names])
+    mask = folder_of(tmp_path / "mask", [f"{name}.png" for name in mask_names])
+    with pytest.warns(UserWarning, match="by sorted position, although") as caught:
+        pairs = image_datasets.pair_images(gt, mask)
+    assert len(caught) == 1
+    assert [Path(pair.mask_path).stem for pair in pairs] == mask_names
+
+
+@pytest.mark.parametrize(
+    ("names", "mask_names"),
+    [
+        (["0", "1", "2"], ["000000", "000001", "000002"]),
+        (["cat", "dog", "owl"], ["000000", "000001", "000002"]),
+        (["img_1", "img_10", "img_2"], ["mask_1", "mask_10", "mask_2"]),
+        (["00012", "00345"], ["000000", "000001"]),
+    ],
+)
+def test_names_without_relation_or_in_order_pair_silently(tmp_path, names, mask_names):
+    gt = folder_of(tmp_path / "gt", [f"{name}.png" for name in names])
+    mask = folder_of(tmp_path / "mask", [f"{name}.png" for name in mask_names])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pairs = image_datasets.pair_images(gt, mask)
+    assert [Path(pair.mask_path).name for pair in pairs] == [f"{m}.png" for m in mask_names]
 
 
 # ---- drawn masks -------------------------------------------------------------------------------
@@ -619,6 +746,206 @@ def test_check_warns_once_of_masks_without_effect(tmp_path, level, words):
     assert "3 of 3" in str(caught[0].message)
 
 
+def mask_of(width, height, box, white=255, black=0):
+    mask = np.full((height, width), white, np.uint8)
+    left, top, right, bottom = box
+    mask[top:bottom, left:right] = black
+    return mask
+
+
+def check(gt, mask, size=16, **handling):
+    """Return the shares of a check, and what it warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        handling = image_datasets.Handling(**handling)
+        shares = image_datasets.check_pairs(
+            image_datasets.pair_images(gt, mask), size, handling=handling
+        )
+    return shares, [str(one.message) for one in caught]
+
+
+@pytest.mark.parametrize("case", ["plain", "guided"])
+def test_golden_cases_and_the_demo_are_silent(case):
+    data = GOLDEN.parent.parent / "data" / "datasets"
+    for gt, mask in (
+        (GOLDEN / case / "gt", GOLDEN / case / "mask"),
+        (data / "gts" / "demo", data / "gt_keep_masks" / "demo"),
+    ):
+        assert check(str(gt), str(mask), 64)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("photo", "mask", "fits"),
+    [
+        ((60, 40), (60, 40), True),
+        ((400, 300), (133, 100), True),  # sides are whole numbers
+        ((60, 40), (40, 60), False),
+        ((60, 40), (40, 40), False),
+        ((40, 40), (60, 40), False),
+        ((60, 40), (16, 16), True),  # the network's square, as the published program is fed
+        ((60, 40), (64, 40), False),
+    ],
+)
+def test_a_mask_has_its_pictures_shape(tmp_path, photo, mask, fits):
+    gt = save(tmp_path / "p.png", picture(*photo))
+    box = (4, 4, mask[0] - 4, mask[1] - 4)
+    path = save(tmp_path / "m.png", mask_of(*mask, box))
+    if fits:
+        assert check(gt, path)[1] == []
+        return
+    with pytest.raises(UserError) as caught:
+        check(gt, path)
+    for part in ("p.png", "m.png", "{} x {}".format(*photo), "{} x {}".format(*mask)):
+        assert part in str(caught.value)
+    assert "EXIF" not in str(caught.value)
+    even = save(tmp_path / "even.png", mask_of(*mask, (0, 0, 0, 0)))  # which has no shape
+    assert "nothing to generate" in check(gt, even)[1][0]
+
+
+def test_a_mask_of_the_stored_pixels_names_the_rotation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    gt = save(tmp_path / "p.jpg", picture(48, 32), exif=exif)
+    mask = save(tmp_path / "m.png", mask_of(48, 32, (4, 4, 20, 20)))
+    with pytest.raises(UserError, match=r"stored 48 x 32 .*EXIF orientation 6.*32 x 48") as caught:
+        check(gt, mask)
+    assert "\n" not in str(caught.value)
+    upright = save(tmp_path / "u.png", mask_of(32, 48, (4, 4, 24, 24)))
+    assert check(gt, upright)[1] == []
+
+
+def test_one_mask_for_all_has_to_fit_each(tmp_path):
+    save(tmp_path / "gt" / "a.png", picture(60, 40))
+    save(tmp_path / "gt" / "b.png", picture(40, 60))
+    mask = save(tmp_path / "m.png", mask_of(60, 40, (4, 4, 20, 20)))
+    with pytest.raises(UserError, match=r"b\.png"):
+        check(str(tmp_path / "gt"), mask)
+
+
+def test_thin_holes_and_soft_rims_are_told_and_mended(tmp_path):
+    gt = save(tmp_path / "p.png", picture(160, 160))
+    thin = save(tmp_path / "thin.png", mask_of(160, 160, (20, 80, 140, 83)))
+    shares, told = check(gt, thin)
+    assert len(told) == 1
+    assert "thin.png: its hole is thinner than a pixel at 16 x 16" in told[0]
+    assert "mask_hard: true" in told[0]
+    assert "mask_grow: N" in told[0]
+    hard, told = check(gt, thin, hard=True)
+    assert told == []
+    assert hard[0] > 2 * shares[0]
+    small = save(tmp_path / "small.png", mask_of(160, 160, (73, 73, 127, 127)))
+    assert "half-known at 16 x 16" in check(gt, small)[1][0]
+    large = save(tmp_path / "large.png", mask_of(160, 160, (23, 23, 147, 147)))
+    assert check(gt, large, 40)[1] == []
+
+
+def test_hard_masks_are_hole_wherever_the_hole_reaches(tmp_path):
+    gt = save(tmp_path / "p.png", picture(160, 160))
+    mask = save(tmp_path / "m.png", mask_of(160, 160, (33, 80, 140, 83)))
+    (pair,) = image_datasets.pair_images(gt, mask)
+    soft = image_datasets.load_pair(pair, 16)[1]
+    handling = image_datasets.Handling(hard=True)
+    hard = image_datasets.load_pair(pair, 16, handling=handling)[1]
+    assert np.array_equal(hard, np.where(soft < 255, 0, 255))
+    inverted = image_datasets.load_pair(pair, 16, handling=handling, invert_mask=True)[1]
+    assert (inverted == 0).mean() > 0.95  # the known line touches few pixels alone
+
+
+@pytest.mark.parametrize("side", [160, 40])
+def test_grow_is_in_pixels_of_the_photo(tmp_path, side):
+    gt = save(tmp_path / "p.png", picture(160, 160))
+    unit = side // 40
+    box = (10 * unit, 10 * unit, 20 * unit, 20 * unit)
+    mask = save(tmp_path / "m.png", mask_of(side, side, box))
+    (pair,) = image_datasets.pair_images(gt, mask)
+    handling = image_datasets.Handling(grow=16)
+    grown = image_datasets.load_pair(pair, 20, handling=handling)[1]
+    assert (grown[3:12, 5:10] == 0).all()  # 16 pixels of 160 are 2 of 20
+    assert (grown[:3] == 255).all()
+    assert (grown[:, 12:] == 255).all()
+    inverted = image_datasets.load_pair(pair, 20, handling=handling, invert_mask=True)[1]
+    assert (inverted == 255).sum() == 3
+    drawn = image_datasets.pair_images(gt, "genhalf")[0]
+    assert (image_datasets.load_mask(drawn, 20) == 255).sum() == 3 * 10 * 20
+    more = image_datasets.load_mask(drawn, 20, handling=handling, photo=(160, 160))
+    assert (more == 255).sum() == 3 * 8 * 20
+
+
+def test_a_mask_of_the_square_grows_by_as_much(tmp_path):
+    gt = save(tmp_path / "p.png", picture(300, 160))
+    mask = save(tmp_path / "m.png", mask_of(16, 16, (6, 6, 10, 10)))
+    (pair,) = image_datasets.pair_images(gt, mask)
+    grown = image_datasets.load_pair(pair, 16, handling=image_datasets.Handling(grow=20))[1]
+    assert np.array_equal(grown[:, :, 0] == 0, mask_of(16, 16, (4, 4, 12, 12)) == 0)
+
+
+def test_without_keys_a_mask_stays_as_it_was(tmp_path):
+    gt = save(tmp_path / "p.png", picture(100, 80))
+    mask = save(tmp_path / "m.png", picture(100, 80, seed=3))
+    (pair,) = image_datasets.pair_images(gt, mask)
+    expected = pictures.center_crop(pictures.read_rgb(mask), 32)
+    assert np.array_equal(image_datasets.load_pair(pair, 32)[1], expected)
+
+
+def test_the_pictures_own_transparency_is_the_hole(tmp_path, monkeypatch):
+    array = np.dstack([picture(32, 32), mask_of(32, 32, (8, 8, 24, 24))])
+    array[8:24, 8:24, :3] = (255, 0, 255)  # what was erased
+    gt = save(tmp_path / "gt" / "a.png", array)
+    monkeypatch.chdir(tmp_path)
+    (pair,) = image_datasets.pair_images("gt", "alpha")
+    assert pair.is_alpha
+    assert pair.mask_file == "gt/a.png"
+    image, mask = image_datasets.load_pair(pair, 32)
+    assert np.array_equal(mask[:, :, 0], array[:, :, 3])
+    known = mask[:, :, 0] == 255
+    assert np.array_equal(image[known], array[:, :, :3][known])
+    # Nothing of what was erased, nor black, gets into the rim when the picture is scaled.
+    small, mask = image_datasets.load_pair(pair, 12)
+    plain = pictures.center_crop(Image.fromarray(picture(32, 32)), 12).astype(int)
+    rim = mask[:, :, 0] > 200
+    assert np.abs(small.astype(int) - plain)[rim].max() < 40
+    assert check("gt", "alpha", 32) == ([0.25], [])
+    assert 0.54 < check("gt", "alpha", 32, grow=4)[0][0] <= 24 * 24 / 32**2
+    save(tmp_path / "gt" / "b.jpg")
+    with pytest.raises(UserError, match=r"gt/b\.jpg.*no transparency"):
+        check("gt", "alpha")
+    (tmp_path / "alpha").mkdir()
+    save(tmp_path / "alpha" / "m.png")
+    assert not image_datasets.pair_images(gt, "alpha")[0].is_alpha
+
+
+def test_odd_masks_are_told_once_a_kind(tmp_path):
+    gt = folder_of(tmp_path / "gt", ["a.png", "b.png", "c.png"])
+    for name, white in (("a", 1), ("b", 2), ("c", 255)):
+        save(tmp_path / "mask" / f"{name}.png", mask_of(40, 30, (4, 4, 30, 20), white))
+    _, told = check(gt, str(tmp_path / "mask"), 30)
+    assert len(told) == 1
+    assert "mask/a.png: has no level above 1 of 255" in told[0]
+    assert "mask_hole: zero" in told[0]
+    assert "and 1 more like it" in told[0]
+    shares, told = check(gt, str(tmp_path / "mask"), 30, hole="zero")
+    assert told == []
+    assert len(set(shares)) == 1
+
+
+def test_dark_deep_pictures_are_told_and_scaled_by_a_key(tmp_path):
+    x = np.mgrid[0:40, 0:40][1]
+    deep = (x * 100).astype(np.uint16)
+    gt = save(tmp_path / "gt" / "a.png", deep)
+    save(tmp_path / "gt" / "b.png", deep // 2)
+    _, told = check(str(tmp_path / "gt"), "genhalf")
+    assert len(told) == 1
+    assert "gt/a.png: uses 3900 of 65535" in told[0]
+    assert "depth_max: 4095" in told[0]
+    assert check(gt, "genhalf", depth=(0.0, 4095.0))[1] == []
+    bright = save(tmp_path / "bright.png", deep * 16)
+    assert check(bright, "genhalf")[1] == []
+    negative = save(tmp_path / "n.tif", (x / 20.0 - 1).astype(np.float32))
+    [told] = check(negative, "genhalf")[1]
+    assert "values of -1 to 0.95" in told
+    assert "depth_min" in told
+
+
 # ---- training ----------------------------------------------------------------------------------
 
 
@@ -718,6 +1045,32 @@ def test_small_training_pictures_are_counted_in_one_warning(photos):
         assert len(caught) == 1
         everything = images.batch(range(8), np.random.default_rng(0))[0]
         assert everything.shape == (8, 3, 16, 16)
+
+
+def test_training_tells_of_dark_deep_pictures_and_scales_them(tmp_path):
+    deep = (np.mgrid[0:40, 0:40][1] * 100).astype(np.uint16)
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "p" / name, deep)
+    with pytest.warns(UserWarning, match=r"a\.png: uses 3900 of 65535.*and 1 more") as caught:
+        dark = image_datasets.TrainingImages(str(tmp_path / "p"), 16)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        light = image_datasets.TrainingImages(
+            str(tmp_path / "p"), 16, depth=(0.0, 4095.0), cache_bytes=0
+        )
+    draw = [
+        images.batch([0], np.random.default_rng(0))[0].float().mean() for images in (dark, light)
+    ]
+    assert draw[1] > 10 * draw[0]
+
+
+def test_hidden_folders_are_no_classes(photos):
+    save(Path(photos) / ".ipynb_checkpoints" / "0-checkpoint.png")
+    save(Path(photos) / "cat" / "__MACOSX" / "0.png")
+    images = image_datasets.TrainingImages(photos, 16, class_cond=True)
+    assert images.class_names == ["ant", "cat"]
+    assert len(images) == 6
 
 
 def test_the_split_hangs_on_names_and_survives_additions():

@@ -42,6 +42,13 @@ def states(conf, step):
     return [torch.load(checkpoint_path(conf, kind, step)) for kind in kinds]
 
 
+def test_an_out_dir_among_the_pictures_is_refused(tmp_path):
+    conf = write_conf(tmp_path, out_dir=str(tmp_path / "pictures" / "out"))
+    with pytest.raises(UserError, match=r"pictures/out: data_dir: results would go into"):
+        train.main(["--conf_path", conf])
+    assert not (tmp_path / "pictures" / "out").exists()
+
+
 # ---- a whole training ----------------------------------------------------------------------------
 
 
