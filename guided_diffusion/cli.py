@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
@@ -22,6 +22,25 @@ class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing how the program is used."""
         raise UserError(f"{message} (--help lists the options)")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Read the options as UTF-8, whatever the system takes them for; else raise UserError."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_args([_as_utf8(text) for text in given], namespace)
+
+
+def _as_utf8(text: str) -> str:
+    """Return an option as text that can be written, also where the system's names are ASCII."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:  # it holds bytes that the system's encoding does not have
+        raw = os.fsencode(text)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        problem = "the name is not UTF-8: rename it, or give the folder that it is in"
+        raise UserError(problem, got=repr(raw)[1:]) from None
 
 
 class _Outliving:

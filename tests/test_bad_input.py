@@ -464,6 +464,26 @@ def test_a_process_of_its_own_says_the_same(template, tmp_path, name):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("by_option", [False, True])
+def test_names_beyond_a_systems_encoding_are_told_with_the_way_out(template, tmp_path, by_option):
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "gt").rename(tmp_path / "图")
+    more = ["--gt", "图"]
+    if not by_option:
+        more = []
+        data(gt_path="图")(tmp_path)
+    ascii_names = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    outcome = run_apart(tmp_path, "--conf_path", "c.yml", *more, **ascii_names)
+    check(outcome, "gt_path: this system's file names are ascii; start with PYTHONUTF8=1")
+
+
+def test_an_option_that_is_not_utf_8_is_told(template, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(template)
+    name = os.fsdecode(b"gt/caf\xe9.png")
+    outcome = run_here(capsys, "--conf_path", "c.yml", "--gt", name)
+    check(outcome, r"not UTF-8: rename it, or give the folder that it is in; found 'gt/caf\xe9")
+
+
 def test_without_any_option(tmp_path):
     check(run_apart(tmp_path), "the following arguments are required: --conf_path")
 

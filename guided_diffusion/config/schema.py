@@ -12,6 +12,7 @@ import operator
 import os
 import re
 import reprlib
+import sys
 import typing
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -188,10 +189,21 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     raise UserError(key=field.name, expected=expected_value(field), got=got)
 
 
+def _refuse_unwritable(name: str, text: str) -> None:
+    """Raise ``UserError`` for text that no file's name can have in the system's encoding."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        problem = f"this system's file names are {encoding}; start with PYTHONUTF8=1 before python"
+        raise UserError(problem, key=name, got=ascii(text)) from None
+
+
 def _checked_text(field: dataclasses.Field, value: Any) -> str:
     rules, got, problem, expected = field.metadata, shown(value), "", expected_value(field)
     text = _number_text(value, rules["pattern"]) if rules["pattern"] else _text(value)
     if text or (text == "" and field.default is not MISSING):
+        _refuse_unwritable(field.name, text)
         # Not Path.expanduser, which would drop a leading "./".
         return os.path.expanduser(text) if rules["path"] else text  # noqa: PTH111
     if not rules["pattern"] and not isinstance(value, str):
