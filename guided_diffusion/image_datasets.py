@@ -549,6 +549,7 @@ class _Look:
     is_even: bool  # all of one level
     half_known: float  # share of the hole's pixels
     is_nowhere_hole: bool  # no pixel of the square is plainly hole
+    is_gray: bool = False  # nor any of the file
     odd: str | None = None
     size: tuple[int, int] | None = None  # of the file
 
@@ -577,9 +578,14 @@ def check_pairs(
             return _look(load_mask(pair, image_size, **names))
         with ROOM.lease():
             image = _read_mask(pair, handling)
-            odd = oddity(image) if handling.hole is None else None
+            odd, is_gray = None, False
+            if handling.hole is None:
+                odd = oddity(image)
+                is_gray = known_levels(image).min() > BLACK and not invert_mask
             mask = _cut_mask(pair, image, image_size, invert_mask, handling, photo)
-            return _look(mask, odd, origin_of(image).size)
+            return dataclasses.replace(
+                _look(mask), odd=odd, is_gray=is_gray, size=origin_of(image).size
+            )
 
     def check(pair: Pair) -> tuple[Origin, str | None, _Look | None]:
         with ROOM.lease():
@@ -608,15 +614,13 @@ def check_pairs(
     return [look.generated for look in looks]
 
 
-def _look(mask: np.ndarray, odd: str | None = None, size: tuple[int, int] | None = None) -> _Look:
+def _look(mask: np.ndarray) -> _Look:
     hole, touched = (mask <= BLACK).sum(), (mask < WHITE).sum()
     return _Look(
         generated=1 - float(mask.mean()) / 255,
         is_even=bool((mask == mask.flat[0]).all()),
         half_known=1 - hole / max(1, touched),
         is_nowhere_hole=not hole,
-        odd=odd,
-        size=size,
     )
 
 
@@ -655,7 +659,9 @@ def _said_of_mask(look: _Look, size: int) -> str | None:
     if look.odd or look.size is None or look.is_even or look.half_known <= _SOFT_RIM:
         return look.odd
     told = f"{look.half_known:.0%} of its hole's pixels are half-known at {size} x {size}"
-    if look.is_nowhere_hole:
+    if look.is_gray:
+        told = "its hole is gray, which is half-known, and not black"
+    elif look.is_nowhere_hole:
         told = f"its hole is thinner than a pixel at {size} x {size}, and all of it half-known"
     mends = "mask_hard: true makes these pixels hole, mask_grow: N enlarges the hole"
     return f"{told}, so that part of what should go stays; {mends}"

@@ -363,6 +363,7 @@ CASES = {
     "no transparency": (options("--mask", "alpha"), "gt/00.png: mask_path: has no transparency"),
     "unknown rule for masks": (keys(mask_hole="white"), "mask_hole: expected black, zero, color"),
     "black above white": (keys(depth_min=2.0, depth_max=1.0), "depth_min and depth_max: the first"),
+    "black without white": (keys(depth_min=-9.0), "depth_min and depth_max: the first has to be"),
     "a strip": (strip, "gt/01.png: too narrow a strip"),
     # checkpoints
     "no checkpoint": (remove("model.pt"), "model.pt: no such checkpoint"),

@@ -835,6 +835,9 @@ def test_thin_holes_and_soft_rims_are_told_and_mended(tmp_path):
     assert hard[0] > 2 * shares[0]
     small = save(tmp_path / "small.png", mask_of(160, 160, (73, 73, 127, 127)))
     assert "half-known at 16 x 16" in check(gt, small)[1][0]
+    gray = save(tmp_path / "gray.png", mask_of(160, 160, (40, 40, 120, 120), black=90))
+    assert "its hole is gray" in check(gt, gray)[1][0]
+    assert check(gt, gray, hard=True)[1] == []
     large = save(tmp_path / "large.png", mask_of(160, 160, (23, 23, 147, 147)))
     assert check(gt, large, 40)[1] == []
 

@@ -185,6 +185,12 @@ class ModelConf(Conf):
     use_kl: bool = key(False, "Train on the variational bound alone.")
     rescale_learned_sigmas: bool = key(False, "Multiply the variance's part of the training loss "
                                        "by the chain's length over 1000.")
+    depth_max: float = key(0.0, "Value that is white in pictures of more than 8 bits of gray, "
+                           "such as 4095; 0: the format's largest.")
+    depth_min: float = key(0.0, "Value that is black in pictures of more than 8 bits of gray; "
+                           "counts with depth_max.")
+    all_formats: bool = key(False, "Take .webp, .tif, .tiff, .bmp, .jfif, .jpe and .avif files of "
+                            "folders too; false: where there are no .jpg, .jpeg, .png or .gif.")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -192,6 +198,11 @@ class ModelConf(Conf):
         super().__post_init__()
         if not self.timestep_respacing:
             self._set("timestep_respacing", str(self.diffusion_steps))
+        require(
+            self.depth_min < self.depth_max if self.depth_max else not self.depth_min,
+            "depth_min and depth_max",
+            "the first has to be below the second, which has to be stated and not 0",
+        )
         require(
             self.noise_schedule != "linear" or not 1 < self.diffusion_steps <= 20,
             "diffusion_steps and noise_schedule",
@@ -231,6 +242,11 @@ class ModelConf(Conf):
                     f"{name} and num_channels",
                     f"{getattr(self, name)} does not divide {width}, a width with attention",
                 )
+
+    @property
+    def depth(self) -> tuple[float, float] | None:
+        """What is black and white in deep gray, if that is stated."""
+        return (self.depth_min, self.depth_max) if self.depth_max else None
 
     @property
     def channel_mult_list(self) -> tuple[float, ...]:
@@ -306,12 +322,6 @@ class InpaintConf(ModelConf):
                          "anything is scaled.", low=0, high=10_000)
     mask_hard: bool = key(False, "Every pixel that a hole touches is hole: no soft rims, and no "
                           "thin lines that fade when they are scaled.")
-    depth_max: float = key(0.0, "Value that is white in pictures of more than 8 bits of gray, "
-                           "such as 4095; 0: the format's largest.")
-    depth_min: float = key(0.0, "Value that is black in pictures of more than 8 bits of gray; "
-                           "counts with depth_max.")
-    all_formats: bool = key(False, "Take .webp, .tif, .tiff, .bmp, .jfif, .jpe and .avif files of "
-                            "folders too; false: where there are no .jpg, .jpeg, .png or .gif.")
     overview: bool = key(True, "Also write sheets with inputs and results side by side.")
     save_process: int = key(0, "Pictures to keep of the walk from noise to result; 0: none.", low=0)
     data: DataConf = key(text="`eval:` and in it one data set by its name.", under="eval")  # noqa: RUF009
@@ -342,7 +352,6 @@ class InpaintConf(ModelConf):
             "use_fp16 and precision",
             f"true and {self.precision} contradict each other",
         )
-        _check_depth(self.depth_min, self.depth_max)
         if self.guided:
             self._check_classifier()
         self._complete_data()
@@ -399,11 +408,6 @@ class InpaintConf(ModelConf):
         return (parents.pop() or ".") if len(parents) == 1 else f"./log/{self.name}"
 
     @property
-    def depth(self) -> tuple[float, float] | None:
-        """What is black and white in deep gray, if that is stated."""
-        return (self.depth_min, self.depth_max) if self.depth_min < self.depth_max else None
-
-    @property
     def guided(self) -> bool:
         """Whether a classifier guides the sampling."""
         return self.classifier_path is not None and self.classifier_scale > 0
@@ -447,12 +451,6 @@ class TrainConf(ModelConf):
                                 choices=("uniform", "loss-second-moment"))
     grad_clip: float = key(0.0, "Largest norm of the gradient; 0: no limit.", low=0)
     random_flip: bool = key(True, "Mirror pictures with probability one half.")
-    depth_max: float = key(0.0, "Value that is white in pictures of more than 8 bits of gray, "
-                           "such as 4095; 0: the format's largest.")
-    depth_min: float = key(0.0, "Value that is black in pictures of more than 8 bits of gray; "
-                           "counts with depth_max.")
-    all_formats: bool = key(False, "Take .webp, .tif, .tiff, .bmp, .jfif, .jpe and .avif files of "
-                            "data_dir too; false: where there are no .jpg, .jpeg, .png or .gif.")
     random_crop: bool = key(False, "Cut pictures at random places instead of the centre.")
     cache_gb: float = key(4.0, "Memory in GiB, on each machine, for decoded pictures; those that "
                           "do not fit are read again every time.", low=0)
@@ -476,7 +474,6 @@ class TrainConf(ModelConf):
     def __post_init__(self) -> None:
         """Check the keys one by one, then those that have to fit each other."""
         super().__post_init__()
-        _check_depth(self.depth_min, self.depth_max)
         _check_name(self.name, "./runs/")
         self._set("out_dir", self.out_dir or f"./runs/{self.name}")
         self._set("sample_respacing", self.sample_respacing or str(self.diffusion_steps))
@@ -493,19 +490,9 @@ class TrainConf(ModelConf):
         )
 
     @property
-    def depth(self) -> tuple[float, float] | None:
-        """What is black and white in deep gray, if that is stated."""
-        return (self.depth_min, self.depth_max) if self.depth_min < self.depth_max else None
-
-    @property
     def ema_rates(self) -> tuple[float, ...]:
         """Rates of the averaged copies of the weights, without repetitions."""
         return tuple(dict.fromkeys(numbers(self.ema_rate, float)))
-
-
-def _check_depth(low: float, high: float) -> None:
-    fits = low < high or low == high == 0
-    require(fits, "depth_min and depth_max", "the first has to be below the second")
 
 
 def _check_name(name: str, folder: str) -> None:

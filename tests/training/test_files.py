@@ -287,3 +287,10 @@ def test_half_precision_is_a_start_too(tmp_path):
     files.load_initial(model, str(tmp_path / "half.pt"))
     assert model.time_embed[0].weight.dtype == torch.float32
     assert torch.equal(model.time_embed[0].weight, state["time_embed.0.weight"].float())
+
+
+def test_test_py_reads_pictures_as_the_training_did(tmp_path):
+    conf = tiny_conf(tmp_path, depth_min=-100.0, depth_max=4095.0, all_formats=True)
+    saved(conf)
+    tested = load_conf(tmp_path / "out" / "test.yml", InpaintConf)
+    assert (tested.depth, tested.all_formats) == ((-100.0, 4095.0), True)
