@@ -30,7 +30,7 @@ from guided_diffusion.io.holes import (
     grow_hole,
     harden,
     known_levels,
-    oddity,
+    look_at_mask,
     shape_mask,
 )
 from guided_diffusion.io.images import (
@@ -572,7 +572,7 @@ def check_pairs(
     """
     one_for_all = len({pair.mask_path for pair in pairs}) == 1 and not pairs[0].makes_mask
 
-    def look_at_mask(pair: Pair, photo: tuple[int, int]) -> _Look:
+    def look(pair: Pair, photo: tuple[int, int]) -> _Look:
         if pair.makes_mask:
             names = {"invert": invert_mask, "seed": seed, "handling": handling, "photo": photo}
             return _look(load_mask(pair, image_size, **names))
@@ -580,8 +580,8 @@ def check_pairs(
             image = _read_mask(pair, handling)
             odd, is_gray = None, False
             if handling.hole is None:
-                odd = oddity(image)
-                is_gray = known_levels(image).min() > BLACK and not invert_mask
+                odd, darkest = look_at_mask(image)
+                is_gray = darkest > BLACK and not invert_mask
             mask = _cut_mask(pair, image, image_size, invert_mask, handling, photo)
             return dataclasses.replace(
                 _look(mask), odd=odd, is_gray=is_gray, size=origin_of(image).size
@@ -590,28 +590,27 @@ def check_pairs(
     def check(pair: Pair) -> tuple[Origin, str | None, _Look | None]:
         with ROOM.lease():
             image = _read_photo(pair, handling)
-            origin, note, look = origin_of(image), dim_picture(image, handling.depth), None
+            origin, note, seen = origin_of(image), dim_picture(image, handling.depth), None
             if pair.is_alpha:
                 cut = _cut_mask(pair, image, image_size, invert_mask, handling, origin.size)
-                look = _look(cut)
+                seen = _look(cut)
             _cut_photo(pair, image, image_size)
             del image
         if not (one_for_all or pair.is_alpha):
-            look = look_at_mask(pair, origin.size)
-        return origin, note, look
+            seen = look(pair, origin.size)
+        return origin, note, seen
 
-    seen = list(_in_threads(check, pairs, "checking pictures", show_progress))
-    origins, notes = [origin for origin, _, _ in seen], [note for _, note, _ in seen]
-    looks = [look for _, _, look in seen]
+    checked = list(_in_threads(check, pairs, "checking pictures", show_progress))
+    origins, notes, looks = zip(*checked, strict=True)
     if one_for_all:
-        looks = [look_at_mask(pairs[0], origins[0].size)] * len(pairs)
-    for pair, origin, look in zip(pairs, origins, looks, strict=True):
-        _refuse_other_shape(pair, origin, look, image_size)
+        looks = [look(pairs[0], origins[0].size)] * len(pairs)
+    for pair, origin, seen in zip(pairs, origins, looks, strict=True):
+        _refuse_other_shape(pair, origin, seen, image_size)
     _warn_of_extremes(pairs, looks)
     warn_of_kinds((pair.gt_path, note) for pair, note in zip(pairs, notes, strict=True))
-    said = (_said_of_mask(look, image_size) for look in looks)
+    said = (_said_of_mask(seen, image_size) for seen in looks)
     warn_of_kinds((pair.mask_path, text) for pair, text in zip(pairs, said, strict=True))
-    return [look.generated for look in looks]
+    return [seen.generated for seen in looks]
 
 
 def _look(mask: np.ndarray) -> _Look:
@@ -648,9 +647,10 @@ def _warn_of_extremes(pairs: Sequence[Pair], looks: Sequence[_Look]) -> None:
     for extreme, problem in ((0.0, "nothing to generate"), (1.0, "nothing known to start from")):
         hits = [p for p, look in zip(pairs, looks, strict=True) if look.generated == extreme]
         if hits:
+            first = hits[0].mask_file or hits[0].mask_path
             warnings.warn(
-                f"{hits[0].mask_path}: this mask leaves {problem} ({len(hits)} of {len(pairs)}"
-                " images); in a mask, white is known and black is generated",
+                f"{first}: this mask leaves {problem} ({len(hits)} of {len(pairs)} images);"
+                " in a mask, white is known and black is generated",
                 stacklevel=3,
             )
 

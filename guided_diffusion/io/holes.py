@@ -4,19 +4,20 @@ A mask has one channel here, uint8 (H, W), 255 = known, 0 = hole. ``shape_mask``
 of the photo, in its pixels, before anything is scaled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import Image, ImageChops
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.images import Levels, as_rgb, is_deep, origin_of
+from guided_diffusion.io.images import as_rgb, is_deep, origin_of
 
 # From these levels on a pixel is hole, and known; the noise of a JPEG lies beyond both.
 BLACK, WHITE = 12, 243
 _COLOURED = 32  # levels between a pixel's channels, more than a JPEG makes of gray
 _SAME_COLOUR = 48  # levels between the pixels of one stroke
 _WORTH_TELLING = 1e-4  # share of a mask's pixels
+_STRIP = 1 << 20  # pixels
 
 
 # ---- reading -----------------------------------------------------------------------------------
@@ -35,34 +36,41 @@ def known_levels(image: Image.Image, rule: str | None = None) -> np.ndarray:
         return np.asarray(image.convert("RGBA").getchannel("A"))
     if rule == "zero" and is_deep(image):
         return _known(np.nan_to_num(np.asarray(image)) != 0)
-    rgb = as_rgb(image)[0]
+    parts = [_known_of_rgb(part, rule) for part in _strips(as_rgb(image)[0])]
+    return np.concatenate(parts)
+
+
+def _known_of_rgb(rgb: Image.Image, rule: str | None) -> np.ndarray:
     if rule == "color":
         return _known(np.asarray(_colourfulness(rgb)) <= _COLOURED)
     if rule == "zero":
-        return _known(np.asarray(_extreme(ImageChops.lighter, rgb.split())) > 0)
+        return _known(np.asarray(_extreme(ImageChops.lighter, rgb)) > 0)
     if rule is not None:
-        stroke = Image.new("RGB", rgb.size, rule)
-        unlike = _extreme(ImageChops.lighter, ImageChops.difference(rgb, stroke).split())
-        return _known(np.asarray(unlike) > _SAME_COLOUR)
-    return np.asarray(_extreme(ImageChops.darker, rgb.split()))
+        unlike = ImageChops.difference(rgb, Image.new("RGB", rgb.size, rule))
+        return _known(np.asarray(_extreme(ImageChops.lighter, unlike)) > _SAME_COLOUR)
+    return np.asarray(_extreme(ImageChops.darker, rgb))
+
+
+def _strips(image: Image.Image) -> Iterator[Image.Image]:
+    """Yield an image in strips, whose channels and differences take little memory."""
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _known(where: np.ndarray) -> np.ndarray:
     return where.astype(np.uint8) * 255
 
 
-def _extreme(choose: Callable, channels: tuple[Image.Image, ...]) -> Image.Image:
-    """Return the lightest or darkest of three channels, pixel by pixel."""
-    first, second, third = channels
+def _extreme(choose: Callable, rgb: Image.Image) -> Image.Image:
+    """Return the lightest or darkest channel of each pixel."""
+    first, second, third = rgb.split()
     return choose(choose(first, second), third)
 
 
 def _colourfulness(rgb: Image.Image) -> Image.Image:
     """Return the largest difference between two channels of each pixel."""
-    channels = rgb.split()
-    return ImageChops.subtract(
-        _extreme(ImageChops.lighter, channels), _extreme(ImageChops.darker, channels)
-    )
+    return ImageChops.subtract(_extreme(ImageChops.lighter, rgb), _extreme(ImageChops.darker, rgb))
 
 
 # ---- shaping -----------------------------------------------------------------------------------
@@ -135,43 +143,55 @@ def _darker_of_shifted(known: np.ndarray, down: int, right: int) -> np.ndarray:
 # ---- what is odd -------------------------------------------------------------------------------
 
 
-def oddity(image: Image.Image) -> str | None:
-    """Say what of a mask that ``read_rgb`` read is not black and white, and what would mend it.
+def look_at_mask(image: Image.Image) -> tuple[str | None, int]:
+    """Look at a mask that ``read_rgb`` read; return what is odd about it, and its darkest level.
 
-    Nothing is odd about gray rims, the noise of a JPEG, or nearly white for white.
+    Odd is what is not black and white; gray rims, the noise of a JPEG, and nearly white for white
+    are not. What is said ends with what would mend it, which is mostly a key.
     """
-    origin, channels = origin_of(image), image.split()
-    dim = _dimness(_extreme(ImageChops.lighter, channels), origin.levels)
-    coloured = _colourfulness(image)
-    many = max(3, _WORTH_TELLING * image.width * image.height)
-    if sum(coloured.histogram()[_COLOURED + 1 :]) > many:
+    darkest, brightest, coloured = (
+        np.sum([_extreme_or_colour(kind, part).histogram() for part in _strips(image)], axis=0)
+        for kind in (ImageChops.darker, ImageChops.lighter, None)
+    )
+    first, last = np.flatnonzero(darkest)[0], np.flatnonzero(brightest)[-1]
+    return _oddity(image, darkest, int(last), coloured), int(first)
+
+
+def _extreme_or_colour(kind: Callable | None, rgb: Image.Image) -> Image.Image:
+    return _colourfulness(rgb) if kind is None else _extreme(kind, rgb)
+
+
+def _oddity(
+    image: Image.Image, darkest: np.ndarray, brightest: int, coloured: np.ndarray
+) -> str | None:
+    """Say what is odd, by histograms of the darkest channel and of colourfulness."""
+    origin, pixels = origin_of(image), image.width * image.height
+    if coloured[_COLOURED + 1 :].sum() > max(3, _WORTH_TELLING * pixels):
         if origin.is_transparent:
             return "is a picture with transparent parts; mask_hole: alpha makes them the hole"
-        return _colours(image, coloured)
-    if dim:
-        return f"{dim}, so that nothing is known; mask_hole: zero makes known what is not 0"
-    histogram = _extreme(ImageChops.darker, channels).histogram()
-    if sum(histogram[BLACK + 1 : WHITE]) > image.width * image.height / 2:
+        return _colours(image)
+    high, white = brightest, 255
+    if origin.levels is not None:
+        high, white = origin.levels.highest, origin.levels.white
+    if 0 < high < white / 2:
+        told = f"has no level above {high:g} of {white:g}, so that nothing is known"
+        return f"{told}; mask_hole: zero makes known what is not 0"
+    if darkest[BLACK + 1 : WHITE].sum() > pixels / 2:
         if origin.is_transparent:
             return "is gray with transparent parts; mask_hole: alpha makes them the hole"
         return "is mostly gray, which is half-known; is it a mask? Draw the hole black on white"
-    if origin.is_transparent and not sum(histogram[BLACK + 1 :]):
+    if origin.is_transparent and not darkest[BLACK + 1 :].sum():
         return "is black, and its shape is transparency; mask_hole: alpha makes that the hole"
     return None
 
 
-def _dimness(brightest: Image.Image, levels: Levels | None) -> str | None:
-    """Say how far a mask's levels go, where that is less than half of the way to white."""
-    high, white = brightest.getextrema()[1], 255
-    if levels is not None:
-        high, white = levels.highest, levels.white
-    return f"has no level above {high:g} of {white:g}" if 0 < high < white / 2 else None
-
-
-def _colours(image: Image.Image, coloured: Image.Image) -> str:
+def _colours(image: Image.Image) -> str:
     """Say what to do with a mask that has colours: few are strokes or labels, many a photo."""
-    pixels = np.asarray(image)[np.asarray(coloured) > _COLOURED]
-    pixels = pixels[:: max(1, len(pixels) // 100_000)]
+    found = []
+    for part in _strips(image):
+        pixels = np.asarray(part)[np.asarray(_colourfulness(part)) > _COLOURED]
+        found.append(pixels[:: max(1, len(pixels) // 10_000)])
+    pixels = np.concatenate(found)
     colours, counts = np.unique(pixels, axis=0, return_counts=True)
     main = "#{:02x}{:02x}{:02x}".format(*colours[counts.argmax()])
     told = f"is coloured ({main}), not black and white"

@@ -168,15 +168,32 @@ ODD = {
 }  # fmt: skip
 
 
+def told_of(tmp_path, make):
+    return holes.look_at_mask(images.read_rgb(saved(tmp_path / "m.png", make())))[0]
+
+
 @pytest.mark.parametrize("name", SILENT)
 def test_ordinary_masks_are_not_odd(tmp_path, name):
-    assert holes.oddity(images.read_rgb(saved(tmp_path / "m.png", SILENT[name]()))) is None
+    assert told_of(tmp_path, SILENT[name]) is None
 
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_masks_are_told_with_what_mends_them(tmp_path, name):
     make, *words = ODD[name]
-    told = holes.oddity(images.read_rgb(saved(tmp_path / "m.png", make())))
+    told = told_of(tmp_path, make)
     assert told is not None
     assert all(word in told for word in words), told
     assert "\n" not in told
+
+
+@pytest.mark.parametrize("name", ["red on a photo", "palette", "a gray photo"])
+def test_large_masks_are_looked_at_in_strips(tmp_path, monkeypatch, name):
+    make = ODD[name][0]
+    image = images.read_rgb(saved(tmp_path / "m.png", make()))
+    whole = [holes.look_at_mask(image)]
+    whole += [holes.known_levels(image, rule) for rule in (None, "color", "#ff0000")]
+    monkeypatch.setattr(holes, "_STRIP", 130)
+    strips = [holes.look_at_mask(image)]
+    strips += [holes.known_levels(image, rule) for rule in (None, "color", "#ff0000")]
+    assert strips[0] == whole[0]
+    assert all(np.array_equal(a, b) for a, b in zip(whole[1:], strips[1:], strict=True))
