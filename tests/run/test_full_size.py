@@ -104,9 +104,9 @@ def test_what_the_network_sees_and_gives_back_unchanged_leaves_a_smooth_photo_as
     for cut in find_cuts(mask, size):
         picture, _ = cut_out(photo, mask, cut, size)
         paste(result, mask, cut, picture, 4)
-    steps = [np.diff(result.astype(int), axis=axis) for axis in (0, 1)]
-    assert max(abs(step).max() for step in steps) <= 2  # of the ramp itself 1
-    assert abs(result - exact).max() < 1.5
+    change = result.astype(int) - photo
+    assert max(abs(np.diff(change, axis=axis)).max() for axis in (0, 1)) <= 1
+    assert abs(result - exact).max() < 3  # each scaling rounds to whole levels
 
 
 @pytest.mark.parametrize("size", [16, 20, 60])
