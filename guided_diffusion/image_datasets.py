@@ -10,7 +10,9 @@ import dataclasses
 import hashlib
 import math
 import os
+import re
 import stat
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,15 +24,43 @@ from tqdm import tqdm
 
 from guided_diffusion import masks
 from guided_diffusion.errors import UserError, looked_in
+from guided_diffusion.io.holes import (
+    BLACK,
+    WHITE,
+    grow_hole,
+    harden,
+    known_levels,
+    oddity,
+    shape_mask,
+)
 from guided_diffusion.io.images import (
+    ROOM,
+    Origin,
     _blobfile,
     _scale_short_side,
-    center_crop,
-    load_crop,
+    crop_of,
+    origin_of,
     read_rgb,
+    read_upright,
 )
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")  # the published program's, which decide first
+OTHER_SUFFIXES = (".webp", ".tif", ".tiff", ".bmp", ".jfif", ".jpe", ".avif")
+_UNREAD_SUFFIXES = (
+    *(".heic", ".heif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
+    *(".psd", ".jxl", ".jp2", ".svg", ".tga", ".ppm", ".pgm", ".exr", ".dcm"),
+)
+_ALL_SUFFIXES = IMAGE_SUFFIXES + OTHER_SUFFIXES + _UNREAD_SUFFIXES
+# A picture called .png has no name rather than a hidden one.
+_BARE_SUFFIXES = {suffix[1:] for suffix in _ALL_SUFFIXES}
+# What names of pictures and of masks add to the name they share.
+_IMAGE_WORDS = "image|img|photo|picture|gt|orig|original|input"
+_MASK_WORDS = "mask|masks|msk|matte|hole|keep|label"
+# Folders that programs and systems fill beside the user's pictures, besides those with a dot.
+_FOREIGN_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information"})
+ALPHA = "alpha"  # the mask_path that makes the pictures' own transparency the mask
+# Share of a hole's pixels that may be half-known before that is told: thin strokes have up to 0.22.
+_SOFT_RIM = 0.23
 # A random crop shows at least this share of the short side: the field's usual augmentation.
 _SMALLEST_CROP = 0.8
 
@@ -41,7 +71,7 @@ class Pair:
 
     ``index`` is the image's position in the whole sorted list, ``offset`` counted in; its random
     numbers hang on it. ``name`` is the file name of its results. With ``makes_mask`` the mask is
-    drawn, and ``mask_path`` is the name of its family.
+    drawn, and ``mask_path`` is the name of its family, or ``alpha`` for the image's transparency.
     """
 
     index: int
@@ -50,25 +80,88 @@ class Pair:
     name: str
     makes_mask: bool = False
 
+    @property
+    def is_alpha(self) -> bool:
+        """Whether the image's own transparency is the mask."""
+        return self.makes_mask and self.mask_path == ALPHA
+
+    @property
+    def mask_file(self) -> str | None:
+        """The file that the mask is read from; None if it is drawn."""
+        if self.is_alpha:
+            return self.gt_path
+        return None if self.makes_mask else self.mask_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Handling:
+    """How files are read where a key asks for it; the default is how the published program does.
+
+    ``hole`` is a rule of ``known_levels``; ``grow`` enlarges holes, in pixels of the photo;
+    ``hard`` makes every pixel hole that the hole touches; ``depth`` are the values of deep gray
+    that are black and white.
+    """
+
+    hole: str | None = None
+    grow: int = 0
+    hard: bool = False
+    depth: tuple[float, float] | None = None
+
+
+PLAIN = Handling()
+
 
 # ---- finding -----------------------------------------------------------------------------------
 
 
-def list_images(path: str, *, key: str | None = None) -> list[str]:
+def list_images(path: str, *, key: str | None = None, all_formats: bool = False) -> list[str]:
     """List the pictures below a folder, or the one file that ``path`` is.
 
     Folders are searched recursively, links followed; what ends in one of ``IMAGE_SUFFIXES`` (any
-    case) counts. Sorted by the full path as a string. A path with ``://`` goes through blobfile.
+    case) counts, and with ``all_formats``, or where there is nothing else, in one of
+    ``OTHER_SUFFIXES``. What is hidden or a system's is passed over. Sorted by the full path as a
+    string. A path with ``://`` goes through blobfile. Warns of pictures that are left out.
     Raises ``UserError`` (naming ``key``) for a missing or unreadable path, or nothing found.
     """
     path = os.fspath(path)
     if not path:
         raise UserError("the path is empty", key=key)
     found = sorted(_list_remote(path, key) if "://" in path else _list_local(path, key))
-    if not found:
-        suffixes = " ".join(IMAGE_SUFFIXES)
-        raise UserError(f"no pictures in this folder (looked for {suffixes})", path=path, key=key)
-    return found
+    if found == [path]:
+        return found
+    chosen = _with_suffix(found, IMAGE_SUFFIXES)
+    if all_formats or not chosen:
+        chosen = _with_suffix(found, IMAGE_SUFFIXES + OTHER_SUFFIXES)
+    _tell_left_out(path, key, found, chosen)
+    return chosen
+
+
+def _with_suffix(paths: Iterable[str], suffixes: tuple[str, ...]) -> list[str]:
+    return [path for path in paths if path.lower().endswith(suffixes)]
+
+
+def _tell_left_out(path: str, key: str | None, found: list[str], chosen: list[str]) -> None:
+    """Warn of pictures in a folder that are not among the chosen; refuse where none is."""
+    there = {_stem(one) for one in chosen}  # a raw picture beside its JPEG is nobody's loss
+    left = [one for one in found if _stem(one) not in there]
+    suffixes = {"." + one.lower().rpartition(".")[2] for one in left}
+    told = f"{len(left)} of {len(chosen) + len(left)} pictures are left out"
+    told += f" ({' '.join(sorted(suffixes))})"
+    readable = suffixes & set(OTHER_SUFFIXES)
+    mends = [f"all_formats: true takes {' '.join(sorted(readable))} too"] if readable else []
+    if unread := sorted(suffixes - readable):
+        mends.append(f"convert {' '.join(unread)} to JPEG or PNG")
+    if not chosen:
+        looked = " ".join(IMAGE_SUFFIXES + OTHER_SUFFIXES)
+        problem = "; ".join([f"no pictures in this folder (looked for {looked})", *mends])
+        raise UserError(problem, path=path, key=key)
+    if left:
+        # The stack level is this module's, so that what is listed twice is told once.
+        warnings.warn(f"{path}: {told}; {', '.join(mends)}", stacklevel=1)
+
+
+def _stem(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 def _list_local(path: str, key: str | None) -> list[str]:
@@ -92,12 +185,20 @@ def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
         return
     with os.scandir(folder) as entries:
         for entry in entries:
+            if _is_foreign(entry.name):
+                continue
             # A folder or a pipe called x.png is listed too: reading refuses it by name, which is
             # better than pairing everything after it with the wrong mask.
-            if entry.name.lower().endswith(IMAGE_SUFFIXES):
+            if entry.name.lower().endswith(_ALL_SUFFIXES):
                 yield entry.path
             elif entry.is_dir():
                 yield from _walk(entry.path, above | {real})
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether a file or folder is hidden, or was put there by a system or program."""
+    is_hidden = name.startswith(".") and name.lstrip(".").lower() not in _BARE_SUFFIXES
+    return is_hidden or name.lower() in _FOREIGN_FOLDERS
 
 
 def _list_remote(path: str, key: str | None) -> list[str]:
@@ -111,7 +212,8 @@ def _list_remote(path: str, key: str | None) -> list[str]:
             f"{folder.rstrip('/')}/{name}"
             for folder, _, names in bf.walk(path)
             for name in names
-            if name.lower().endswith(IMAGE_SUFFIXES)
+            if name.lower().endswith(_ALL_SUFFIXES)
+            and not any(map(_is_foreign, f"{folder}/{name}".removeprefix(path).split("/")))
         ]
     except UserError:
         raise
@@ -144,21 +246,23 @@ def pair_images(
     offset: int = 0,
     max_len: int | None = None,
     samples_per_image: int = 1,
+    all_formats: bool = False,
 ) -> list[Pair]:
-    """Pair images and masks by sorted position, without opening any of them.
+    """Pair images and masks by sorted position or name (``_pair_up``), opening none of them.
 
-    Both paths may be a folder, a file or a ``://`` path. One mask file serves all images.
-    ``mask_path`` may also be one of ``masks.FAMILIES`` where no file or folder has that name.
+    Both paths may be a folder, a file or a ``://`` path, listed as ``list_images`` does. One mask
+    file serves all images. ``mask_path`` may also be one of ``masks.FAMILIES``, or ``alpha`` for
+    the transparency of the images themselves, where no file or folder has that name.
     ``offset`` drops the first so many, ``max_len`` keeps at most so many of the rest.
     Raises ``UserError`` for missing paths, different numbers, nothing left, and two inputs
     whose results would have the same file name.
     """
-    images = list_images(gt_path, key="gt_path")
-    makes_mask = mask_path in masks.FAMILIES and not os.path.lexists(mask_path)
+    images = list_images(gt_path, key="gt_path", all_formats=all_formats)
+    makes_mask = mask_path in (*masks.FAMILIES, ALPHA) and not os.path.lexists(mask_path)
     if makes_mask:
         partners = [mask_path] * len(images)
     else:
-        partners = _list_masks(mask_path)
+        partners = _list_masks(mask_path, all_formats)
         if partners == [mask_path]:
             partners = partners * len(images)
         elif len(partners) != len(images):
@@ -171,7 +275,7 @@ def pair_images(
                 got=len(partners),
             )
         else:
-            _warn_if_shifted(images, partners)
+            partners = _pair_up(images, partners)
     if not 0 <= offset < len(images):
         expected = f"0 to {len(images) - 1}, there being {len(images)} images in {gt_path}"
         raise UserError(key="offset", expected=expected, got=offset)
@@ -186,33 +290,109 @@ def pair_images(
     return pairs
 
 
-def _list_masks(mask_path: str) -> list[str]:
+def _list_masks(mask_path: str, all_formats: bool) -> list[str]:
     try:
-        return list_images(mask_path, key="mask_path")
+        return list_images(mask_path, key="mask_path", all_formats=all_formats)
     except UserError as error:
         if "no such" in error.problem:
             families = ", ".join(masks.FAMILIES)
             error = UserError(
-                f"no such file or folder, nor a kind of mask that can be drawn ({families})"
-                f"{looked_in(mask_path)}",
+                f"no such file or folder, nor a kind of mask that can be drawn ({families}), nor"
+                f" alpha for the pictures' own transparency{looked_in(mask_path)}",
                 path=mask_path,
                 key="mask_path",
             )
         raise error from None
 
 
-def _warn_if_shifted(images: Sequence[str], partners: Sequence[str]) -> None:
-    """Warn when an image's mask is not the mask that has its name: the folders do not match."""
-    names = {output_name(mask): mask for mask in partners}
-    for image, mask in zip(images, partners, strict=True):
-        namesake = names.get(output_name(image))
-        if namesake is not None and output_name(mask) != output_name(image):
+def _pair_up(images: Sequence[str], mask_files: Sequence[str]) -> Sequence[str]:
+    """Return the mask of each image: by name where names leave no doubt, else by sorted position.
+
+    Both are sorted and equally many. Warns where names give other pairs than positions, and where
+    they contradict the positions in any other way.
+    """
+    stems, mask_stems = _plain_stems(images), _plain_stems(mask_files)
+    named = _by_common_affix(stems, mask_stems)
+    if named is not None:
+        partners = [mask_files[number] for number in named]
+        if named != sorted(named):
+            place = next(place for place, number in enumerate(named) if place != number)
             warnings.warn(
-                f"{image} is paired with {mask} by sorted position, although {namesake} has its"
-                " name; check that both folders hold the same names",
+                f"pictures and masks are paired by name ({images[place]} with {partners[place]}),"
+                " because their sorted orders differ",
                 stacklevel=3,
             )
-            return
+        return partners
+    for place, other in _contradictions(stems, mask_stems):
+        warnings.warn(
+            f"{images[place]} is paired with {mask_files[place]} by sorted position, although"
+            f" {mask_files[other]} has its name; check that both folders hold the same names",
+            stacklevel=3,
+        )
+        break
+    return mask_files
+
+
+def _plain_stems(paths: Sequence[str]) -> list[str]:
+    """Return file names without suffix; an accent is one character, however a system wrote it."""
+    return [unicodedata.normalize("NFC", _stem(output_name(path))) for path in paths]
+
+
+def _by_common_affix(stems: Sequence[str], mask_stems: Sequence[str]) -> list[int] | None:
+    """Return the number of each image's mask where one affix common to all makes the names equal.
+
+    ``photo1`` has ``photo1_mask``, or ``photo1_img`` has ``photo1``. None where no affix does.
+    """
+    if len(stems) == 1 or len({*stems}) < len(stems) or len({*mask_stems}) < len(stems):
+        return None
+    for plain in (str, str.casefold):
+        shorter, longer = [*map(plain, stems)], [*map(plain, mask_stems)]
+        if found := _affixed(shorter, longer):
+            return found
+        if found := _affixed(longer, shorter):
+            owners = {number: place for place, number in enumerate(found)}
+            return [owners[place] for place in range(len(stems))]
+    return None
+
+
+def _affixed(shorter: Sequence[str], longer: Sequence[str]) -> list[int] | None:
+    """Return for each of ``shorter`` which of ``longer`` it is with a common affix put to it."""
+    places = {stem: number for number, stem in enumerate(longer)}
+    probe = max(shorter, key=len)  # few others hold the longest
+    for other in longer:
+        for start in range(len(other) - len(probe) + 1):
+            if other.startswith(probe, start):
+                before, after = other[:start], other[start + len(probe) :]
+                if all(f"{before}{stem}{after}" in places for stem in shorter):
+                    return [places[f"{before}{stem}{after}"] for stem in shorter]
+    return None
+
+
+def _contradictions(stems: Sequence[str], mask_stems: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Yield images and masks that have one name without being at one position."""
+    for images, others, has_to_match in (
+        (stems, mask_stems, False),
+        (_bare(stems, _IMAGE_WORDS), _bare(mask_stems, _MASK_WORDS), False),
+        (_numbers(stems), _numbers(mask_stems), True),
+    ):
+        places = {name: number for number, name in enumerate(others)}
+        if has_to_match and ({*images} != {*others} or len(places) < len(images)):
+            continue
+        for place, name in enumerate(images):
+            if places.get(name, place) != place and others[place] != name:
+                yield place, places[name]
+
+
+def _bare(stems: Sequence[str], words: str) -> list[str]:
+    """Return names in small letters without a word that says what kind of file they are."""
+    pattern = re.compile(rf"^(?:{words})[-_. ]+|[-_. ]+(?:{words})[-_. ]?\d*$")
+    return [pattern.sub("", stem.casefold()) for stem in stems]
+
+
+def _numbers(stems: Sequence[str]) -> list[int]:
+    """Return the last number in each name; nothing where a name has none."""
+    found = [re.findall(r"[0-9]{1,18}", stem) for stem in stems]
+    return [int(digits[-1]) for digits in found] if all(found) else []
 
 
 def _refuse_colliding_names(pairs: Sequence[Pair], samples_per_image: int) -> None:
@@ -230,40 +410,147 @@ def _refuse_colliding_names(pairs: Sequence[Pair], samples_per_image: int) -> No
                 raise UserError(f"its result's name is too long: {name}", path=pair.gt_path)
 
 
-def load_mask(pair: Pair, size: int, *, invert: bool = False, seed: int = 0) -> np.ndarray:
+# ---- loading -----------------------------------------------------------------------------------
+
+
+def load_mask(
+    pair: Pair,
+    size: int,
+    *,
+    invert: bool = False,
+    seed: int = 0,
+    handling: Handling = PLAIN,
+    photo: tuple[int, int] | None = None,
+) -> np.ndarray:
     """Read or draw the mask of a pair: uint8 (size, size, 3), 255 known, 0 generated.
 
-    A file goes the picture's way, and keeps the soft values that scaling leaves. A drawn mask
-    depends on ``seed`` and the pair's index alone, through a generator of its own, so that it
+    A file goes the picture's way, and keeps the soft values that scaling leaves, unless
+    ``handling`` says otherwise, which measures in pixels of the ``photo`` (width, height). A drawn
+    mask depends on ``seed`` and the pair's index alone, through a generator of its own, so that it
     takes nothing from the sampler's random numbers. ``invert`` exchanges known and generated.
     """
-    if pair.makes_mask:
-        rng = np.random.default_rng([seed, pair.index])
-        try:
-            mask = masks.make_mask(pair.mask_path, size, rng)
-        except ValueError as error:
-            raise UserError(str(error), key="mask_path", got=pair.mask_path) from error
-        mask = np.repeat(mask[:, :, None], 3, axis=2)
-    else:
-        mask = load_crop(pair.mask_path, size)
-    return 255 - mask if invert else mask
+    if pair.mask_file is not None:
+        with ROOM.lease():
+            image = _read_mask(pair, handling)
+            return _cut_mask(pair, image, size, invert, handling, photo)
+    rng = np.random.default_rng([seed, pair.index])
+    try:
+        mask = masks.make_mask(pair.mask_path, size, rng)
+    except ValueError as error:
+        raise UserError(str(error), key="mask_path", got=pair.mask_path) from error
+    mask = 255 - mask if invert else mask
+    mask = grow_hole(mask, _scaled(handling.grow, size, photo))
+    return np.repeat(mask[:, :, None], 3, axis=2)
+
+
+def _read_mask(pair: Pair, handling: Handling) -> Image.Image:
+    """Read the file of a mask: as RGB, or as it is where a rule looks at what RGB has lost."""
+    is_plain = handling.hole is None and not pair.is_alpha
+    return read_rgb(pair.mask_file) if is_plain else read_upright(pair.mask_file)
+
+
+def _cut_mask(
+    pair: Pair,
+    image: Image.Image,
+    size: int,
+    invert: bool,
+    handling: Handling,
+    photo: tuple[int, int] | None,
+) -> np.ndarray:
+    """Make of a mask that was read what ``load_mask`` returns."""
+    path, rule = pair.mask_file, ALPHA if pair.is_alpha else handling.hole
+    if rule is None and not handling.grow and not handling.hard:
+        mask = crop_of(path, image, size)
+        return 255 - mask if invert else mask
+    try:
+        known = known_levels(image, rule)
+    except UserError as error:
+        raise UserError(error.problem, path=path, key="mask_path") from None
+    known = 255 - known if invert else known
+    if handling.grow or handling.hard:
+        grow = handling.grow
+        if photo is None or _is_of_the_square(image.size, photo, size):
+            photo, grow = image.size, _scaled(grow, min(image.size), photo)
+        known = shape_mask(known, photo, grow=grow, hard=handling.hard)
+    mask = crop_of(path, Image.fromarray(known), size)
+    # Scaling has made the rim soft again.
+    mask = harden(mask, 255) if handling.hard else mask
+    return np.repeat(mask[:, :, None], 3, axis=2)
+
+
+def _scaled(pixels: int, side: int, photo: tuple[int, int] | None) -> int:
+    """Turn pixels of a photo into those of a picture of it whose short side is ``side``."""
+    return pixels if photo is None or not pixels else max(1, round(pixels * side / min(photo)))
+
+
+def _is_of_the_square(mask: tuple[int, int], photo: tuple[int, int], size: int) -> bool:
+    """Whether a mask was made for the square that the network sees, and not for the photo."""
+    return mask == (size, size) and not _same_shape(mask, photo)
+
+
+def _same_shape(first: tuple[int, int], second: tuple[int, int]) -> bool:
+    """Whether two sizes have one aspect ratio, but for rounding to whole pixels and 1 %."""
+    (a_width, a_height), (b_width, b_height) = sorted((first, second))
+    return abs(a_width - b_width * a_height / b_height) <= 1 + 0.01 * a_width
+
+
+def _read_photo(pair: Pair, handling: Handling) -> Image.Image:
+    if pair.is_alpha:
+        return read_upright(pair.gt_path)  # with its transparency
+    if handling.depth is None:
+        return read_rgb(pair.gt_path)
+    return read_rgb(pair.gt_path, handling.depth)
+
+
+def _cut_photo(pair: Pair, image: Image.Image, size: int) -> np.ndarray:
+    if image.mode == "RGB":
+        return crop_of(pair.gt_path, image, size)
+    # Scaled with their transparency, colours at the hole's rim do not mix with what is below it.
+    return np.ascontiguousarray(crop_of(pair.gt_path, image.convert("RGBA"), size)[:, :, :3])
 
 
 def load_pair(
-    pair: Pair, image_size: int, *, flip: bool = False, invert_mask: bool = False, seed: int = 0
+    pair: Pair,
+    image_size: int,
+    *,
+    flip: bool = False,
+    invert_mask: bool = False,
+    seed: int = 0,
+    handling: Handling = PLAIN,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Load the picture and the mask of a pair, each uint8 (image_size, image_size, 3).
 
     ``flip`` mirrors both; ``seed`` is that of drawn masks (see ``load_mask``).
     """
-    gt = load_crop(pair.gt_path, image_size)
-    mask = load_mask(pair, image_size, invert=invert_mask, seed=seed)
+    with ROOM.lease():
+        image = _read_photo(pair, handling)
+        photo = origin_of(image).size
+        if pair.is_alpha:
+            mask = _cut_mask(pair, image, image_size, invert_mask, handling, photo)
+        gt = _cut_photo(pair, image, image_size)
+        del image
+    if not pair.is_alpha:
+        mask = load_mask(
+            pair, image_size, invert=invert_mask, seed=seed, handling=handling, photo=photo
+        )
     if flip:
         gt, mask = np.ascontiguousarray(gt[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
     return gt, mask
 
 
 # ---- checking ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """What decoding one mask showed."""
+
+    generated: float  # share of the square's pixels
+    is_even: bool  # all of one level
+    half_known: float  # share of the hole's pixels
+    is_nowhere_hole: bool  # no pixel of the square is plainly hole
+    odd: str | None = None
+    size: tuple[int, int] | None = None  # of the file
 
 
 def check_pairs(
@@ -273,34 +560,138 @@ def check_pairs(
     invert_mask: bool = False,
     seed: int = 0,
     show_progress: bool = True,
+    handling: Handling = PLAIN,
 ) -> list[float]:
     """Decode every picture and mask, and return the share of generated pixels of each pair.
 
-    Threads decode; a mask that serves all is decoded once. Warns of masks that leave
-    nothing to generate, or nothing known. Raises ``UserError`` naming the first bad file.
+    Threads decode; a mask that serves all is decoded once. Warns, once a kind, of masks that leave
+    nothing to generate, or nothing known, or are not black and white, and of pictures that use
+    little of their range. Raises ``UserError`` naming the first bad file, or the first mask
+    that has another aspect ratio than its picture.
     """
     one_for_all = len({pair.mask_path for pair in pairs}) == 1 and not pairs[0].makes_mask
 
-    def generated_share(pair: Pair) -> float:
-        mask = load_mask(pair, image_size, invert=invert_mask, seed=seed)
-        return 1 - float(mask.mean()) / 255
+    def look_at_mask(pair: Pair, photo: tuple[int, int]) -> _Look:
+        if pair.makes_mask:
+            names = {"invert": invert_mask, "seed": seed, "handling": handling, "photo": photo}
+            return _look(load_mask(pair, image_size, **names))
+        with ROOM.lease():
+            image = _read_mask(pair, handling)
+            odd = oddity(image) if handling.hole is None else None
+            mask = _cut_mask(pair, image, image_size, invert_mask, handling, photo)
+            return _look(mask, odd, origin_of(image).size)
 
-    def check(pair: Pair) -> float:
-        load_crop(pair.gt_path, image_size)
-        return math.nan if one_for_all else generated_share(pair)
+    def check(pair: Pair) -> tuple[Origin, str | None, _Look | None]:
+        with ROOM.lease():
+            image = _read_photo(pair, handling)
+            origin, note, look = origin_of(image), dim_picture(image, handling.depth), None
+            if pair.is_alpha:
+                cut = _cut_mask(pair, image, image_size, invert_mask, handling, origin.size)
+                look = _look(cut)
+            _cut_photo(pair, image, image_size)
+            del image
+        if not (one_for_all or pair.is_alpha):
+            look = look_at_mask(pair, origin.size)
+        return origin, note, look
 
-    shares = list(_in_threads(check, pairs, "checking pictures", show_progress))
+    seen = list(_in_threads(check, pairs, "checking pictures", show_progress))
+    origins, notes = [origin for origin, _, _ in seen], [note for _, note, _ in seen]
+    looks = [look for _, _, look in seen]
     if one_for_all:
-        shares = [generated_share(pairs[0])] * len(pairs)
+        looks = [look_at_mask(pairs[0], origins[0].size)] * len(pairs)
+    for pair, origin, look in zip(pairs, origins, looks, strict=True):
+        _refuse_other_shape(pair, origin, look, image_size)
+    _warn_of_extremes(pairs, looks)
+    warn_of_kinds((pair.gt_path, note) for pair, note in zip(pairs, notes, strict=True))
+    said = (_said_of_mask(look, image_size) for look in looks)
+    warn_of_kinds((pair.mask_path, text) for pair, text in zip(pairs, said, strict=True))
+    return [look.generated for look in looks]
+
+
+def _look(mask: np.ndarray, odd: str | None = None, size: tuple[int, int] | None = None) -> _Look:
+    hole, touched = (mask <= BLACK).sum(), (mask < WHITE).sum()
+    return _Look(
+        generated=1 - float(mask.mean()) / 255,
+        is_even=bool((mask == mask.flat[0]).all()),
+        half_known=1 - hole / max(1, touched),
+        is_nowhere_hole=not hole,
+        odd=odd,
+        size=size,
+    )
+
+
+def _refuse_other_shape(pair: Pair, origin: Origin, look: _Look, size: int) -> None:
+    """Raise ``UserError`` for a mask of another aspect ratio, whose hole would be elsewhere."""
+    if look.size is None or look.is_even or _same_shape(look.size, origin.size):
+        return
+    if _is_of_the_square(look.size, origin.size, size):
+        return
+    turned = ""
+    if origin.orientation > 1:
+        turned = " (stored {} x {} and turned by its EXIF orientation {})".format(
+            *origin.stored, origin.orientation
+        )
+    raise UserError(
+        f"the mask has another shape than its picture {pair.gt_path}{turned}; make it for the"
+        f" upright picture, or of {size} x {size} pixels for the square that is cut from it",
+        path=pair.mask_path,
+        expected="the shape of {} x {}".format(*origin.size),
+        got="{} x {}".format(*look.size),
+    )
+
+
+def _warn_of_extremes(pairs: Sequence[Pair], looks: Sequence[_Look]) -> None:
     for extreme, problem in ((0.0, "nothing to generate"), (1.0, "nothing known to start from")):
-        hits = [pair for pair, value in zip(pairs, shares, strict=True) if value == extreme]
+        hits = [p for p, look in zip(pairs, looks, strict=True) if look.generated == extreme]
         if hits:
             warnings.warn(
                 f"{hits[0].mask_path}: this mask leaves {problem} ({len(hits)} of {len(pairs)}"
                 " images); in a mask, white is known and black is generated",
-                stacklevel=2,
+                stacklevel=3,
             )
-    return shares
+
+
+def _said_of_mask(look: _Look, size: int) -> str | None:
+    if look.odd or look.size is None or look.is_even or look.half_known <= _SOFT_RIM:
+        return look.odd
+    told = f"{look.half_known:.0%} of its hole's pixels are half-known at {size} x {size}"
+    if look.is_nowhere_hole:
+        told = f"its hole is thinner than a pixel at {size} x {size}, and all of it half-known"
+    mends = "mask_hard: true makes these pixels hole, mask_grow: N enlarges the hole"
+    return f"{told}, so that part of what should go stays; {mends}"
+
+
+def dim_picture(image: Image.Image, depth: tuple[float, float] | None) -> str | None:
+    """Say where a picture of more than 8 bits uses less than half of its range, or goes below 0."""
+    origin = origin_of(image)
+    if origin.is_deep_colour and 0 < max(high for _, high in image.getextrema()) < 128:
+        return (
+            "uses less than half of its 16 bits and will be dark; scale it in 16 bits first, as"
+            " ImageMagick's -auto-level does"
+        )
+    if origin.levels is None or depth is not None:
+        return None
+    low, high, white = origin.levels.lowest, origin.levels.highest, origin.levels.white
+    if low < 0:
+        told, state = "all below 0 will be black", f"has values of {low:g} to {high:g}"
+        return f"{state}, and {told}; depth_min and depth_max say what is black and white"
+    if 0 < high < white / 2:
+        most = 2 ** int(high).bit_length() - 1 if white > 255 else high
+        return f"uses {high:g} of {white:g} and will be dark; depth_max: {most:g} makes that white"
+    return None
+
+
+def warn_of_kinds(found: Iterable[tuple[str, str | None]]) -> None:
+    """Warn of what was found in files, once for each text that differs in numbers only."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for path, text in found:
+        if text:
+            kinds.setdefault(re.sub(r"#[0-9a-f]{6}|[-\d.]+", "", text), []).append((path, text))
+    for alike in kinds.values():
+        files = {path for path, _ in alike}
+        path, text = alike[0]
+        others = f" (and {len(files) - 1} more like it)" if len(files) > 1 else ""
+        warnings.warn(f"{path}: {text}{others}", stacklevel=3)
 
 
 def _in_threads(
@@ -340,10 +731,13 @@ class TrainingImages:
         random_flip: bool = True,
         holdout: float = 0.0,  # share of the pictures that training never sees
         cache_bytes: int = 4 * 2**30,  # memory for decoded pictures; the rest is read again
+        depth: tuple[float, float] | None = None,  # as for read_rgb
+        all_formats: bool = False,  # as for list_images
         show_progress: bool = True,
     ) -> None:
         self.image_size, self.random_crop, self.random_flip = image_size, random_crop, random_flip
-        self.paths = list_images(data_dir, key="data_dir")
+        self.depth = depth
+        self.paths = list_images(data_dir, key="data_dir", all_formats=all_formats)
         root = data_dir if data_dir.endswith("/") else data_dir + "/"
         relative = [path.removeprefix(root) for path in self.paths]
         self.class_names, self.labels = self._classes(relative) if class_cond else ([], None)
@@ -388,11 +782,12 @@ class TrainingImages:
 
     def _fill_cache(self, budget: int, show_progress: bool) -> None:
         """Decode everything once: finds unreadable pictures, keeps what fits into ``budget``."""
-        small = 0
+        small, notes = 0, []
         jobs = range(len(self.paths))
-        sources = _in_threads(self._decode_noting_size, jobs, "reading pictures", show_progress)
-        for index, (pixels, is_small) in enumerate(sources):
+        sources = _in_threads(self._decode_with_notes, jobs, "reading pictures", show_progress)
+        for index, (pixels, is_small, note) in enumerate(sources):
             small += is_small
+            notes.append((self.paths[index], note))
             if pixels.nbytes <= budget:
                 budget -= pixels.nbytes
                 self._cache[index] = pixels
@@ -402,22 +797,29 @@ class TrainingImages:
                 " and are enlarged, which teaches the network their blur",
                 stacklevel=3,
             )
+        warn_of_kinds(notes)
 
-    def _decode_noting_size(self, index: int) -> tuple[np.ndarray, bool]:
-        """Read a picture: the finished middle crop, or for random crops as much as they need."""
-        image = read_rgb(self.paths[index])
-        is_small = min(image.size) < self.image_size
-        try:
+    def _decode_with_notes(self, index: int) -> tuple[np.ndarray, bool, str | None]:
+        """Read a picture: the finished middle crop, or for random crops as much as they need.
+
+        Also returned are whether it is smaller than the network, and what is odd about it.
+        """
+        path = self.paths[index]
+        with ROOM.lease():
+            image = read_rgb(path) if self.depth is None else read_rgb(path, self.depth)
+            is_small = min(origin_of(image).size) < self.image_size
+            note = dim_picture(image, self.depth)
             if not self.random_crop:
-                return center_crop(image, self.image_size), is_small
+                return crop_of(path, image, self.image_size), is_small, note
             largest = math.ceil(self.image_size / _SMALLEST_CROP)
             side = max(self.image_size, min(largest, min(image.size)))
-            return np.asarray(_scale_short_side(image, side)), is_small
-        except ValueError as error:
-            raise UserError(str(error), path=self.paths[index]) from error
+            try:
+                return np.asarray(_scale_short_side(image, side)), is_small, note
+            except ValueError as error:
+                raise UserError(str(error), path=path) from error
 
     def _decode(self, index: int) -> np.ndarray:
-        return self._decode_noting_size(index)[0]
+        return self._decode_with_notes(index)[0]
 
     def _augment(self, pixels: np.ndarray, draw: np.ndarray) -> np.ndarray:
         """Cut by four numbers in [0, 1): the short side's length, down, across, mirror."""

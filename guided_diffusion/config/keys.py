@@ -19,6 +19,7 @@ from guided_diffusion.config.schema import (
     WIDTHS,
     AnyConf,
     Conf,
+    Pattern,
     key,
     load,
     numbers,
@@ -36,6 +37,9 @@ CHANNEL_MULT_BY_SIZE = {
 CLASSIFIER_CLASSES = 1000
 CLASSIFIER_HEAD_CHANNELS = 64
 SMALLEST_MASK = 8  # px
+HOLES = Pattern(
+    "black|zero|color|alpha|#[0-9a-fA-F]{6}", "black, zero, color, alpha or such as '#ff0000'"
+)
 # Names of the result folders below a run's log folder, by their key in ``paths``.
 RESULT_FOLDERS = {
     "srs": "inpainted",
@@ -114,8 +118,9 @@ class DataConf(Conf):
     gt_path: str = key(text="Pictures: a folder, taken with its subfolders and sorted by path, or "
                        "one file.", path=True)
     mask_path: str = key(text="Masks, white (255) = known, black (0) = to generate: a folder or "
-                         "file, paired with the pictures in sorted order, or to draw them one of "
-                         "thin, thick, ev2li, nn2, ex64, genhalf.", path=True)
+                         "file, paired with the pictures by name or in sorted order; alpha for "
+                         "the pictures' own transparency; or to draw them one of thin, thick, "
+                         "ev2li, nn2, ex64, genhalf.", path=True)
     image_size: int | None = key(None, "Has to equal the network's image_size; absent: that.",
                                  low=1)
     batch_size: int = key(1, "Pictures that go through the network at once: more is faster on a "
@@ -294,6 +299,19 @@ class InpaintConf(ModelConf):
                               choices=("auto", True, False))
     paste_known: bool = key(False, "Paste the known pixels unchanged into the result.")
     invert_mask: bool = key(False, "The masks are the other way round: white is to generate.")
+    mask_hole: str = key("black", "What is hole in mask files: black, as far as it is; zero, only "
+                         "what is exactly 0; color, what is not gray; '#ff0000', what has about "
+                         "this colour; alpha, what is transparent.", pattern=HOLES)
+    mask_grow: int = key(0, "Pixels of the photo by which holes are enlarged to every side, before "
+                         "anything is scaled.", low=0, high=10_000)
+    mask_hard: bool = key(False, "Every pixel that a hole touches is hole: no soft rims, and no "
+                          "thin lines that fade when they are scaled.")
+    depth_max: float = key(0.0, "Value that is white in pictures of more than 8 bits of gray, "
+                           "such as 4095; 0: the format's largest.")
+    depth_min: float = key(0.0, "Value that is black in pictures of more than 8 bits of gray; "
+                           "counts with depth_max.")
+    all_formats: bool = key(False, "Take .webp, .tif, .tiff, .bmp, .jfif, .jpe and .avif files of "
+                            "folders too; false: where there are no .jpg, .jpeg, .png or .gif.")
     overview: bool = key(True, "Also write sheets with inputs and results side by side.")
     save_process: int = key(0, "Pictures to keep of the walk from noise to result; 0: none.", low=0)
     data: DataConf = key(text="`eval:` and in it one data set by its name.", under="eval")  # noqa: RUF009
@@ -324,6 +342,7 @@ class InpaintConf(ModelConf):
             "use_fp16 and precision",
             f"true and {self.precision} contradict each other",
         )
+        _check_depth(self.depth_min, self.depth_max)
         if self.guided:
             self._check_classifier()
         self._complete_data()
@@ -380,6 +399,11 @@ class InpaintConf(ModelConf):
         return (parents.pop() or ".") if len(parents) == 1 else f"./log/{self.name}"
 
     @property
+    def depth(self) -> tuple[float, float] | None:
+        """What is black and white in deep gray, if that is stated."""
+        return (self.depth_min, self.depth_max) if self.depth_min < self.depth_max else None
+
+    @property
     def guided(self) -> bool:
         """Whether a classifier guides the sampling."""
         return self.classifier_path is not None and self.classifier_scale > 0
@@ -423,6 +447,12 @@ class TrainConf(ModelConf):
                                 choices=("uniform", "loss-second-moment"))
     grad_clip: float = key(0.0, "Largest norm of the gradient; 0: no limit.", low=0)
     random_flip: bool = key(True, "Mirror pictures with probability one half.")
+    depth_max: float = key(0.0, "Value that is white in pictures of more than 8 bits of gray, "
+                           "such as 4095; 0: the format's largest.")
+    depth_min: float = key(0.0, "Value that is black in pictures of more than 8 bits of gray; "
+                           "counts with depth_max.")
+    all_formats: bool = key(False, "Take .webp, .tif, .tiff, .bmp, .jfif, .jpe and .avif files of "
+                            "data_dir too; false: where there are no .jpg, .jpeg, .png or .gif.")
     random_crop: bool = key(False, "Cut pictures at random places instead of the centre.")
     cache_gb: float = key(4.0, "Memory in GiB, on each machine, for decoded pictures; those that "
                           "do not fit are read again every time.", low=0)
@@ -446,6 +476,7 @@ class TrainConf(ModelConf):
     def __post_init__(self) -> None:
         """Check the keys one by one, then those that have to fit each other."""
         super().__post_init__()
+        _check_depth(self.depth_min, self.depth_max)
         _check_name(self.name, "./runs/")
         self._set("out_dir", self.out_dir or f"./runs/{self.name}")
         self._set("sample_respacing", self.sample_respacing or str(self.diffusion_steps))
@@ -462,9 +493,19 @@ class TrainConf(ModelConf):
         )
 
     @property
+    def depth(self) -> tuple[float, float] | None:
+        """What is black and white in deep gray, if that is stated."""
+        return (self.depth_min, self.depth_max) if self.depth_min < self.depth_max else None
+
+    @property
     def ema_rates(self) -> tuple[float, ...]:
         """Rates of the averaged copies of the weights, without repetitions."""
         return tuple(dict.fromkeys(numbers(self.ema_rate, float)))
+
+
+def _check_depth(low: float, high: float) -> None:
+    fits = low < high or low == high == 0
+    require(fits, "depth_min and depth_max", "the first has to be below the second")
 
 
 def _check_name(name: str, folder: str) -> None:

@@ -7,7 +7,7 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,50 @@ def check_folder(folder: str | os.PathLike) -> Path:
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError("results cannot be written there: no permission", path=there)
     return there
+
+
+def refuse_inside(folder: str | os.PathLike, inputs: str | os.PathLike, *, key: str) -> None:
+    """Raise ``UserError`` where a folder of results lies in one of inputs, or is it.
+
+    The next run would take results for inputs. Links and a file system's letter case are seen
+    through. ``inputs`` that are no folder hold nothing; ``key`` is theirs.
+    """
+    if _lies_in(folder, inputs):
+        raise UserError(
+            f"results would go into the folder of inputs {inputs}, and the next run would take "
+            "them for inputs; choose a folder elsewhere",
+            path=folder,
+            key=key,
+        )
+
+
+def _lies_in(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+    try:
+        real = Path(os.path.realpath(path))
+        parts = (real, *real.parents) if Path(folder).is_dir() else ()
+        return any(part.exists() and part.samefile(folder) for part in parts)
+    except (OSError, ValueError):  # not to be looked at, which others will tell
+        return False
+
+
+def refuse_overwriting(
+    targets: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike]
+) -> None:
+    """Raise ``UserError`` where a file to write is one to read, by whatever names."""
+
+    def identity(path: str | os.PathLike) -> tuple[int, int] | None:
+        try:
+            status = Path(path).stat()
+        except (OSError, ValueError):  # not there yet, or in a store of its own
+            return None
+        return status.st_dev, status.st_ino
+
+    owners = {identity(path): path for path in inputs}
+    for target in targets:
+        found = identity(target)
+        if found is not None and found in owners:
+            problem = f"a result would overwrite the input {owners[found]}; choose another folder"
+            raise UserError(problem, path=target)
 
 
 @contextlib.contextmanager

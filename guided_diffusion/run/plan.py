@@ -28,9 +28,21 @@ from guided_diffusion import dist_util
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, describe, read_yaml
 from guided_diffusion.errors import UserError
-from guided_diffusion.image_datasets import Pair, check_pairs, load_pair, pair_images, sample_names
+from guided_diffusion.image_datasets import (
+    Handling,
+    Pair,
+    check_pairs,
+    load_pair,
+    pair_images,
+    sample_names,
+)
 from guided_diffusion.io.checkpoints import check_beginning, fingerprint
-from guided_diffusion.io.files import check_folder, write_text_atomic
+from guided_diffusion.io.files import (
+    check_folder,
+    refuse_inside,
+    refuse_overwriting,
+    write_text_atomic,
+)
 from guided_diffusion.io.results import is_written, result_path
 from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import create_gaussian_diffusion, create_schedule
@@ -40,6 +52,7 @@ _MAX_RECORD_BYTES = 1 << 30  # a record has a line for each result
 # Settings that change how a run goes, but not what a result looks like.
 _WITHOUT_EFFECT_ON_RESULTS = (
     "name", "show_progress", "overview", "save_process", "device", "samples_per_image", "compile",
+    "all_formats",
     "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "data.image_size",
     "data.batch_size", "data.deterministic", "data.drop_last", "data.offset", "data.max_len",
     "data.paths.srs", "data.paths.lrs", "data.paths.gts", "data.paths.gt_keep_masks",
@@ -99,9 +112,13 @@ def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -
     for path in checkpoints.values():
         check_beginning(path)
     checkpoints = {key: fingerprint(path) for key, path in checkpoints.items()}
+    for folder in (conf.log_dir, *result_folders(conf).values()):
+        refuse_inside(folder, conf.data.gt_path, key="gt_path")
+        refuse_inside(folder, conf.data.mask_path, key="mask_path")
     pairs = pair_images(
         conf.data.gt_path,
         conf.data.mask_path,
+        all_formats=conf.all_formats,
         offset=conf.data.offset,
         max_len=conf.data.max_len,
         samples_per_image=conf.samples_per_image,
@@ -116,6 +133,7 @@ def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -
     finished = []
     if team.is_main:
         _check_folders(conf, jobs)
+        refuse_overwriting(_files_to_write(conf, jobs), _files_to_read(conf, pairs))
         if recorded:
             _refuse_other_settings(conf, recorded["settings"], settings)
         _check_and_announce(conf, pairs)
@@ -149,6 +167,27 @@ def _check_folders(conf: InpaintConf, jobs: Sequence[Job]) -> None:
         warnings.warn(text, stacklevel=3)
 
 
+def _files_to_write(conf: InpaintConf, jobs: Sequence[Job]) -> Iterator[Path]:
+    """Yield the pictures that a run writes, but for further pages of the overview."""
+    log = Path(conf.log_dir)
+    for job in jobs:
+        for key, folder in result_folders(conf).items():
+            yield Path(folder) / (job.name if key == "srs" else job.pair.name)
+        if conf.save_process:
+            stem = Path(job.name).stem
+            yield from (log / "process" / f"{stem}{suffix}" for suffix in (".png", ".gif"))
+    if conf.overview:
+        yield log / "overview.png"
+
+
+def _files_to_read(conf: InpaintConf, pairs: Sequence[Pair]) -> Iterator[str]:
+    for pair in pairs:
+        yield pair.gt_path
+        if pair.mask_file:
+            yield pair.mask_file
+    yield from filter(None, (conf.model_path, conf.classifier_path))
+
+
 def _check_and_announce(conf: InpaintConf, pairs: Sequence[Pair]) -> None:
     """Decode every picture and mask, and say what share of them will be generated."""
     shares = check_pairs(
@@ -157,6 +196,7 @@ def _check_and_announce(conf: InpaintConf, pairs: Sequence[Pair]) -> None:
         invert_mask=conf.invert_mask,
         seed=conf.seed,
         show_progress=conf.show_progress,
+        handling=handling_of(conf),
     )
     low, mean, high = min(shares), sum(shares) / len(shares), max(shares)
     spread = "" if low == high else f" ({low:.1%} to {high:.1%})"
@@ -188,7 +228,20 @@ def load_inputs(conf: InpaintConf, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         own = torch.Generator().manual_seed(conf.seed + pair.index)
         flip = bool(torch.rand((), generator=own) < 0.5)
     invert, seed = conf.invert_mask, conf.seed
-    return load_pair(pair, conf.image_size, flip=flip, invert_mask=invert, seed=seed)
+    return load_pair(
+        pair,
+        conf.image_size,
+        flip=flip,
+        invert_mask=invert,
+        seed=seed,
+        handling=handling_of(conf),
+    )
+
+
+def handling_of(conf: InpaintConf) -> Handling:
+    """Return how the run's files are read where a key asks for other than the usual."""
+    hole = None if conf.mask_hole == "black" else conf.mask_hole
+    return Handling(hole, conf.mask_grow, conf.mask_hard, conf.depth)
 
 
 # ---- The record, and what resuming makes of it ---------------------------------------------------

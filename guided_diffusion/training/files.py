@@ -22,7 +22,12 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import TrainingImages, list_images
 from guided_diffusion.io.checkpoints import load_state_dict
-from guided_diffusion.io.files import check_folder, remove_leftovers, write_checkpoint
+from guided_diffusion.io.files import (
+    check_folder,
+    refuse_inside,
+    remove_leftovers,
+    write_checkpoint,
+)
 from guided_diffusion.unet import UNetModel
 
 # What a resumed training may change: how far it goes, how fast and how visibly; not what it learns.
@@ -175,6 +180,7 @@ def check(conf: TrainConf, device: torch.device, *, resume: bool) -> int:
     if conf.microbatch != -1 and own % conf.microbatch:
         problem = f"{own} pictures a process cannot be divided into parts of {conf.microbatch}"
         raise UserError(problem, key="batch_size and microbatch")
+    refuse_inside(conf.out_dir, conf.data_dir, key="data_dir")
     check_folder(conf.out_dir)
     saved, newest = _saved_steps(conf), newest_step(conf)
     if saved:
@@ -196,7 +202,9 @@ def _check_resume(conf: TrainConf, newest: int, resume: bool) -> None:
         )
     path = checkpoint_path(conf, "opt", newest)
     then = load_opt(path)["settings"]
-    now = run_settings(conf, list_images(conf.data_dir, key="data_dir"))
+    now = run_settings(
+        conf, list_images(conf.data_dir, key="data_dir", all_formats=conf.all_formats)
+    )
     changed = [name for name in now if name in then and then[name] != now[name]]
     if changed:
         raise UserError(

@@ -62,6 +62,8 @@ def load_images(conf: TrainConf) -> TrainingImages:
         random_flip=conf.random_flip,
         holdout=conf.holdout,
         cache_bytes=int(conf.cache_gb * 2**30 / processes),
+        depth=conf.depth,
+        all_formats=conf.all_formats,
         show_progress=is_main(),
     )
     check_classes(conf, images)

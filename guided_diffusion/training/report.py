@@ -125,7 +125,7 @@ class Observer:
         inpainted = images.held_out if len(images.held_out) else images.train
         self.shown = _spread(inpainted, conf.sample_count)
         chosen = {*self.held_out, *self.shown}
-        self.crops = {i: load_crop(images.paths[i], conf.image_size) for i in chosen}
+        self.crops = {i: load_crop(images.paths[i], conf.image_size, conf.depth) for i in chosen}
 
     def _clean(self, indices: np.ndarray) -> Tensor:
         return torch.stack([to_model_range(self.crops[i]) for i in indices]).to(self.device)

@@ -285,8 +285,8 @@ def test_a_picture_or_mask_that_changed_is_made_again(here, tmp_path, calls):
     assert here(*options, "--resume").status == 0
     assert calls == [[6], [7]]
     # A new first picture moves the others in the list, and with their places their seeds.
-    shutil.copy("gt/00.png", "gt/.000.png")
-    shutil.copy("mask/00.png", "mask/.000.png")
+    shutil.copy("gt/00.png", "gt/-000.png")
+    shutil.copy("mask/00.png", "mask/-000.png")
     here(*options, "--resume")
     assert calls[2:] == [[5], [6], [7], [8]]
 
