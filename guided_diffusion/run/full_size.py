@@ -139,15 +139,27 @@ def cut_out(
     A pixel is known only where all that it covers is known. Beyond the photo its rim goes on, as
     hole.
     """
-    left, top, right, bottom = cut.box
-    height, width = mask.shape
-    inside = (slice(max(top, 0), min(bottom, height)), slice(max(left, 0), min(right, width)))
-    around = ((max(-top, 0), max(bottom - height, 0)), (max(-left, 0), max(right - width, 0)))
+    inside, around = _inside(mask, cut)
     pixels = np.pad(photo[inside], (*around, (0, 0)), mode="edge")
-    known = np.pad(mask[inside], around)
+    known = known_in(mask, cut)
     picture = center_crop(Image.fromarray(pixels), size)
     is_known = _shrink_known(known, size)
     return picture, np.repeat(is_known[:, :, None], 3, axis=2)
+
+
+def known_in(mask: np.ndarray, cut: Cut) -> np.ndarray:
+    """Return the part of a mask (H, W) that a cut sees, (side, side)."""
+    inside, around = _inside(mask, cut)
+    return np.pad(mask[inside], around)
+
+
+def _inside(mask: np.ndarray, cut: Cut) -> tuple[tuple[slice, slice], tuple]:
+    """Return the part of a cut that the photo has, and how much is missing on each side."""
+    left, top, right, bottom = cut.box
+    height, width = mask.shape
+    rows, columns = slice(max(top, 0), min(bottom, height)), slice(max(left, 0), min(right, width))
+    above_below = max(-top, 0), max(bottom - height, 0)
+    return (rows, columns), (above_below, (max(-left, 0), max(right - width, 0)))
 
 
 def _shrink_known(known: np.ndarray, size: int) -> np.ndarray:

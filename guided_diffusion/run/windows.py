@@ -7,6 +7,7 @@ the average is weighted, so that no window's border shows. The loop around it st
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,17 @@ def window_starts(length: int, size: int) -> list[int]:
         raise ValueError(f"a window of {size} pixels does not fit into {length}")
     count = -(-(length - size) // max(1, size // 2)) + 1
     return [round(i * (length - size) / max(1, count - 1)) for i in range(count)]
+
+
+def window_places(known: Tensor | np.ndarray, size: int) -> list[tuple[int, int]]:
+    """Return top and left of each window of ``size`` that has a hole: where (H, W) is not known.
+
+    Of a picture without a hole, the first one.
+    """
+    height, width = known.shape
+    places = [(y, x) for y in window_starts(height, size) for x in window_starts(width, size)]
+    with_hole = [(y, x) for y, x in places if not bool(known[y : y + size, x : x + size].all())]
+    return with_hole or places[:1]
 
 
 class Windows:
@@ -36,13 +48,8 @@ class Windows:
     ) -> None:
         self._network, self._size, self._batch_size = network, size, batch_size
         height, width = gt_keep_mask.shape[2:]
-        places = [(y, x) for y in window_starts(height, size) for x in window_starts(width, size)]
-        self._places = [
-            (y, x)
-            for y, x in places
-            if bool((gt_keep_mask[..., y : y + size, x : x + size] < 1).any())
-        ] or places[:1]
-        self._is_one = len(places) == 1
+        self._places = window_places((gt_keep_mask >= 1).all(dim=1)[0], size)
+        self._is_one = (height, width) == (size, size)
         ramp = torch.arange(1, size + 1, dtype=torch.float32, device=gt_keep_mask.device)
         ramp = torch.minimum(ramp, ramp.flip(0)) / size
         self._weight = ramp[:, None] * ramp  # (size, size), largest in the middle

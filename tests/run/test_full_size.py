@@ -1,9 +1,13 @@
 """Cuts of a photo, and the way back: geometry checked with networks that return what they see."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from run_cases import load_yaml, run_here, write_run
 
 from guided_diffusion.run.full_size import blend, cut_out, find_cuts, paste
 
@@ -151,3 +155,128 @@ def test_the_share_falls_evenly_over_the_feather():
     assert share[:12].max() == 0
     assert (np.diff(share[11:21]) > 0).all()
     assert (blend(mask, 0) == 255 - mask).all()
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+HOLES_OF_RUN = [(5, 4, 9, 8), (28, 20, 33, 26)]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    return lambda *options: run_here(capsys, *options)
+
+
+def write_photo(tmp_path, mode="RGB", suffix=".png", images=1, *, data=None, **changes):
+    """Write a run over photos of 40 x 30 pixels with two holes, and return its options."""
+    options = write_run(tmp_path, images, data=data, **{"full_size": True, "feather": 0} | changes)
+    for number in range(images):
+        for folder in ("gt", "mask"):
+            (tmp_path / folder / f"{number:02d}.png").unlink()
+        image = Image.fromarray(photo_of(30, 40, seed=number)).convert(mode)
+        if mode.endswith("A"):
+            image.putalpha(Image.fromarray(photo_of(30, 40, seed=9)[:, :, 0]))
+        kept = {"icc_profile": b"a profile", "dpi": (300, 300)}
+        image.save(tmp_path / "gt" / f"{number:02d}{suffix}", **kept)
+        mask = mask_of(30, 40, *HOLES_OF_RUN)
+        Image.fromarray(mask).save(tmp_path / "mask" / f"{number:02d}.png")
+    return options
+
+
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA"])
+def test_a_photo_comes_back_in_its_mode_with_its_known_pixels(here, tmp_path, mode, windows):
+    ended = here(*write_photo(tmp_path, mode, windows=windows))
+    assert ended.status == 0, ended.err
+    assert "2 cuts, at most" in ended.out
+    with Image.open("gt/00.png") as before, Image.open("log/run/inpainted/00.png") as after:
+        assert after.mode == mode
+        assert after.info["icc_profile"] == b"a profile"
+        assert round(after.info["dpi"][0]) == 300
+        known = mask_of(30, 40, *HOLES_OF_RUN) == 255
+        old, new = np.asarray(before), np.asarray(after)
+    assert np.array_equal(old[known], new[known])
+    assert not np.array_equal(old[~known], new[~known])
+    if mode == "RGBA":
+        assert np.array_equal(old[..., 3], new[..., 3])
+    with Image.open("log/run/gt/00.png") as gt, Image.open("log/run/gt_masked/00.png") as masked:
+        assert gt.size == masked.size == (40, 30)
+
+
+def test_a_jpeg_comes_back_as_a_jpeg_where_asked_and_upright(here, tmp_path):
+    options = write_photo(
+        tmp_path, suffix=".jpg", output_format="same", data={"mask_path": "m.png"}
+    )
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(photo_of(40, 30)).save("gt/00.jpg", exif=turned, quality=95)
+    Image.fromarray(mask_of(30, 40, (3, 3, 6, 6))).save("m.png")
+    assert here(*options).status == 0
+    with Image.open("log/run/inpainted/00.jpg") as image:
+        assert (image.format, image.size) == ("JPEG", (40, 30))
+        assert image.getexif().get(0x0112, 1) == 1
+    before = Path("log/run/inpainted/00.jpg").stat().st_mtime_ns
+    ended = here(*options, "--resume")
+    assert "1 finished earlier" in ended.out
+    assert Path("log/run/inpainted/00.jpg").stat().st_mtime_ns == before
+
+
+def test_results_depend_on_no_batch_and_resume_goes_on(here, tmp_path):
+    options = write_photo(tmp_path, images=3, samples_per_image=2, save_process=2)
+    assert here(*options).status == 0
+    first = {path.name: path.read_bytes() for path in Path("log/run/inpainted").iterdir()}
+    assert len(first) == 6
+    assert len(set(first.values())) == 6
+    Path("log/run/inpainted/01_2.png").unlink()
+    ended = here(*options, "--resume", "--set", "data.batch_size=4")
+    assert "1 image, 5 finished earlier" in ended.out
+    again = {path.name: path.read_bytes() for path in Path("log/run/inpainted").iterdir()}
+    assert again == first
+    assert Path("log/run/process/00_1.gif").exists()
+    assert load_yaml(Path("log/run/run.yml"))["full_size"] is True
+
+
+def test_a_mask_of_another_shape_names_both_sizes(here, tmp_path):
+    options = write_photo(tmp_path)
+    Image.fromarray(mask_of(8, 8, (1, 1, 3, 3))).save("mask/00.png")
+    ended = here(*options)
+    assert ended.status == 2
+    assert "expected the shape of 40 x 30, found 8 x 8" in ended.err
+
+
+def test_a_scaled_mask_a_drawn_one_and_the_photos_own_transparency(here, tmp_path):
+    options = write_photo(tmp_path, "RGBA")
+    Image.fromarray(mask_of(15, 20, (5, 5, 7, 9))).save("mask/00.png")
+    assert here(*options).status == 0
+    with Image.open("log/run/gt_keep_mask/00.png") as mask:
+        hole = np.asarray(mask)[..., 0] == 0
+    assert hole.sum() == 4 * 2 * 4
+    assert hole[10:18, 10:14].all()
+    assert here(*options, "--mask", "thick", "--out", "drawn").status == 0
+    assert here(*options, "--mask", "alpha", "--out", "own").status == 0
+    with Image.open("own/inpainted/00.png") as image:
+        assert image.mode == "RGB"
+
+
+def test_without_a_hole_the_photo_is_the_result(here, tmp_path):
+    options = write_photo(tmp_path)
+    Image.fromarray(mask_of(30, 40)).save("mask/00.png")
+    ended = here(*options)
+    assert ended.status == 0
+    assert "nothing to generate" in ended.err
+    with Image.open("gt/00.png") as before, Image.open("log/run/inpainted/00.png") as after:
+        assert np.array_equal(np.asarray(before), np.asarray(after))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"windows": True, "full_size": False}, "windows and full_size"),
+        ({"data": {"random_flip": True}}, "full_size and data.eval.tiny.random_flip"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(here, tmp_path, changes, problem):
+    ended = here(*write_photo(tmp_path, **changes))
+    assert ended.status == 2
+    assert problem in ended.err

@@ -1,5 +1,7 @@
 """Windows: where they lie, what their average is, and that one of them is the network itself."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +17,7 @@ def test_windows_cover_everything_with_half_of_them_shared(size, more):
     starts = window_starts(size + more, size)
     assert starts[0] == 0
     assert starts[-1] == more
-    steps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(starts)]
     assert all(0 < step <= max(1, (size + 1) // 2) for step in steps)
 
 
