@@ -23,6 +23,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "for mask_path")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="folder of results, for the data set's paths")
     parser.add_argument("--invert_mask", action="store_true", help="white is to be generated")
+    parser.add_argument("--full_size", action="store_true", help="give each photo back at its own "
+                        "size, with nothing changed but the hole")  # fmt: skip
     parser.add_argument("--fast", action="store_true", help="100 network calls a picture: sampler: "
                         "ddnm, 100 steps, no resampling")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
@@ -58,7 +60,8 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
         if value is not None
     ]
     fast = FAST if args.fast else ()
-    return [*fast, *quoted, *["invert_mask=true"] * args.invert_mask, *args.overrides]
+    flags = [f"{key}=true" for key in ("invert_mask", "full_size") if getattr(args, key)]
+    return [*fast, *quoted, *flags, *args.overrides]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

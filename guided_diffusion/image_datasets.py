@@ -38,7 +38,9 @@ from guided_diffusion.io.images import (
     Origin,
     _blobfile,
     _scale_short_side,
+    as_rgb,
     crop_of,
+    is_deep,
     origin_of,
     read_rgb,
     read_upright,
@@ -538,6 +540,101 @@ def load_pair(
     return gt, mask
 
 
+@dataclasses.dataclass(frozen=True)
+class Photo:
+    """A photo as it is: ``pixels`` uint8 (H, W, 3), ``known`` uint8 (H, W), 255 = known.
+
+    ``mode`` is what it is given back as, L, LA, RGB or RGBA, with ``alpha`` uint8 (H, W) or None;
+    ``info`` its profile and resolution. ``odd`` says what is odd about the mask, if anything.
+    """
+
+    pixels: np.ndarray
+    known: np.ndarray
+    mode: str
+    alpha: np.ndarray | None
+    info: dict[str, object]
+    odd: str | None = None
+
+    def image_of(self, pixels: np.ndarray) -> Image.Image:
+        """Return other pixels (H, W, 3) as the photo's mode, with its transparency."""
+        image = Image.fromarray(pixels).convert(self.mode[:1] if self.mode[0] == "L" else "RGB")
+        if self.alpha is not None:
+            image.putalpha(Image.fromarray(self.alpha))
+        image.info.update(self.info)
+        return image
+
+
+def load_photo(
+    pair: Pair, *, invert_mask: bool = False, seed: int = 0, handling: Handling = PLAIN
+) -> Photo:
+    """Read a photo and its mask at the photo's own size; raises ``UserError`` naming the file.
+
+    A mask of the photo's shape is scaled to it. Levels as near to black and white as JPEG leaves
+    them are black and white.
+    """
+    with ROOM.lease():
+        image = read_upright(pair.gt_path, whole=True)
+        known, odd = _known_of_photo(pair, image, invert_mask, seed, handling)
+        info = {key: image.info.get(key) for key in ("icc_profile", "dpi")}
+        if is_deep(image):
+            gray = np.asarray(as_rgb(image, handling.depth)[0])
+            return Photo(gray, known, "L", None, info, odd)
+        mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+        if not image.has_transparency_data:
+            return Photo(np.asarray(image.convert("RGB")), known, mode, None, info, odd)
+        layers = image.convert("RGBA")
+        alpha = None if pair.is_alpha else np.asarray(layers.getchannel("A"))
+        suffix = "" if alpha is None else "A"
+        pixels = np.asarray(layers.convert("RGB"))
+        return Photo(pixels, known, mode + suffix, alpha, info, odd)
+
+
+def _known_of_photo(
+    pair: Pair, photo: Image.Image, invert: bool, seed: int, handling: Handling
+) -> tuple[np.ndarray, str | None]:
+    """Return the mask of a photo at its size, uint8 (H, W), and what is odd about its file."""
+    odd = None
+    if pair.mask_file is None:
+        known = _drawn_for(pair, photo.size, seed)
+    else:
+        mask = photo if pair.is_alpha else read_upright(pair.mask_file, whole=True)
+        if not _same_shape(mask.size, photo.size):
+            raise UserError(
+                f"with full_size a mask has the shape of its photo {pair.gt_path}",
+                path=pair.mask_file,
+                expected="the shape of {} x {}".format(*photo.size),
+                got="{} x {}".format(*mask.size),
+            )
+        try:
+            known = known_levels(mask, ALPHA if pair.is_alpha else handling.hole)
+        except UserError as error:
+            raise UserError(error.problem, path=pair.mask_file, key="mask_path") from None
+        if not pair.is_alpha:
+            known = np.where(known >= WHITE, 255, np.where(known <= BLACK, 0, known))
+            known = known.astype(np.uint8)
+            odd = look_at_mask(_noted_rgb(mask))[0] if handling.hole is None else None
+    known = 255 - known if invert else known
+    return shape_mask(known, photo.size, grow=handling.grow, hard=handling.hard), odd
+
+
+def _noted_rgb(image: Image.Image) -> Image.Image:
+    """Return an upright picture as ``read_rgb`` gives it."""
+    rgb, levels = as_rgb(image)
+    rgb.info["origin"] = dataclasses.replace(origin_of(image), levels=levels)
+    return rgb
+
+
+def _drawn_for(pair: Pair, size: tuple[int, int], seed: int) -> np.ndarray:
+    """Draw a mask of a family for a photo of ``size`` (width, height): the middle of a square."""
+    side = max(size)
+    try:
+        mask = masks.make_mask(pair.mask_path, side, np.random.default_rng([seed, pair.index]))
+    except ValueError as error:
+        raise UserError(str(error), key="mask_path", got=pair.mask_path) from error
+    left, top = (side - size[0]) // 2, (side - size[1]) // 2
+    return mask[top : top + size[1], left : left + size[0]]
+
+
 # ---- checking ----------------------------------------------------------------------------------
 
 
@@ -606,7 +703,7 @@ def check_pairs(
         looks = [look(pairs[0], origins[0].size)] * len(pairs)
     for pair, origin, seen in zip(pairs, origins, looks, strict=True):
         _refuse_other_shape(pair, origin, seen, image_size)
-    _warn_of_extremes(pairs, looks)
+    warn_of_extremes(pairs, [seen.generated for seen in looks])
     warn_of_kinds((pair.gt_path, note) for pair, note in zip(pairs, notes, strict=True))
     said = (_said_of_mask(seen, image_size) for seen in looks)
     warn_of_kinds((pair.mask_path, text) for pair, text in zip(pairs, said, strict=True))
@@ -643,9 +740,10 @@ def _refuse_other_shape(pair: Pair, origin: Origin, look: _Look, size: int) -> N
     )
 
 
-def _warn_of_extremes(pairs: Sequence[Pair], looks: Sequence[_Look]) -> None:
+def warn_of_extremes(pairs: Sequence[Pair], shares: Sequence[float]) -> None:
+    """Warn of masks whose share of hole is 0 or 1."""
     for extreme, problem in ((0.0, "nothing to generate"), (1.0, "nothing known to start from")):
-        hits = [p for p, look in zip(pairs, looks, strict=True) if look.generated == extreme]
+        hits = [pair for pair, share in zip(pairs, shares, strict=True) if share == extreme]
         if hits:
             first = hits[0].mask_file or hits[0].mask_path
             warnings.warn(

@@ -322,6 +322,14 @@ class InpaintConf(ModelConf):
                          "anything is scaled.", low=0, high=10_000)
     mask_hard: bool = key(False, "Every pixel that a hole touches is hole: no soft rims, and no "
                           "thin lines that fade when they are scaled.")
+    full_size: bool = key(False, "Give each photo back at its own size: holes are cut out with "
+                          "what is around them, inpainted and put back; known pixels stay.")
+    feather: int = key(8, "With full_size: pixels of the photo around a hole where old and new "
+                       "are blended; 0: none.", low=0, high=1000)
+    windows: bool = key(False, "With full_size: the network sees a hole at the photo's own "
+                        "resolution, in overlapping windows, which takes many calls.")
+    output_format: str = key("png", "With full_size: png, or same: a JPEG for a JPEG.",
+                             choices=("png", "same"))
     overview: bool = key(True, "Also write sheets with inputs and results side by side.")
     save_process: int = key(0, "Pictures to keep of the walk from noise to result; 0: none.", low=0)
     data: DataConf = key(text="`eval:` and in it one data set by its name.", under="eval")  # noqa: RUF009
@@ -340,6 +348,21 @@ class InpaintConf(ModelConf):
             self.inpa_inj_sched_prev or not self.inpa_inj_sched_prev_cumnoise,
             "inpa_inj_sched_prev_cumnoise and inpa_inj_sched_prev",
             "the first has no effect while the second is false",
+        )
+        require(
+            not (self.full_size and self.data.random_flip),
+            f"full_size and data.eval.{self.data.name}.random_flip",
+            "a photo that is given back whole is not mirrored",
+        )
+        require(
+            not self.windows or self.full_size,
+            "windows and full_size",
+            "the first has no effect while the second is false",
+        )
+        require(
+            not (self.windows and self.guided),
+            "windows and classifier_path",
+            "a classifier sees squares of one size only",
         )
         for name in ("use_ddim", "inpa_inj_sched_prev_cumnoise"):
             require(

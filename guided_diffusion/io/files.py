@@ -20,6 +20,7 @@ from guided_diffusion.errors import UserError
 # ---- whole files -------------------------------------------------------------------------------
 
 
+JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 MARK = "repaint"  # the PNG comment that says with which settings a result was made
 
 
@@ -134,11 +135,26 @@ def write_png(path: str | os.PathLike, array_u8: np.ndarray, *, mark: str | None
 
     ``mark`` is kept in the file as a comment that ``read_mark`` gives back.
     """
-    image, notes = _as_image(array_u8), PngInfo()
-    if mark is not None:
-        notes.add_text(MARK, mark)
+    write_image(path, _as_image(array_u8), mark=mark)
+
+
+def write_image(
+    path: str | os.PathLike, image: Image.Image, *, mark: str | None = None, **options: object
+) -> None:
+    """Write a JPEG where ``path`` ends like one, else a PNG; as ``write_png``.
+
+    ``options`` are Pillow's ``icc_profile`` and ``dpi``. A JPEG has quality 95 and full colour.
+    """
+    if Path(path).suffix.lower() in JPEG_SUFFIXES:
+        note = {} if mark is None else {"comment": f"{MARK}:{mark}"}
+        options |= {"format": "JPEG", "quality": 95, "subsampling": "4:4:4", **note}
+    else:
+        notes = PngInfo()
+        if mark is not None:
+            notes.add_text(MARK, mark)
+        options |= {"format": "PNG", "pnginfo": notes}
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=notes)
+        image.save(temporary, **options)
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, JpegImagePlugin
+from PIL import Image, ImageOps
 
 from guided_diffusion.errors import UserError
 
@@ -37,6 +37,7 @@ _OPENING = threading.Lock()
 _HEIC_BRANDS = (
     *(b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"),
 )
+_BYTES_A_PIXEL = 24  # of a photo at work: itself, its mask, what is written
 _BLOCK = 1 << 20  # pixels whose float64 copies are in memory at once
 
 
@@ -150,12 +151,15 @@ def read_rgb(path: str, depth: tuple[float, float] | None = None) -> Image.Image
     return rgb
 
 
-def read_upright(path: str) -> Image.Image:
-    """Read a picture in its own mode and depth, turned as EXIF says; raises as ``read_rgb``."""
+def read_upright(path: str, *, whole: bool = False) -> Image.Image:
+    """Read a picture in its own mode and depth, turned as EXIF says; raises as ``read_rgb``.
+
+    With ``whole`` it may have as many pixels as memory holds, and is never read at half its side.
+    """
     path = os.fspath(path)
     with _told_of(path), _open_bytes(path) as stream:
         try:
-            return _decode(stream, path)
+            return _decode(stream, path, whole)
         except UserError:
             raise
         except Exception:
@@ -163,7 +167,7 @@ def read_upright(path: str) -> Image.Image:
             bare = _without_text(stream)
             if bare is None:
                 raise
-            return _decode(bare, path)
+            return _decode(bare, path, whole)
 
 
 def origin_of(image: Image.Image) -> Origin:
@@ -190,10 +194,13 @@ def _told_of(path: str) -> Iterator[None]:
         raise UserError(f"cannot be read: {problem}", path=path) from error
 
 
-def _decode(stream: io.BufferedIOBase, path: str) -> Image.Image:
+def _decode(stream: io.BufferedIOBase, path: str, whole: bool) -> Image.Image:
     with _open_image(stream) as image:
         stored = image.size
-        _limit_pixels(image, path)
+        if whole:
+            _limit_to_memory(image, path)
+        else:
+            _limit_pixels(image, path)
         is_deep_colour = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(image.tile)
         ROOM.take(image.width * image.height * (20 if image.has_transparency_data else 9))
         image.load()
@@ -230,11 +237,13 @@ def _open_image(stream: io.BufferedIOBase) -> Image.Image:
         try:
             return Image.open(stream, formats=_FORMATS)
         except Image.DecompressionBombError:
-            stream.seek(0)
-            if stream.read(2) != b"\xff\xd8":
-                raise
-            stream.seek(0)
-            return JpegImagePlugin.JpegImageFile(stream)  # without Pillow's look at its size
+            # Its format's own reader does not look at the size, which the caller judges.
+            for factory, accepts in (Image.OPEN[name] for name in _FORMATS):
+                stream.seek(0)
+                if accepts and accepts(stream.read(16)) is True:
+                    stream.seek(0)
+                    return factory(stream, "")
+            raise
         except Image.UnidentifiedImageError:
             stream.seek(0)
             hint = _foreign_format(stream.read(16))
@@ -263,6 +272,22 @@ def _limit_pixels(image: Image.Image, path: str) -> None:
         problem = f"{size} are too many to read safely; make the picture smaller first"
         most = f"at most {limit} pixels, or {_LARGEST_JPEG * limit} in a JPEG"
         raise UserError(problem, path=path, expected=most)
+
+
+def _limit_to_memory(image: Image.Image, path: str) -> None:
+    """Refuse a picture that, with its copies, would fill the memory that is free."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration):  # another system than Linux
+        free = _BYTES_A_PIXEL * _LARGEST_JPEG * (Image.MAX_IMAGE_PIXELS or 2**28)
+    most = free // _BYTES_A_PIXEL
+    if image.width * image.height > most:
+        raise UserError(
+            f"{image.width} x {image.height} pixels do not fit into the memory that is free",
+            path=path,
+            expected=f"at most {most} pixels now",
+        )
 
 
 def _without_text(stream: io.BufferedIOBase) -> io.BytesIO | None:
@@ -428,5 +453,9 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 def masked_u8(gt_u8: np.ndarray, mask_u8: np.ndarray) -> np.ndarray:
     """Black out what is generated: m·gt - (1-m) in [-1, 1], a mask's soft values included."""
     # In levels of 0 to 255 the formula is m·gt: exact in integers, rounded to nearest.
-    product = gt_u8.astype(np.uint32) * mask_u8
-    return ((product * 2 + 255) // 510).astype(np.uint8)
+    masked = np.empty_like(gt_u8)
+    for rows in range(0, len(gt_u8), 256):  # a large photo's products would fill memory
+        part = slice(rows, rows + 256)
+        product = gt_u8[part].astype(np.uint32) * mask_u8[part]
+        masked[part] = (product * 2 + 255) // 510
+    return masked

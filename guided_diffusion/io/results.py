@@ -8,15 +8,19 @@ import numpy as np
 from PIL import Image
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.files import MARK, write_png
+from guided_diffusion.io.files import JPEG_SUFFIXES, MARK, write_image, write_png
 from guided_diffusion.io.images import masked_u8
+
+_FORMATS = ("PNG", "JPEG")
 
 
 def read_mark(path: str | os.PathLike) -> str | None:
     """Return the mark of a PNG, or "" where it has none; None where there is no whole PNG."""
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             image.load()
+            if image.format == "JPEG":
+                return image.info.get("comment", b"").decode("latin-1").removeprefix(f"{MARK}:")
             return image.info.get(MARK, "")
     except (OSError, SyntaxError, ValueError):
         return None
@@ -32,7 +36,7 @@ def result_path(folder: str | os.PathLike, name: str) -> Path:
 def write_result(
     folders: Mapping[str, str | None],
     name: str,
-    sample: np.ndarray,
+    sample: np.ndarray | Image.Image,
     gt_u8: np.ndarray,
     mask_u8: np.ndarray,
     *,
@@ -44,14 +48,19 @@ def write_result(
     ``folders`` maps srs (inpainted), lrs (ground truth with its hole), gts (ground truth; may be
     missing or None) and gt_keep_masks. All pictures are uint8 (S, S, 3); ground truth and mask
     are written as they are. ``sample_name`` is the inpainted picture's name where an image has
-    several, ``mark`` is kept in it. It comes last: where it exists, the others do.
+    several, ``mark`` is kept in it. A ``sample`` that is a Pillow image keeps its mode, its profile
+    and its resolution. It comes last: where it exists, the others do.
     Raises ``UserError`` as ``atomic_path`` and ``result_path``.
     """
     inputs = _input_pictures(folders, name, gt_u8, mask_u8)
     inpainted = result_path(folders["srs"], sample_name or name)
     for path, pixels in inputs:
         write_png(path, pixels)
-    write_png(inpainted, sample, mark=mark)
+    if isinstance(sample, Image.Image):
+        known = {key: sample.info[key] for key in ("icc_profile", "dpi") if sample.info.get(key)}
+        write_image(inpainted, sample, mark=mark, **known)
+    else:
+        write_png(inpainted, sample, mark=mark)
     return [*(path for path, _ in inputs), inpainted]
 
 
@@ -75,9 +84,10 @@ def is_written(
 
 
 def _has_end(path: Path) -> bool:
-    """Whether a PNG has its last chunk, which Pillow does not miss."""
+    """Whether a picture has its end, which Pillow does not miss."""
+    end = b"\xff\xd9" if path.suffix.lower() in JPEG_SUFFIXES else b"IEND\xaeB`\x82"
     try:
-        return path.read_bytes().endswith(b"IEND\xaeB`\x82")
+        return path.read_bytes().endswith(end)
     except OSError:
         return False
 
@@ -96,7 +106,7 @@ def _input_pictures(
 
 def _read_back(path: Path) -> np.ndarray | None:
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError):  # absent, or somebody else's file under this name
         return None

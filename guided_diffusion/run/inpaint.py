@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from guided_diffusion.accel.memory import CallMemory
 from guided_diffusion.cli import Interrupts
+from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.dist_util import Team, is_main, is_out_of_memory
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import condition
-from guided_diffusion.image_datasets import sample_names
 from guided_diffusion.io.files import remove_leftovers
 from guided_diffusion.io.images import mask_to_tensor, to_model_range, to_uint8
 from guided_diffusion.io.results import result_path, write_result
@@ -32,14 +33,17 @@ from guided_diffusion.io.sheets import (
     write_gif,
     write_overview,
 )
+from guided_diffusion.run.full_size import CUT_SEED_STRIDE, Cut, cut_out, find_cuts, paste
 from guided_diffusion.run.inpainter import Inpainter
 from guided_diffusion.run.plan import (
     Job,
     Plan,
     Summary,
+    load_full,
     load_inputs,
     result_folders,
     result_mark,
+    result_names,
     write_record,
 )
 from guided_diffusion.scheduler import count_steps
@@ -90,8 +94,8 @@ def conclude(plan: Plan, summary: Summary) -> str:
     """Write record and overview; say in one line where the results are and what they took."""
     write_record(plan, "failed" if summary.failures else "finished", summary)
     if plan.conf.overview:
-        images = dict.fromkeys(job.pair.name for job in plan.jobs)
-        names = [(name, sample_names(name, plan.conf.samples_per_image)) for name in images]
+        images = {job.pair.name: job.pair for job in plan.jobs}
+        names = [(name, result_names(plan.conf, pair)) for name, pair in images.items()]
         sheet = Path(plan.conf.log_dir) / "overview.png"
         write_overview(sheet, finished_rows(result_folders(plan.conf), names))
     earlier = len(plan.jobs) - len(plan.todo)
@@ -180,14 +184,15 @@ def make_all(share: Share) -> list[dict[str, Any]]:
             share.interrupts.check()
             batch, fits = jobs[:batch_size], True
             try:
-                make_batch(share, batch)
+                make_batch(share, batch, batch_size)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 fits = False
             if not fits:  # only here, with the exception gone, is what it held free
-                too_large = too_large or len(batch)
-                batch_size = halve(share.inpainter.device, len(batch))
+                tried = batch_size if plan.conf.full_size else len(batch)
+                too_large = too_large or tried
+                batch_size = halve(share.inpainter.device, tried)
                 continue
             if too_large:
                 log(
@@ -219,11 +224,13 @@ def halve(device: torch.device, batch_size: int) -> int:
 
 @dataclass
 class Inputs:
-    """One job with the pixels that it works on."""
+    """What the network works on: a job's picture, or a cut of its photo."""
 
     job: Job
     gt_u8: np.ndarray  # (S, S, 3)
     mask_u8: np.ndarray  # (S, S, 3), 255 = known
+    seed: int
+    cut: Cut | None = None  # where in the photo it lies, with full_size
 
 
 @dataclass
@@ -235,27 +242,47 @@ class SampleResult:
     frames: list[ProcessFrame]
 
 
-def make_batch(share: Share, jobs: list[Job]) -> None:
-    """Make and write one batch; what fails is noted. Raises UserError where it cannot write."""
-    inputs = []
+def make_batch(share: Share, jobs: list[Job], batch_size: int) -> None:
+    """Make and write the results of some jobs, ``batch_size`` pictures at once in the network.
+
+    What fails is noted. Raises UserError where it cannot write.
+    """
+    inputs: list[Inputs] = []
     for job in jobs:
         try:
-            inputs.append(Inputs(job, *load_inputs(share.plan.conf, job.pair)))
+            inputs += load_job(share.plan.conf, job)
         except UserError as error:  # noqa: PERF203 - one bad picture costs no other
             share.fail(job, str(error))
-    if not inputs:
-        return
-    results = sample_batch(share, share.inpainter, inputs)
-    if share.inpainter.is_reduced and any(result.nonfinite_at for result in results):
-        results = again_in_float32(share, inputs, results)
+    results: list[SampleResult] = []
+    while len(results) < len(inputs):
+        batch = inputs[len(results) :][:batch_size]
+        if share.plan.conf.windows:
+            batch = batch[:1]  # its windows are a batch
+        made = sample_batch(share, share.inpainter, batch)
+        if share.inpainter.is_reduced and any(result.nonfinite_at for result in made):
+            made = again_in_float32(share, batch, made)
+        results += made
     refusal = None
-    for one, result in zip(inputs, results, strict=True):
+    for job in jobs:
+        parts = [pair for pair in zip(inputs, results, strict=True) if pair[0].job is job]
         try:
-            write_one(share, one, result)
-        except UserError as error:  # noqa: PERF203 - the others may still find their place
-            refusal = refusal or error
+            write_job(share, job, parts)
+        except UserError as error:
+            refusal = refusal or error  # the others may still find their place
     if refusal:
         raise refusal
+
+
+def load_job(conf: InpaintConf, job: Job) -> list[Inputs]:
+    """Return what the network is to see of a job: its picture, or with full_size its cuts."""
+    if not conf.full_size:
+        return [Inputs(job, *load_inputs(conf, job.pair), seed=job.seed)]
+    photo, inputs = load_full(conf, job.pair), []
+    for number, cut in enumerate(find_cuts(photo.known, conf.image_size)):
+        size = max(cut.side, conf.image_size) if conf.windows else conf.image_size
+        pieces = cut_out(photo.pixels, photo.known, cut, size)
+        inputs.append(Inputs(job, *pieces, seed=job.seed + number * CUT_SEED_STRIDE, cut=cut))
+    return inputs
 
 
 def again_in_float32(
@@ -271,29 +298,48 @@ def again_in_float32(
     return [again[lost.index(i)] if i in lost else result for i, result in enumerate(results)]
 
 
-def write_one(share: Share, one: Inputs, result: SampleResult) -> None:
-    """Write one result and its process pictures; note it as failed where it is not finite."""
-    plan, job = share.plan, one.job
-    if result.nonfinite_at:
-        call = result.nonfinite_at
-        t = [t for t, after in pairwise(plan.times) if after < t][call - 1]
-        share.fail(job, f"no finite number after network call {call}, at time t = {t}")
+def write_job(share: Share, job: Job, parts: Sequence[tuple[Inputs, SampleResult]]) -> None:
+    """Write a job's result and process pictures; note it as failed where it is not finite."""
+    plan = share.plan
+    if job.name in share.summary.failures:
         return
-    if result.frames:
+    if lost := [result.nonfinite_at for _, result in parts if result.nonfinite_at]:
+        t = [t for t, after in pairwise(plan.times) if after < t][lost[0] - 1]
+        share.fail(job, f"no finite number after network call {lost[0]}, at time t = {t}")
+        return
+    if parts and parts[0][1].frames:  # of several cuts, the largest shows the process
+        frames = max(parts, key=lambda part: part[0].cut.side if part[0].cut else 0)[1].frames
         stem = Path(plan.conf.log_dir) / "process" / Path(job.name).stem
-        write_film_strip(f"{stem}.png", result.frames)
-        write_gif(f"{stem}.gif", result.frames)
+        write_film_strip(f"{stem}.png", frames)
+        write_gif(f"{stem}.gif", frames)
+    if plan.conf.full_size:
+        sample, gt_u8, mask_u8 = put_together(plan.conf, job, parts)
+    else:
+        [(one, result)] = parts
+        sample, gt_u8, mask_u8 = result.sample_u8, one.gt_u8, one.mask_u8
     write_result(
         result_folders(plan.conf),
         job.pair.name,
-        result.sample_u8,
-        one.gt_u8,
-        one.mask_u8,
+        sample,
+        gt_u8,
+        mask_u8,
         sample_name=job.name,
-        mark=result_mark(plan.settings, job, one.gt_u8, one.mask_u8),
+        mark=result_mark(plan.settings, job, gt_u8, mask_u8),
     )
     share.summary.finished += 1
     share.team.count("written", 1)
+
+
+def put_together(
+    conf: InpaintConf, job: Job, parts: Sequence[tuple[Inputs, SampleResult]]
+) -> tuple[Image.Image, np.ndarray, np.ndarray]:
+    """Return the photo with what was made of its cuts, its own pixels and mask, (H, W, 3)."""
+    photo = load_full(conf, job.pair)  # read again, so that a batch of photos fits into memory
+    pixels = photo.pixels.copy()
+    for one, result in parts:
+        paste(pixels, photo.known, one.cut, result.sample_u8, conf.feather)
+    mask_u8 = np.broadcast_to(photo.known[:, :, None], pixels.shape)
+    return photo.image_of(pixels), photo.pixels, mask_u8
 
 
 def find_vanished(share: Share, jobs: Sequence[Job]) -> None:
@@ -319,7 +365,7 @@ def sample_batch(
     x, pred_xstart, frames, calls = gt, gt, [], 0
     nonfinite_at = torch.zeros(len(inputs), dtype=torch.int64, device=device)
     all_lost = AsyncFlag(device)
-    steps = inpainter.steps(gt, mask, [one.job.seed for one in inputs])
+    steps = inpainter.steps(gt, mask, [one.seed for one in inputs])
     with share.progress("network", count_steps(plan.times)[0], "call", leave=False) as bar:
         for number, step in enumerate(steps):
             share.interrupts.check()

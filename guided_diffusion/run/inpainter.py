@@ -12,6 +12,7 @@ from guided_diffusion.accel.layout import set_arithmetic
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.dist_util import get_device
 from guided_diffusion.gaussian_diffusion import Step
+from guided_diffusion.run.windows import Windows
 from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import create_gaussian_diffusion, load_classifier, load_model
 
@@ -66,13 +67,18 @@ class Inpainter:
     def steps(self, gt: Tensor, gt_keep_mask: Tensor, seeds: Sequence[int]) -> Iterator[Step]:
         """Inpaint ``gt`` where the mask is 0, both (N, 3, S, S) on the device, from N seeds.
 
+        A picture larger than the network, of which there is one then, goes through it in windows.
         Each image has a generator of its own, so that its result does not depend on the batch. It
         draws the label first, then noise. Yields a ``Step`` after every transition.
         """
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         y = self._labels(generators)
+        network = self.network
+        if gt.shape[2:] != (self.conf.image_size, self.conf.image_size):
+            batch_size = self.conf.data.batch_size
+            network = Windows(network, self.conf.image_size, gt_keep_mask, batch_size)
         return self.diffusion.repaint(
-            partial(self.network, y=y) if self.conf.class_cond else self.network,
+            partial(network, y=y) if self.conf.class_cond else network,
             gt,
             gt_keep_mask,
             self.times,

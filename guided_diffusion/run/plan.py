@@ -31,19 +31,26 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import (
     Handling,
     Pair,
+    Photo,
     check_pairs,
     load_pair,
+    load_photo,
     pair_images,
     sample_names,
+    warn_of_extremes,
+    warn_of_kinds,
 )
 from guided_diffusion.io.checkpoints import check_beginning, fingerprint
 from guided_diffusion.io.files import (
+    JPEG_SUFFIXES,
     check_folder,
     refuse_inside,
     refuse_overwriting,
     write_text_atomic,
 )
 from guided_diffusion.io.results import is_written, result_path
+from guided_diffusion.run.full_size import Cut, find_cuts, known_in
+from guided_diffusion.run.windows import window_places
 from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import create_gaussian_diffusion, create_schedule
 
@@ -60,7 +67,10 @@ _WITHOUT_EFFECT_ON_RESULTS = (
 
 
 # Keys that came later. At their defaults they leave the marks of earlier results valid.
-_LATER_KEYS = ("sampler", "ddnm_eta")
+_LATER_KEYS = (
+    *("sampler", "ddnm_eta", "mask_hole", "mask_grow", "mask_hard", "depth_min", "depth_max"),
+    *("full_size", "feather", "windows", "output_format"),
+)
 
 
 @dataclass(frozen=True)
@@ -190,18 +200,48 @@ def _files_to_read(conf: InpaintConf, pairs: Sequence[Pair]) -> Iterator[str]:
 
 def _check_and_announce(conf: InpaintConf, pairs: Sequence[Pair]) -> None:
     """Decode every picture and mask, and say what share of them will be generated."""
-    shares = check_pairs(
-        pairs,
-        conf.image_size,
-        invert_mask=conf.invert_mask,
-        seed=conf.seed,
-        show_progress=conf.show_progress,
-        handling=handling_of(conf),
-    )
+    if conf.full_size:
+        shares, work = _check_photos(conf, pairs)
+    else:
+        work = ""
+        shares = check_pairs(
+            pairs,
+            conf.image_size,
+            invert_mask=conf.invert_mask,
+            seed=conf.seed,
+            show_progress=conf.show_progress,
+            handling=handling_of(conf),
+        )
     low, mean, high = min(shares), sum(shares) / len(shares), max(shares)
     spread = "" if low == high else f" ({low:.1%} to {high:.1%})"
     images = "1 image" if len(pairs) == 1 else f"{len(pairs)} images"
-    print(f"{images}, {mean:.1%} of the pixels to generate{spread}, seed {conf.seed}")
+    print(f"{images}, {mean:.1%} of the pixels to generate{spread}, seed {conf.seed}{work}")
+
+
+def _check_photos(conf: InpaintConf, pairs: Sequence[Pair]) -> tuple[list[float], str]:
+    """Look at every photo as it is; return its share of hole, and in words what is to be done."""
+    shares, odd, cuts, calls = [], [], 0, 0
+    each = count_steps(create_schedule(conf, create_gaussian_diffusion(conf)))[0]
+    hidden = not conf.show_progress
+    for pair in tqdm(pairs, "checking photos", leave=False, delay=2, disable=hidden):
+        photo = load_full(conf, pair)
+        shares.append(1 - float(photo.known.mean()) / 255)
+        odd.append((pair.mask_path, photo.odd))
+        found = find_cuts(photo.known, conf.image_size)
+        cuts += len(found)
+        calls += each * sum(_windows_of(conf, photo.known, cut) for cut in found)
+    warn_of_extremes(pairs, shares)
+    warn_of_kinds(odd)
+    times = conf.samples_per_image
+    return shares, f", {cuts * times} cuts, at most {calls * times:,} network calls"
+
+
+def _windows_of(conf: InpaintConf, known: np.ndarray, cut: Cut) -> int:
+    """Return how many network calls a step of a cut takes."""
+    if not conf.windows or cut.side <= conf.image_size:
+        return 1
+    places = window_places(known_in(known, cut) == 255, conf.image_size)
+    return -(-len(places) // conf.data.batch_size)
 
 
 def _list_jobs(conf: InpaintConf, pairs: Sequence[Pair]) -> list[Job]:
@@ -217,12 +257,34 @@ def _list_jobs(conf: InpaintConf, pairs: Sequence[Pair]) -> list[Job]:
     return [
         Job(pair, name, conf.seed + pair.index + number * SAMPLE_SEED_STRIDE)
         for pair in order
-        for number, name in enumerate(sample_names(pair.name, conf.samples_per_image))
+        for number, name in enumerate(result_names(conf, pair))
     ]
 
 
+def result_names(conf: InpaintConf, pair: Pair) -> list[str]:
+    """Return the file names of an image's samples: PNGs, or JPEGs where that is asked for."""
+    names = sample_names(pair.name, conf.samples_per_image)
+    suffix = Path(pair.gt_path).suffix
+    if conf.output_format == "same" and suffix.lower() in JPEG_SUFFIXES:
+        return [f"{Path(name).stem}{suffix}" for name in names]
+    return names
+
+
+def load_full(conf: InpaintConf, pair: Pair) -> Photo:
+    """Read an image and its mask at the image's own size."""
+    return load_photo(
+        pair, invert_mask=conf.invert_mask, seed=conf.seed, handling=handling_of(conf)
+    )
+
+
 def load_inputs(conf: InpaintConf, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image and its mask, uint8 (S, S, 3), mirrored where ``random_flip`` says."""
+    """Read an image and its mask as results keep them, both uint8 (S, S, 3), or (H, W, 3).
+
+    Both are mirrored where ``random_flip`` says.
+    """
+    if conf.full_size:
+        photo = load_full(conf, pair)
+        return photo.pixels, np.broadcast_to(photo.known[:, :, None], photo.pixels.shape)
     flip = False
     if conf.data.random_flip:
         own = torch.Generator().manual_seed(conf.seed + pair.index)
@@ -264,7 +326,7 @@ def settings_of_results(
     settings = {**dict(flat(tree)), **checkpoints, "device": device_type}
     ignored = {*_WITHOUT_EFFECT_ON_RESULTS} - {"device"}
     defaults = {doc.key: doc.default for doc in describe(type(conf))}
-    ignored |= {key for key in _LATER_KEYS if settings[key] == defaults[key]}
+    ignored |= {key for key in _LATER_KEYS if settings.get(key) == defaults[key]}
     if conf.sampler != "ddnm":
         ignored.add("ddnm_eta")
     return {key: settings[key] for key in sorted(settings.keys() - ignored)}

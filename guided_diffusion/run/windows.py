@@ -1,0 +1,88 @@
+"""PREDICT for pictures larger than the network: windows whose predictions are averaged.
+
+MultiDiffusion (Bar-Tal et al. 2023, section 4): a network trained on squares of one side predicts
+every window of a larger picture, and where windows overlap their predictions are averaged. Here
+the average is weighted, so that no window's border shows. The loop around it stays as it is.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def window_starts(length: int, size: int) -> list[int]:
+    """Return where windows of ``size`` begin along ``length`` pixels, at most half a size apart."""
+    if length < size:
+        raise ValueError(f"a window of {size} pixels does not fit into {length}")
+    count = -(-(length - size) // max(1, size // 2)) + 1
+    return [round(i * (length - size) / max(1, count - 1)) for i in range(count)]
+
+
+def window_places(known: Tensor | np.ndarray, size: int) -> list[tuple[int, int]]:
+    """Return top and left of each window of ``size`` that has a hole: where (H, W) is not known.
+
+    Of a picture without a hole, the first one.
+    """
+    height, width = known.shape
+    places = [(y, x) for y in window_starts(height, size) for x in window_starts(width, size)]
+    with_hole = [(y, x) for y, x in places if not bool(known[y : y + size, x : x + size].all())]
+    return with_hole or places[:1]
+
+
+class Windows:
+    """A network of one side as a callable for pictures of any larger size.
+
+    ``gt_keep_mask`` (1, 3, H, W) says where the hole is: windows without any of it are left out,
+    and there the prediction is 0. ``batch_size`` windows go through the network at once. One window
+    is the network itself.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        size: int,
+        gt_keep_mask: Tensor,
+        batch_size: int,
+    ) -> None:
+        self._network, self._size, self._batch_size = network, size, batch_size
+        height, width = gt_keep_mask.shape[2:]
+        self._places = window_places((gt_keep_mask >= 1).all(dim=1)[0], size)
+        self._is_one = (height, width) == (size, size)
+        ramp = torch.arange(1, size + 1, dtype=torch.float32, device=gt_keep_mask.device)
+        ramp = torch.minimum(ramp, ramp.flip(0)) / size
+        self._weight = ramp[:, None] * ramp  # (size, size), largest in the middle
+        total = gt_keep_mask.new_zeros(height, width)
+        for y, x in self._places:
+            total[y : y + size, x : x + size] += self._weight
+        self._total = total.where(total > 0, 1)  # beyond all windows there is nothing to divide
+
+    @property
+    def calls(self) -> int:
+        """How many network calls one prediction takes."""
+        return -(-len(self._places) // self._batch_size)
+
+    def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """``x`` (1, 3, H, W), ``timesteps`` and ``y`` (1,) → (1, C, H, W)."""
+        labels = [] if y is None else [y]
+        if self._is_one:
+            return self._network(x, timesteps, *labels)
+        output = None
+        for first in range(0, len(self._places), self._batch_size):
+            places = self._places[first : first + self._batch_size]
+            parts = torch.cat([self._window(x, place) for place in places])
+            conditions = [c.expand(len(places)) for c in (timesteps, *labels)]
+            predictions = self._network(parts, *conditions)
+            if output is None:
+                output = x.new_zeros(1, predictions.shape[1], *x.shape[2:])
+            self._add(output, predictions, places)
+        return output.div_(self._total)
+
+    def _window(self, x: Tensor, place: tuple[int, int]) -> Tensor:
+        top, left = place
+        return x[:, :, top : top + self._size, left : left + self._size]
+
+    def _add(self, output: Tensor, predictions: Tensor, places: Sequence[tuple[int, int]]) -> None:
+        for place, prediction in zip(places, predictions, strict=True):
+            self._window(output, place).add_(prediction * self._weight)

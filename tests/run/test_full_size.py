@@ -1,0 +1,282 @@
+"""Cuts of a photo, and the way back: geometry checked with networks that return what they see."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from run_cases import load_yaml, run_here, write_run
+
+from guided_diffusion.run.full_size import blend, cut_out, find_cuts, paste
+
+
+def photo_of(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def mask_of(height, width, *holes):
+    mask = np.full((height, width), 255, np.uint8)
+    for left, top, right, bottom in holes:
+        mask[top:bottom, left:right] = 0
+    return mask
+
+
+def filled(photo, mask, size, feather=0, value=77):
+    """Fill every cut with one colour."""
+    result = photo.copy()
+    for cut in find_cuts(mask, size):
+        paste(result, mask, cut, np.full((size, size, 3), value, np.uint8), feather)
+    return result
+
+
+def test_without_a_hole_there_is_no_cut():
+    assert find_cuts(mask_of(50, 80), 16) == []
+
+
+HOLES = {
+    "inside": (40, 30, 50, 45),
+    "in a corner": (0, 0, 9, 7),
+    "at the right border": (113, 20, 120, 30),
+    "at the lower border": (30, 81, 60, 90),
+    "one pixel": (60, 60, 61, 61),
+    "everything": (0, 0, 120, 90),
+    "as wide as the photo": (0, 40, 120, 44),
+}
+
+
+@pytest.mark.parametrize("name", HOLES)
+@pytest.mark.parametrize("size", [16, 64, 200])
+def test_a_cut_has_its_hole_with_context_inside_the_photo(name, size):
+    left, top, right, bottom = HOLES[name]
+    [cut] = find_cuts(mask_of(90, 120, HOLES[name]), size)
+    assert cut.hole == HOLES[name]
+    assert cut.left <= left and cut.top <= top
+    assert cut.left + cut.side >= right and cut.top + cut.side >= bottom
+    longest = max(right - left, bottom - top)
+    if longest <= 45 and size <= 90:
+        assert cut.side == max(size, 2 * longest)
+        assert cut.left >= 0 and cut.top >= 0
+        assert cut.left + cut.side <= 120 and cut.top + cut.side <= 90
+
+
+def test_near_holes_share_a_cut_and_far_ones_do_not():
+    near = mask_of(400, 400, (100, 100, 104, 104), (110, 103, 115, 108))
+    assert [cut.hole for cut in find_cuts(near, 64)] == [(100, 100, 115, 108)]
+    far = mask_of(400, 400, (10, 10, 20, 20), (300, 310, 320, 330), (350, 20, 360, 25))
+    cuts = find_cuts(far, 64)
+    holes = [(10, 10, 20, 20), (350, 20, 360, 25), (300, 310, 320, 330)]
+    assert [cut.hole for cut in cuts] == holes
+
+
+@given(
+    st.tuples(st.integers(5, 90), st.integers(5, 90)),
+    st.integers(0, 12),
+    st.sampled_from([8, 16, 33, 64]),
+    st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_known_pixels_stay_and_the_hole_is_filled(shape, feather, size, data):
+    height, width = shape
+    holes = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+        right = data.draw(st.integers(left + 1, width))
+        holes.append((left, top, right, data.draw(st.integers(top + 1, height))))
+    photo, mask = photo_of(height, width), mask_of(height, width, *holes)
+    result = filled(photo, mask, size, feather)
+    assert (result[mask == 0] == 77).all()
+    ys, xs = np.nonzero(mask == 0)
+    distance = np.full(shape, 10**6)
+    for y in range(height):
+        for x in range(width):
+            distance[y, x] = np.maximum(abs(ys - y), abs(xs - x)).min()
+    assert np.array_equal(result[distance > feather], photo[distance > feather])
+    if not feather:
+        assert np.array_equal(result[mask == 255], photo[mask == 255])
+
+
+@pytest.mark.parametrize("size", [16, 48, 100])
+def test_what_the_network_sees_and_gives_back_unchanged_leaves_a_smooth_photo_as_it_was(size):
+    """A gradient: the step across the hole's edge stays below one level."""
+    ramp = np.linspace(20, 200, 160)
+    exact = np.repeat((ramp[:, None] * 0.5 + ramp[None] * 0.5)[..., None], 3, axis=2)
+    photo = exact.round().astype(np.uint8)
+    mask = mask_of(160, 160, (40, 50, 70, 80), (120, 10, 135, 22))
+    result = photo.copy()
+    for cut in find_cuts(mask, size):
+        picture, _ = cut_out(photo, mask, cut, size)
+        paste(result, mask, cut, picture, 4)
+    change = (result.astype(int) - photo)[..., 0]
+    for picture in (change, change.T):  # the hole of rows 50 to 80 and columns 40 to 70, and turned
+        top, left = (50, 40) if picture is change else (40, 50)
+        rows, columns = slice(top, top + 30), slice(left, left + 30)
+        for outside, inside in ((left - 1, left), (left + 30, left + 29)):
+            assert abs(picture[rows, outside].mean() - picture[rows, inside].mean()) < 1
+        assert abs(picture[top - 1, columns].mean() - picture[top, columns].mean()) < 1
+    assert abs(result - exact).max() < 3  # each scaling rounds to whole levels
+
+
+@pytest.mark.parametrize("size", [16, 20, 60])
+def test_a_pixel_is_known_only_where_all_that_it_covers_is(size):
+    photo, mask = photo_of(90, 120), mask_of(90, 120, (50, 40, 51, 62))
+    [cut] = find_cuts(mask, size)
+    picture, known = cut_out(photo, mask, cut, size)
+    assert picture.shape == known.shape == (size, size, 3)
+    assert set(np.unique(known)) == {0, 255}
+    scale = size / cut.side
+    column, rows = (50.5 - cut.left) * scale, (np.arange(40, 62) + 0.5 - cut.top) * scale
+    assert not known[rows.astype(int), int(column)].any()
+
+
+def test_beyond_the_photo_nothing_is_known():
+    photo, mask = photo_of(10, 60), mask_of(10, 60, (5, 0, 55, 10))
+    [cut] = find_cuts(mask, 16)
+    assert cut.side == 50
+    picture, known = cut_out(photo, mask, cut, 50)
+    assert not known.any()
+    assert np.array_equal(picture[20:30], photo[:, 5:55])
+    assert np.array_equal(picture[0], photo[0, 5:55])
+
+
+def test_soft_masks_mix():
+    photo = np.full((40, 40, 3), 100, np.uint8)
+    mask = mask_of(40, 40)
+    mask[10:20, 10:20] = 51
+    result = filled(photo, mask, 16, value=200)
+    assert (result[10:20, 10:20] == 180).all()
+
+
+def test_the_share_falls_evenly_over_the_feather():
+    mask = mask_of(60, 60, (20, 20, 40, 40))
+    share = blend(mask, 8)[30].astype(int)
+    assert (share[20:40] == 255).all()
+    assert share[:12].max() == 0
+    assert (np.diff(share[11:21]) > 0).all()
+    assert (blend(mask, 0) == 255 - mask).all()
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+HOLES_OF_RUN = [(5, 4, 9, 8), (28, 20, 33, 26)]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    return lambda *options: run_here(capsys, *options)
+
+
+def write_photo(tmp_path, mode="RGB", suffix=".png", images=1, *, data=None, **changes):
+    """Write a run over photos of 40 x 30 pixels with two holes, and return its options."""
+    options = write_run(tmp_path, images, data=data, **{"full_size": True, "feather": 0} | changes)
+    for number in range(images):
+        for folder in ("gt", "mask"):
+            (tmp_path / folder / f"{number:02d}.png").unlink()
+        image = Image.fromarray(photo_of(30, 40, seed=number)).convert(mode)
+        if mode.endswith("A"):
+            image.putalpha(Image.fromarray(photo_of(30, 40, seed=9)[:, :, 0]))
+        kept = {"icc_profile": b"a profile", "dpi": (300, 300)}
+        image.save(tmp_path / "gt" / f"{number:02d}{suffix}", **kept)
+        mask = mask_of(30, 40, *HOLES_OF_RUN)
+        Image.fromarray(mask).save(tmp_path / "mask" / f"{number:02d}.png")
+    return options
+
+
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA"])
+def test_a_photo_comes_back_in_its_mode_with_its_known_pixels(here, tmp_path, mode, windows):
+    ended = here(*write_photo(tmp_path, mode, windows=windows))
+    assert ended.status == 0, ended.err
+    assert "2 cuts, at most" in ended.out
+    with Image.open("gt/00.png") as before, Image.open("log/run/inpainted/00.png") as after:
+        assert after.mode == mode
+        assert after.info["icc_profile"] == b"a profile"
+        assert round(after.info["dpi"][0]) == 300
+        known = mask_of(30, 40, *HOLES_OF_RUN) == 255
+        old, new = np.asarray(before), np.asarray(after)
+    assert np.array_equal(old[known], new[known])
+    assert not np.array_equal(old[~known], new[~known])
+    if mode == "RGBA":
+        assert np.array_equal(old[..., 3], new[..., 3])
+    with Image.open("log/run/gt/00.png") as gt, Image.open("log/run/gt_masked/00.png") as masked:
+        assert gt.size == masked.size == (40, 30)
+
+
+def test_a_jpeg_comes_back_as_a_jpeg_where_asked_and_upright(here, tmp_path):
+    options = write_photo(
+        tmp_path, suffix=".jpg", output_format="same", data={"mask_path": "m.png"}
+    )
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(photo_of(40, 30)).save("gt/00.jpg", exif=turned, quality=95)
+    Image.fromarray(mask_of(30, 40, (3, 3, 6, 6))).save("m.png")
+    assert here(*options).status == 0
+    with Image.open("log/run/inpainted/00.jpg") as image:
+        assert (image.format, image.size) == ("JPEG", (40, 30))
+        assert image.getexif().get(0x0112, 1) == 1
+    before = Path("log/run/inpainted/00.jpg").stat().st_mtime_ns
+    ended = here(*options, "--resume")
+    assert "1 finished earlier" in ended.out
+    assert Path("log/run/inpainted/00.jpg").stat().st_mtime_ns == before
+
+
+def test_results_depend_on_no_batch_and_resume_goes_on(here, tmp_path):
+    options = write_photo(tmp_path, images=3, samples_per_image=2, save_process=2)
+    assert here(*options).status == 0
+    first = {path.name: path.read_bytes() for path in Path("log/run/inpainted").iterdir()}
+    assert len(first) == 6
+    assert len(set(first.values())) == 6
+    Path("log/run/inpainted/01_2.png").unlink()
+    ended = here(*options, "--resume", "--set", "data.batch_size=4")
+    assert "1 image, 5 finished earlier" in ended.out
+    again = {path.name: path.read_bytes() for path in Path("log/run/inpainted").iterdir()}
+    assert again == first
+    assert Path("log/run/process/00_1.gif").exists()
+    assert load_yaml(Path("log/run/run.yml"))["full_size"] is True
+
+
+def test_a_mask_of_another_shape_names_both_sizes(here, tmp_path):
+    options = write_photo(tmp_path)
+    Image.fromarray(mask_of(8, 8, (1, 1, 3, 3))).save("mask/00.png")
+    ended = here(*options)
+    assert ended.status == 2
+    assert "expected the shape of 40 x 30, found 8 x 8" in ended.err
+
+
+def test_a_scaled_mask_a_drawn_one_and_the_photos_own_transparency(here, tmp_path):
+    options = write_photo(tmp_path, "RGBA")
+    Image.fromarray(mask_of(15, 20, (5, 5, 7, 9))).save("mask/00.png")
+    assert here(*options).status == 0
+    with Image.open("log/run/gt_keep_mask/00.png") as mask:
+        hole = np.asarray(mask)[..., 0] == 0
+    assert hole.sum() == 4 * 2 * 4
+    assert hole[10:18, 10:14].all()
+    assert here(*options, "--mask", "thick", "--out", "drawn").status == 0
+    assert here(*options, "--mask", "alpha", "--out", "own").status == 0
+    with Image.open("own/inpainted/00.png") as image:
+        assert image.mode == "RGB"
+
+
+def test_without_a_hole_the_photo_is_the_result(here, tmp_path):
+    options = write_photo(tmp_path)
+    Image.fromarray(mask_of(30, 40)).save("mask/00.png")
+    ended = here(*options)
+    assert ended.status == 0
+    assert "nothing to generate" in ended.err
+    with Image.open("gt/00.png") as before, Image.open("log/run/inpainted/00.png") as after:
+        assert np.array_equal(np.asarray(before), np.asarray(after))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"windows": True, "full_size": False}, "windows and full_size"),
+        ({"data": {"random_flip": True}}, "full_size and data.eval.tiny.random_flip"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(here, tmp_path, changes, problem):
+    ended = here(*write_photo(tmp_path, **changes))
+    assert ended.status == 2
+    assert problem in ended.err
