@@ -30,18 +30,20 @@ def test_settings_are_chosen_by_group_name_and_pattern():
     ]  # fmt: skip
     chosen = names(quality.choose_settings(["mirror", "ddnm0.85-r5*", "mirror"]))
     assert chosen == ["mirror", "ddnm0.85-r5-t25", "ddnm0.85-r5-t50", "ddnm0.85-r5-t100"]
-    with pytest.raises(UserError, match=r"--settings: expected curve, .* found fast"):
-        quality.choose_settings(["curve", "fast"])
+    assert quality.choose_settings(["ddnm1-r5-t50", "ddim-t7"])[0].overrides == {
+        "timestep_respacing": "50", "schedule_jump_params.t_T": 50,
+        "schedule_jump_params.jump_n_sample": 5, "use_ddim": False, "sampler": "ddnm",
+        "ddnm_eta": 1.0,
+    }  # fmt: skip
+    for word in ("fast", "ddnm-t50", "repaint-t", "repaint0.85-t50", ""):
+        with pytest.raises(UserError, match=r"--settings: expected curve, "):
+            quality.choose_settings(["curve", word])
 
 
 def test_the_curve_reaches_from_10_to_1000_calls():
-    curve = {setting.name: setting.overrides for setting in quality.CURVE}
-    assert len(curve) == len(quality.CURVE)
-    assert curve["ddnm1-r5-t50"] == {
-        "timestep_respacing": "50", "schedule_jump_params.t_T": 50,
-        "schedule_jump_params.jump_n_sample": 5, "sampler": "ddnm", "ddnm_eta": 1.0,
-    }  # fmt: skip
-    assert {"repaint-t10", "repaint-t1000", "repaint-r10-t250", "ddim-t50"} < curve.keys()
+    assert len(set(quality.CURVE)) == len(quality.CURVE) == 35
+    wanted = {"repaint-t10", "repaint-t1000", "repaint-r10-t250", "ddim-t50", "ddnm1-r5-t100"}
+    assert wanted < set(quality.CURVE)
 
 
 def random_pictures(count, seed=0):
@@ -174,9 +176,8 @@ def test_it_goes_on_where_it_was_stopped(folder, monkeypatch):
 def test_results_are_those_of_the_program(folder, capsys):
     start(settings="repaint-t10", count=1)
     picture = json.loads(Path("out/blocks/nn2/repaint-t10.json").read_text())["rows"][0]["picture"]
-    overrides = [
-        f"{key}={value!r}" for key, value in quality.CURVE[0].overrides.items()
-    ]  # fmt: skip
+    setting = quality.setting_of("repaint-t10")
+    overrides = [f"{key}={json.dumps(value)}" for key, value in setting.overrides.items()]
     options = [word for text in [*overrides, "paste_known=true"] for word in ("--set", text)]
     ended = run_here(
         capsys, "--conf_path", "c.yml", "--gt", f"pictures/{picture}", "--mask", "nn2",
@@ -189,11 +190,15 @@ def test_results_are_those_of_the_program(folder, capsys):
 
 
 def test_what_the_program_does_not_know_is_left_out(folder, monkeypatch, capsys):
-    later = quality.Setting("later-t10", {"a_key_of_tomorrow": 1})
-    monkeypatch.setitem(quality.GROUPS, "later", (later,))
-    start("--dry_run", settings="later,nearest,mirror")
+    later = quality.Setting("repaint-t10", {"a_key_of_tomorrow": 1})
+    monkeypatch.setattr(
+        quality, "setting_of", lambda n: later if n == later.name else quality.Setting(n)
+    )
+    start("--dry_run", settings="repaint-t10,nearest,mirror")
     told = capsys.readouterr().out
-    assert "left out: later-t10: --set a_key_of_tomorrow=1: a_key_of_tomorrow: unknown key" in told
+    assert (
+        "left out: repaint-t10: --set a_key_of_tomorrow=1: a_key_of_tomorrow: unknown key" in told
+    )
     assert "left out: nearest: needs --train" in told
     assert "mirror: 0 calls a picture" in told
     assert not Path("out").exists()
@@ -263,6 +268,8 @@ def test_resampling_is_compared_picture_by_picture():
         numbers("repaint-r10-t50", 410, [0.2, 0.3, 0.9]),
         numbers("repaint-t410", 410, [0.4, 0.4, 0.4, 0.4]),
     )
-    last = quality_report.resampling_table(found).splitlines()[-1]
-    assert "0.0667 ± 0.2186; lower in 2 of 3" in last
+    lines = quality_report.resampling_table(found).splitlines()
+    assert "| thick | slowly down (RePaint, r = 1, t_T 410; 410 calls) | 0.4000 ±" in lines[4]
+    assert "0.0667 ± 0.2186; lower in 2 of 3" in lines[5]
+    assert len(lines) == 6
     assert quality_report.resampling_table(by_mask(numbers("mirror", 0, [1.0]))) is None

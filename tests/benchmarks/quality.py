@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -70,32 +71,42 @@ class Setting:
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _walk(name: str, t_T: int, jump_n_sample: int = 1, **more: Any) -> Setting:
-    repeats = f"-r{jump_n_sample}" if jump_n_sample > 1 else ""
-    keys = {
-        "timestep_respacing": str(t_T),
-        "schedule_jump_params.t_T": t_T,
-        "schedule_jump_params.jump_n_sample": jump_n_sample,
-    }
-    return Setting(f"{name}{repeats}-t{t_T}", keys | more)
-
-
-def _ddnm(t_T: int, eta: float, jump_n_sample: int = 1) -> Setting:
-    return _walk(f"ddnm{eta:g}", t_T, jump_n_sample, sampler="ddnm", ddnm_eta=eta)
-
-
-BASELINES = (Setting("nearest"), Setting("mirror"))
+BASELINES = ("nearest", "mirror")
 CURVE = (
-    *(_walk("repaint", t_T) for t_T in (10, 25, 50, 100, 250, 1000)),
-    *(_walk("repaint", t_T, r) for r in (5, 10) for t_T in (25, 50, 100, 250)),
-    *(_walk("ddim", t_T, use_ddim=True) for t_T in (10, 25, 50, 100, 250)),
-    *(_ddnm(t_T, eta) for eta in (0.85, 1.0) for t_T in (10, 25, 50, 100, 250)),
-    *(_ddnm(t_T, eta, 5) for eta in (0.85, 1.0) for t_T in (25, 50, 100)),
+    *(f"repaint-t{t_T}" for t_T in (10, 25, 50, 100, 250, 1000)),
+    *(f"repaint-r{r}-t{t_T}" for r in (5, 10) for t_T in (25, 50, 100, 250)),
+    *(f"ddim-t{t_T}" for t_T in (10, 25, 50, 100, 250)),
+    *(f"ddnm{eta}-t{t_T}" for eta in ("0.85", "1") for t_T in (10, 25, 50, 100, 250)),
+    *(f"ddnm{eta}-r5-t{t_T}" for eta in ("0.85", "1") for t_T in (25, 50, 100)),
 )
 # Straight down, resampling, and straight down in as many steps as that has calls: the paper's
 # control, which asks whether it is the resampling that helps or only the time (section 5.5).
-RESAMPLING = (_walk("repaint", 50), _walk("repaint", 50, 10), _walk("repaint", 410))
+RESAMPLING = ("repaint-t50", "repaint-r10-t50", "repaint-t410")
 GROUPS = {"curve": CURVE, "resampling": RESAMPLING, "baselines": BASELINES}
+NAME = re.compile(r"(repaint|ddim|ddnm(?P<eta>[01](?:\.\d+)?))(?:-r(?P<r>\d+))?-t(?P<t_T>\d+)")
+
+
+def setting_of(name: str) -> Setting:
+    """Return what a name means, such as ddnm0.85-r5-t50: eta .85, jump_n_sample 5, t_T 50.
+
+    Any such name is a setting, listed above or not. Raises ``UserError`` for other names.
+    """
+    match = NAME.fullmatch(name)
+    if name in BASELINES:
+        return Setting(name)
+    if match is None:
+        expected = f"{', '.join(GROUPS)}, a pattern of {', '.join(CURVE)}, or a name like these"
+        raise UserError(key="--settings", expected=expected, got=name)
+    t_T, repeats = int(match["t_T"]), int(match["r"] or 1)
+    keys = {
+        "timestep_respacing": str(t_T),
+        "schedule_jump_params.t_T": t_T,
+        "schedule_jump_params.jump_n_sample": repeats,
+        "use_ddim": name.startswith("ddim"),
+    }
+    if match["eta"]:
+        keys |= {"sampler": "ddnm", "ddnm_eta": float(match["eta"])}
+    return Setting(name, keys)
 
 
 @dataclass(frozen=True)
@@ -132,16 +143,11 @@ class Way:
 
 def choose_settings(words: Sequence[str]) -> list[Setting]:
     """Return the settings that names, groups or patterns such as 'ddnm*' mean, each once."""
-    known = {setting.name: setting for group in GROUPS.values() for setting in group}
-    chosen: dict[str, Setting] = {}
+    known = [name for group in GROUPS.values() for name in group]
+    names = []
     for word in words:
-        group = [setting.name for setting in GROUPS.get(word, ())]
-        names = group or fnmatch.filter(known, word)
-        if not names:
-            expected = f"{', '.join(GROUPS)}, a pattern, or of {', '.join(known)}"
-            raise UserError(key="--settings", expected=expected, got=word)
-        chosen |= {name: known[name] for name in names}
-    return list(chosen.values())
+        names += GROUPS.get(word) or fnmatch.filter(known, word) or [word]
+    return [setting_of(name) for name in dict.fromkeys(names)]
 
 
 def choose_ways(args: argparse.Namespace) -> list[Way]:
@@ -156,14 +162,16 @@ def choose_ways(args: argparse.Namespace) -> list[Way]:
     ways, refused = [], {}
     for setting in choose_settings(args.settings):
         digest = digest_of([setting.overrides, *model])
-        if setting in BASELINES:
+        if setting.name in BASELINES:
             if setting.name == "nearest" and args.train is None:
                 refused.setdefault("needs --train, the training pictures", []).append(setting.name)
                 continue
             digest = digest_of([setting.name, args.train, base.seed or 0])
             ways.append(Way(setting, dataclasses.replace(base, seed=base.seed or 0), [], digest))
             continue
-        changes = [f"{key}={json.dumps(value)}" for key, value in setting.overrides.items()]
+        # A YAML may say ddnm; a program that knows no samplers has this one.
+        keys = ({"sampler": "repaint"} if hasattr(base, "sampler") else {}) | setting.overrides
+        changes = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
         try:
             conf = load_conf(args.conf_path, InpaintConf, [*args.overrides, *changes])
             times = create_schedule(conf, create_gaussian_diffusion(conf))

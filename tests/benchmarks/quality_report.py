@@ -25,11 +25,6 @@ MEASURES = {
 }
 PLOTTED = ("lpips", "hole", "border")
 BUDGETS = (10, 25, 50, 100, 250, 500, 1000, 2500)
-RESAMPLING = {
-    "straight down": "repaint-t50",
-    "resampling": "repaint-r10-t50",
-    "slowly down": "repaint-t410",
-}
 BASELINES = {"nearest": "nearest training picture", "mirror": "mirror image"}
 _KINDS = {"repaint": "RePaint", "ddim": "DDIM steps", "ddnm": "DDNM"}
 
@@ -158,24 +153,30 @@ def budget_table(blocks: Blocks) -> str:
 
 
 def resampling_table(blocks: Blocks) -> str | None:
-    """Return what resampling is worth at equal calls, None where it is not measured."""
+    """Return what resampling is worth at equal calls, None where it is not measured.
+
+    A setting that resamples is compared with one that goes straight down in as many steps as the
+    first has calls, on the pictures that both have; the faster way straight down stands beside.
+    """
     rows = []
     for family, settings in blocks.items():
-        ways = {way: settings.get(name) for way, name in RESAMPLING.items()}
-        if any(one is None for one in ways.values()):
-            continue
-        n = min(one.n for one in ways.values())
-        for way, one in ways.items():
-            cells = [spread(one.values[key][:n]) for key in PLOTTED]
-            rows.append([family, f"{way} ({one.calls} calls)", *cells, n])
-        pairs = [
-            [ways[w].values[key][:n] for w in ("resampling", "slowly down")] for key in PLOTTED
-        ]
-        cells = [
-            f"{spread(ours - theirs)}; lower in {int((ours < theirs).sum())} of {n}"
-            for ours, theirs in pairs
-        ]
-        rows.append([family, "resampling less slowly down, picture by picture", *cells, n])
+        for name, resampling in settings.items():
+            slowly = settings.get(f"repaint-t{resampling.calls}")
+            match = re.fullmatch(r"repaint-r\d+-t(\d+)", name)
+            if not match or slowly is None:
+                continue
+            plain = settings.get(f"repaint-t{match[1]}")
+            ways = {"straight down": plain, "resampling": resampling, "slowly down": slowly}
+            ways = {way: one for way, one in ways.items() if one is not None}
+            n = min(one.n for one in ways.values())
+            for way, one in ways.items():
+                cells = [spread(one.values[key][:n]) for key in PLOTTED]
+                rows.append([family, f"{way} ({label(one.setting)}; {one.calls} calls)", *cells, n])
+            cells = []
+            for key in PLOTTED:
+                less = resampling.values[key][:n] - slowly.values[key][:n]
+                cells.append(f"{spread(less)}; lower in {int((less < 0).sum())} of {n}")
+            rows.append([family, "resampling less slowly down, picture by picture", *cells, n])
     if not rows:
         return None
     return table(["mask", "way", *(MEASURES[key] for key in PLOTTED), "n"], rows)
