@@ -105,21 +105,18 @@ class Mean:
 def find_run(conf_path: str | None, folder: str | None) -> Run:
     """Return the results of a YAML's run, or those in a log folder.
 
-    In a log folder ``inpainted``, ``gt`` and ``gt_keep_mask`` are looked for first, then what its
-    ``run.yml`` names. ``run.yml`` also says which results are the run's; without one, as the
-    published program leaves it, all pictures of ``gt`` are. Raises ``UserError`` where anything is
-    missing.
+    ``run.yml`` in the log folder says what was run, ``--set`` included, and which results
+    are the run's; without one, as the published program leaves it, all pictures of ``gt``
+    are. A log folder that was moved keeps its own ``inpainted``, ``gt`` and ``gt_keep_mask``.
+    Raises ``UserError`` where anything is missing.
     """
-    record = Path(folder) / "run.yml" if folder is not None else None
-    conf = None
-    if conf_path is not None:
-        conf = load_conf(conf_path, InpaintConf)
-        record = Path(conf.log_dir) / "run.yml"
-    elif record.is_file():
+    conf = load_conf(conf_path, InpaintConf) if conf_path is not None else None
+    log_dir = Path(folder if conf is None else conf.log_dir)
+    record = log_dir / "run.yml"
+    if record.is_file():
         conf = load_conf(record, InpaintConf)
-    log_dir = record.parent
     folders = {key: str(log_dir / RESULT_FOLDERS[key]) for key in ("srs", "gts", "gt_keep_masks")}
-    if conf is not None and not (folder is not None and Path(folders["srs"]).is_dir()):
+    if conf is not None and (folder is None or not Path(folders["srs"]).is_dir()):
         folders = {key: getattr(conf.data.paths, key) for key in folders}
     for key, path in folders.items():
         if not path or not Path(path).is_dir():

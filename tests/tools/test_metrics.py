@@ -214,11 +214,11 @@ def test_the_papers_place(name, place):
 @pytest.mark.parametrize("by", ["folder", "conf_path"])
 def test_a_run_of_the_program_is_measured(by, tmp_path, monkeypatch, capsys, alexnet):
     monkeypatch.chdir(tmp_path)
-    options = write_run(tmp_path, images=2, image_size=32, samples_per_image=2)
-    assert run_here(capsys, *options).status == 0
-    assert (
-        metrics.main([*(options if by == "conf_path" else ["log/run"]), "--alexnet", alexnet]) == 0
-    )
+    options = write_run(tmp_path, images=2, image_size=32)
+    out = ["--out", "elsewhere"] if by == "folder" else []
+    assert run_here(capsys, *options, "--set", "samples_per_image=2", *out).status == 0
+    assert metrics.main([*(out[1:] or options), "--alexnet", alexnet]) == 0
     assert "run: n = 2 pictures, 4 results, holes of 50.0%" in capsys.readouterr().out
-    tree = json.loads((tmp_path / "log/run/metrics.json").read_text())
+    folder = tmp_path / (out[1] if out else "log/run")
+    tree = json.loads((folder / "metrics.json").read_text())
     assert tree["means"]["diversity"]["mean"] > 0
