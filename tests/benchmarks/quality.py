@@ -1,157 +1,474 @@
-"""What resampling is worth, on pictures that the model has not seen.
+"""Quality against network calls, of every way down that this program knows.
 
-``python tests/benchmarks/quality.py --conf_path confs/demo.yml --pictures DIR --count 16``
+``python tests/benchmarks/quality.py --conf_path confs/demo.yml --pictures DIR --count 64``
 
-For each family of masks, the same pictures, masks and seeds are inpainted three times: going
-straight down (``jump_n_sample`` 1), resampling (``jump_n_sample`` 10, same ``t_T``), and going
-straight down in as many steps as the second has network calls: the paper's control, which asks
-whether it is the resampling that helps or only the time (RePaint, section 5.5). Two errors, both on
-pixels in [0, 1]: the mean square in the hole, and that of the steps from known pixels to their
-generated neighbours, which are the seam. Means over pictures, with the mean's standard error.
+The same pictures, masks and seeds are inpainted in each way (a *setting*: some keys of the YAML
+changed), with masks of each family, by what test.py runs on. Known pixels are pasted into the
+result, so that all errors are the hole's. For each picture: LPIPS (AlexNet 0.1) of the whole
+picture and of its hole, as guided_diffusion/tools/perceptual.py defines them; the mean square error
+in the hole, pixels in [0, 1]; and that of the steps from known pixels to their generated
+neighbours, which is the seam. Two more settings make no network call: ``nearest`` pastes in the
+picture of ``--train`` that is nearest by the known pixels, ``mirror`` the picture's own mirror
+image, hidden pixels included.
+
+Every setting and mask is a *block*: a JSON file of numbers and a PNG of the results in --out,
+written after each batch. The same command goes on where it was interrupted; a larger --count adds
+pictures. From all blocks there it writes quality.md and quality.png, also of other calls. The
+cheapest settings come first. ``--dry_run`` says what is left to do.
 """
 
 import argparse
 import dataclasses
+import fnmatch
+import hashlib
 import json
-import statistics
+import os
+import platform
+import re
+import shlex
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch, as guided_diffusion/cli.py says
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from guided_diffusion.cli import command_line
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import quality_report
+
+from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.keys import InpaintConf, load_conf
+from guided_diffusion.dist_util import get_device
+from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import condition
 from guided_diffusion.image_datasets import Pair, list_images, load_pair, output_name
+from guided_diffusion.io.checkpoints import check_beginning, fingerprint
 from guided_diffusion.io.files import write_png, write_text_atomic
-from guided_diffusion.io.images import mask_to_tensor, to_model_range, to_uint8
+from guided_diffusion.io.images import load_crop, mask_to_tensor, to_model_range, to_uint8
 from guided_diffusion.io.sheets import montage
+from guided_diffusion.masks import FAMILIES
 from guided_diffusion.run.inpainter import Inpainter
-from guided_diffusion.scheduler import count_steps, get_schedule_jump
+from guided_diffusion.scheduler import count_steps
+from guided_diffusion.script_util import create_gaussian_diffusion, create_schedule
+from guided_diffusion.tools.perceptual import LPIPS, MIN_SIDE, load_lpips
 
-FAMILIES = ("thick", "genhalf", "ex64", "ev2li", "nn2")
+COLUMNS = 16  # of a block's PNG
 
 
-@dataclass
-class Variant:
-    """One way down, and the errors it made: mask family → one number a picture."""
+@dataclass(frozen=True)
+class Setting:
+    """One way down: what of the YAML it changes, by dotted key; a baseline changes nothing."""
 
     name: str
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+BASELINES = ("nearest", "mirror")
+CURVE = (
+    *(f"repaint-t{t_T}" for t_T in (10, 25, 50, 100, 250, 1000)),
+    *(f"repaint-r{r}-t{t_T}" for r in (5, 10) for t_T in (25, 50, 100, 250)),
+    *(f"ddim-t{t_T}" for t_T in (10, 25, 50, 100, 250)),
+    *(f"ddnm{eta}-t{t_T}" for eta in ("0.85", "1") for t_T in (10, 25, 50, 100, 250)),
+    *(f"ddnm{eta}-r5-t{t_T}" for eta in ("0.85", "1") for t_T in (25, 50, 100)),
+)
+# Straight down, resampling, and straight down in as many steps as that has calls: the paper's
+# control, which asks whether it is the resampling that helps or only the time (section 5.5).
+RESAMPLING = ("repaint-t50", "repaint-r10-t50", "repaint-t410")
+GROUPS = {"curve": CURVE, "resampling": RESAMPLING, "baselines": BASELINES}
+NAME = re.compile(r"(repaint|ddim|ddnm(?P<eta>[01](?:\.\d+)?))(?:-r(?P<r>\d+))?-t(?P<t_T>\d+)")
+
+
+def setting_of(name: str) -> Setting:
+    """Return what a name means, such as ddnm0.85-r5-t50: eta .85, jump_n_sample 5, t_T 50.
+
+    Any such name is a setting, listed above or not. Raises ``UserError`` for other names.
+    """
+    match = NAME.fullmatch(name)
+    if name in BASELINES:
+        return Setting(name)
+    if match is None:
+        expected = f"{', '.join(GROUPS)}, a pattern of {', '.join(CURVE)}, or a name like these"
+        raise UserError(key="--settings", expected=expected, got=name)
+    t_T, repeats = int(match["t_T"]), int(match["r"] or 1)
+    keys = {
+        "timestep_respacing": str(t_T),
+        "schedule_jump_params.t_T": t_T,
+        "schedule_jump_params.jump_n_sample": repeats,
+        "use_ddim": name.startswith("ddim"),
+    }
+    if match["eta"]:
+        keys |= {"sampler": "ddnm", "ddnm_eta": float(match["eta"])}
+    return Setting(name, keys)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The pictures of one family of masks: names, and uint8 (N, S, S, 3) each."""
+
+    names: list[str]
+    gt: np.ndarray
+    masks: np.ndarray
+
+    @property
+    def holes(self) -> np.ndarray:
+        """Where pixels are generated: bool (N, S, S)."""
+        return self.masks[:, :, :, 0] < 128
+
+
+@dataclass(frozen=True)
+class Way:
+    """A setting that can be run, and what its results depend on."""
+
+    setting: Setting
     conf: InpaintConf
-    calls: int
-    hole: dict[str, list[float]]
-    seam: dict[str, list[float]]
+    times: list[int]  # empty for a baseline
+    digest: str
+
+    @property
+    def calls(self) -> int:
+        """Network calls a picture."""
+        return count_steps(self.times)[0] if self.times else 0
 
 
-def variants(conf: InpaintConf) -> list[Variant]:
-    """Return the three ways down of the module's docstring."""
-
-    def variant(name: str, t_T: int, jump_n_sample: int) -> Variant:
-        jumps = dataclasses.replace(conf.schedule_jump_params, t_T=t_T, jump_n_sample=jump_n_sample)
-        own = dataclasses.replace(conf, timestep_respacing=str(t_T), schedule_jump_params=jumps)
-        calls = count_steps(get_schedule_jump(**vars(jumps)))[0]
-        return Variant(f"{name} ({calls} calls)", own, calls, {}, {})
-
-    t_T = conf.schedule_jump_params.t_T
-    plain, resampling = variant("straight down", t_T, 1), variant("resampling", t_T, 10)
-    return [plain, resampling, variant("slowly down", min(resampling.calls, 1000), 1)]
+# ---- what is to be done --------------------------------------------------------------------------
 
 
-def seam_error(result: np.ndarray, gt: np.ndarray, known: np.ndarray) -> float:
-    """Mean square error of the steps between known and generated neighbours; (H, W, 3), (H, W)."""
-    errors = []
-    for axis in (0, 1):
-        across = np.diff(known.astype(np.int8), axis=axis) != 0
-        step_error = np.diff(result - gt, axis=axis) ** 2
-        errors.append(step_error[across].ravel())
-    return float(np.concatenate(errors).mean())
+def choose_settings(words: Sequence[str]) -> list[Setting]:
+    """Return the settings that names, groups or patterns such as 'ddnm*' mean, each once."""
+    known = [name for group in GROUPS.values() for name in group]
+    names = []
+    for word in words:
+        names += GROUPS.get(word) or fnmatch.filter(known, word) or [word]
+    return [setting_of(name) for name in dict.fromkeys(names)]
+
+
+def choose_ways(args: argparse.Namespace) -> list[Way]:
+    """Check each setting against the program at hand; what that does not know is left out."""
+    base = load_conf(args.conf_path, InpaintConf, args.overrides)
+    if base.image_size < MIN_SIDE:
+        expected = f"at least {MIN_SIDE}, for LPIPS"
+        raise UserError(
+            path=args.conf_path, key="image_size", expected=expected, got=base.image_size
+        )
+    model = [what_model(base), args.overrides, base.seed or 0]
+    ways, refused = [], {}
+    for setting in choose_settings(args.settings):
+        digest = digest_of([setting.overrides, *model])
+        if setting.name in BASELINES:
+            if setting.name == "nearest" and args.train is None:
+                refused.setdefault("needs --train, the training pictures", []).append(setting.name)
+                continue
+            digest = digest_of([setting.name, args.train, base.seed or 0])
+            ways.append(Way(setting, dataclasses.replace(base, seed=base.seed or 0), [], digest))
+            continue
+        # A YAML may say ddnm; a program that knows no samplers has this one.
+        keys = ({"sampler": "repaint"} if hasattr(base, "sampler") else {}) | setting.overrides
+        changes = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+        try:
+            conf = load_conf(args.conf_path, InpaintConf, [*args.overrides, *changes])
+            times = create_schedule(conf, create_gaussian_diffusion(conf))
+        except UserError as error:
+            refused.setdefault(str(error), []).append(setting.name)
+            continue
+        ways.append(Way(setting, dataclasses.replace(conf, seed=base.seed or 0), times, digest))
+    for reason, names in refused.items():
+        print(f"left out: {', '.join(names)}: {reason}")
+    within = [way for way in ways if args.most_calls is None or way.calls <= args.most_calls]
+    return sorted(within, key=lambda way: way.calls)
+
+
+def what_model(conf: InpaintConf) -> list[Any]:
+    """Return what tells one model, run by one YAML, from another.
+
+    Only keys that differ from their defaults count: keys that a later version of the program adds
+    leave blocks valid.
+    """
+    paths = [conf.model_path, *([conf.classifier_path] if conf.guided else [])]
+    for path in paths:
+        check_beginning(path)
+    defaults = {f.name: f.default for f in dataclasses.fields(conf)}
+    names = sorted(name for name in vars(conf) if getattr(conf, name) != defaults.get(name))
+    ignored = ("name", "data", "overview", "show_progress", "model_path", "classifier_path")
+    keys = {name: str(getattr(conf, name)) for name in names if name not in ignored}
+    return [[fingerprint(path) for path in paths], keys, get_device(conf.device).type]
+
+
+def digest_of(tree: Any) -> str:
+    """Return a short fingerprint of what a block depends on."""
+    return hashlib.sha256(repr(tree).encode()).hexdigest()[:16]
+
+
+def choose_pictures(where: str, count: int) -> list[str]:
+    """Return ``count`` pictures of a folder or a text file of paths, in an order that is fixed.
+
+    The order is drawn once for all, so that few pictures are of all kinds and the first of many
+    are the few.
+    """
+    if where.endswith(".txt"):
+        paths = Path(where).read_text(encoding="utf-8").splitlines()
+    else:
+        paths = list_images(where, key="--pictures")
+    order = np.random.default_rng(0).permutation(len(paths))[:count]
+    if len(order) < count:
+        raise UserError("too few", path=where, key="--count", expected=count, got=len(order))
+    return [paths[i] for i in order]
+
+
+def load_inputs(paths: Sequence[str], family: str, conf: InpaintConf) -> Inputs:
+    """Load pictures and draw their masks, which depend on seed and place alone."""
+    pairs = [Pair(i, path, family, output_name(path), True) for i, path in enumerate(paths)]
+    loaded = [load_pair(pair, conf.image_size, seed=conf.seed) for pair in pairs]
+    gt, masks = (np.stack(pictures) for pictures in zip(*loaded, strict=True))
+    return Inputs([pair.name for pair in pairs], gt, masks)
+
+
+# ---- making --------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def inpaint(
-    inpainter: Inpainter, gt: torch.Tensor, mask: torch.Tensor, seeds: list[int]
-) -> torch.Tensor:
-    """Return results (N, 3, S, S) with the known pixels as they are."""
-    x = gt
-    for step in inpainter.steps(gt, mask, seeds):
+def inpaint(inpainter: Inpainter, gt: np.ndarray, mask: np.ndarray, first: int) -> np.ndarray:
+    """Return results for pictures ``first``, ``first`` + 1, …; all uint8 (N, S, S, 3)."""
+    tensors = (
+        torch.stack([convert(picture) for picture in pictures]).to(inpainter.device)
+        for convert, pictures in ((to_model_range, gt), (mask_to_tensor, mask))
+    )
+    known, keep = tensors
+    x, seed = known, inpainter.conf.seed + first
+    for step in inpainter.steps(known, keep, range(seed, seed + len(gt))):
         x = step.x
-    return condition(x, gt, mask)
+    return to_uint8(condition(x, known, keep))
 
 
-def measure(ways: list[Variant], paths: list[str], batch_size: int, out: Path) -> None:
-    """Fill in the errors of ``ways`` and write a grid of pictures for each family of masks."""
-    inpainters = [
-        Inpainter(way.conf, get_schedule_jump(**vars(way.conf.schedule_jump_params)))
-        for way in ways
+class Nearest:
+    """The training picture with the smallest square error on the known pixels, pasted in."""
+
+    def __init__(self, folder: str, size: int) -> None:
+        paths = tqdm(list_images(folder, key="--train"), "training pictures", leave=False, delay=2)
+        self._pictures = np.stack([load_crop(path, size) for path in paths])
+
+    def __call__(self, gt: np.ndarray, holes: np.ndarray) -> np.ndarray:
+        """Return results, uint8 (N, S, S, 3); ``holes`` is bool (N, S, S)."""
+        known = np.repeat(~holes[..., None], 3, axis=3).reshape(len(gt), -1).astype(np.float32)
+        target = known * gt.reshape(len(gt), -1)
+        best, where = np.full(len(gt), np.inf, np.float32), np.zeros(len(gt), int)
+        for start in range(0, len(self._pictures), 1000):
+            part = self._pictures[start : start + 1000]
+            part = part.reshape(len(part), -1).astype(np.float32)
+            # |m(p - g)|², but for |mg|², which is the same for all p.
+            errors = part**2 @ known.T - 2 * part @ target.T
+            lowest = errors.argmin(0)
+            value = errors[lowest, np.arange(len(gt))]
+            where = np.where(value < best, start + lowest, where)
+            best = np.minimum(best, value)
+        return np.where(holes[..., None], self._pictures[where], gt)
+
+
+def mirror(gt: np.ndarray, holes: np.ndarray) -> np.ndarray:
+    """Return results with the mirror image in the hole, also where its pixels were hidden."""
+    return np.where(holes[..., None], gt[:, :, ::-1], gt)
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def hole_error(result: np.ndarray, gt: np.ndarray, hole: np.ndarray) -> float:
+    """Return the mean square error in the hole, pixels in [0, 1]; (S, S, 3) uint8, (S, S) bool."""
+    return float((((result.astype(float) - gt) / 255)[hole] ** 2).mean())
+
+
+def border_error(result: np.ndarray, gt: np.ndarray, hole: np.ndarray) -> float:
+    """Return the mean square error of the steps between known and generated neighbours."""
+    difference, errors = (result.astype(float) - gt) / 255, []
+    for axis in (0, 1):
+        across = np.diff(hole.astype(np.int8), axis=axis) != 0
+        errors.append((np.diff(difference, axis=axis) ** 2)[across].ravel())
+    return float(np.concatenate(errors).mean())
+
+
+def measure(
+    lpips: LPIPS, names: Sequence[str], results: np.ndarray, gt: np.ndarray, holes: np.ndarray
+) -> list[dict[str, Any]]:
+    """Return a row of numbers for each picture."""
+    x, y = (torch.stack([to_model_range(p) for p in pictures]) for pictures in (results, gt))
+    whole, inside = lpips(x, y, torch.from_numpy(holes))
+    return [
+        {
+            "picture": names[i],
+            "lpips": whole[i].item(),
+            "lpips_hole": inside[i].item(),
+            "hole": hole_error(results[i], gt[i], holes[i]),
+            "border": border_error(results[i], gt[i], holes[i]),
+        }
+        for i in range(len(results))
     ]
-    device, size, seed = inpainters[0].device, ways[0].conf.image_size, ways[0].conf.seed or 0
-    total = len(FAMILIES) * len(paths) * sum(way.calls for way in ways)
-    with tqdm(total=total, unit="call") as bar:
-        for family in FAMILIES:
-            pairs = [Pair(i, p, family, output_name(p), True) for i, p in enumerate(paths)]
-            loaded = [load_pair(pair, size, seed=seed) for pair in pairs]
-            rows = [np.stack([gt for gt, _ in loaded])]
-            rows.append(np.stack([(gt * (mask / 255)).astype(np.uint8) for gt, mask in loaded]))
-            for way, inpainter in zip(ways, inpainters, strict=True):
-                results = []
-                for start in range(0, len(pairs), batch_size):
-                    part = loaded[start : start + batch_size]
-                    gt = torch.stack([to_model_range(g) for g, _ in part]).to(device)
-                    mask = torch.stack([mask_to_tensor(m) for _, m in part]).to(device)
-                    seeds = [seed + start + i for i in range(len(part))]
-                    results.append(to_uint8(inpaint(inpainter, gt, mask, seeds)))
-                    bar.update(len(part) * way.calls)
-                rows.append(np.concatenate(results))
-                errors = [one_error(r, *pair) for r, pair in zip(rows[-1], loaded, strict=True)]
-                way.hole[family], way.seam[family] = map(list, zip(*errors, strict=True))
-            write_png(out / f"{family}.png", montage(np.concatenate(rows), len(paths)))
 
 
-def one_error(result: np.ndarray, gt: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
-    """Return (hole, seam) of one picture, all uint8 (S, S, 3)."""
-    known = mask[:, :, 0] >= 128
-    result, gt = result / 255, gt / 255
-    return float(((result - gt)[~known] ** 2).mean()), seam_error(result, gt, known)
+# ---- blocks --------------------------------------------------------------------------------------
 
 
-def table(ways: list[Variant]) -> str:
-    """Return the Markdown table: a row for each family and way."""
-    count = len(next(iter(ways[0].hole.values())))
-    lines = [f"| mask (n = {count}) | way | MSE in the hole | MSE across its border |",
-             "| --- | --- | --- | --- |"]  # fmt: skip
-    for family in FAMILIES:
-        for way in ways:
-            cells = [f"{statistics.mean(e):.4f} ± {statistics.stdev(e) / len(e) ** 0.5:.4f}"
-                     for e in (way.hole[family], way.seam[family])]  # fmt: skip
-            lines.append(f"| {family} | {way.name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+class Block:
+    """The results of one setting with one family of masks, as far as they are made."""
+
+    def __init__(self, out: Path, way: Way, family: str) -> None:
+        self.way, self.family = way, family
+        self.path = out / "blocks" / family / f"{way.setting.name}.json"
+        self.tree: dict[str, Any] = {
+            "setting": way.setting.name, "overrides": way.setting.overrides, "mask": family,
+            "calls": way.calls, "digest": way.digest, "seconds": 0.0, "rows": [],
+        }  # fmt: skip
+        if self.path.is_file():
+            tree = json.loads(self.path.read_text(encoding="utf-8"))
+            if tree["digest"] != way.digest:
+                problem = (
+                    "was made with another model, seed or YAML: take another --out or remove it"
+                )
+                raise UserError(problem, path=self.path)
+            self.tree = tree
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse to mix pictures: those made have to be the first of those wanted."""
+        for row, name in zip(self.rows, names, strict=False):
+            if row["picture"] != name:
+                problem = "was made with other --pictures: take another --out or remove it"
+                raise UserError(problem, path=self.path, expected=name, got=row["picture"])
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What is measured, a row a picture."""
+        return self.tree["rows"]
+
+    def add(self, rows: list[dict[str, Any]], results: np.ndarray, seconds: float) -> None:
+        """Write block and pictures anew, with these added."""
+        sheet, size = self.path.with_suffix(".png"), results.shape[1]
+        if self.rows:
+            with Image.open(sheet) as image:
+                tiles = np.asarray(image)
+            tiles = tiles.reshape(-1, size, COLUMNS, size, 3).swapaxes(1, 2)
+            results = np.concatenate([tiles.reshape(-1, size, size, 3)[: len(self.rows)], results])
+        # The numbers last: pictures without numbers are made again, the other way round not.
+        write_png(sheet, montage(results, COLUMNS))
+        self.tree["rows"] = [*self.rows, *rows]
+        self.tree["seconds"] += seconds
+        self.tree["machine"] = machine()
+        write_text_atomic(self.path, json.dumps(self.tree, indent=1))
 
 
-def main() -> None:
-    """Measure, print the table, write it with the numbers and the grids to ``--out``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--conf_path", required=True)
-    parser.add_argument("--pictures", required=True, help="a folder, or a text file of paths")
-    parser.add_argument("--count", type=int, default=16, help="evenly over the sorted pictures")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--out", default="log/quality", type=Path)
-    args = parser.parse_args()
-    conf = load_conf(args.conf_path, InpaintConf)
-    if args.pictures.endswith(".txt"):
-        paths = Path(args.pictures).read_text(encoding="utf-8").split("\n")[:-1]
+def machine() -> str:
+    """Describe processor or GPU, and torch, in a few words."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
     else:
-        paths = list_images(args.pictures)
-    chosen = np.linspace(0, len(paths) - 1, min(args.count, len(paths))).round().astype(int)
-    ways = variants(conf)
-    measure(ways, [paths[i] for i in chosen], args.batch_size, args.out)
-    print(table(ways))
-    write_text_atomic(args.out / "quality.md", table(ways))
-    numbers = {way.name: {"hole": way.hole, "seam": way.seam} for way in ways}
-    write_text_atomic(args.out / "quality.json", json.dumps(numbers, indent=1))
+        lines = Path("/proc/cpuinfo")
+        found = lines.read_text(encoding="utf-8").splitlines() if lines.is_file() else []
+        models = [line.split(":", 1)[1].strip() for line in found if line.startswith("model name")]
+        name = f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
+    return f"{name}, PyTorch {torch.__version__}"
+
+
+def make(way: Way, blocks: Sequence[Block], args: argparse.Namespace, bar: tqdm) -> None:
+    """Make and measure what is missing of a setting's blocks, batch by batch."""
+    if way.setting.name == "nearest":
+        nearest = Nearest(args.train, way.conf.image_size)
+    inpainter = Inpainter(way.conf, way.times) if way.times else None
+    for block in blocks:
+        inputs = load_inputs(args.paths, block.family, way.conf)
+        block.check(inputs.names)
+        show_inputs(block.path.parent, inputs)
+        for start in range(len(block.rows), args.count, args.batch_size):
+            part = slice(start, min(start + args.batch_size, args.count))
+            gt, holes = inputs.gt[part], inputs.holes[part]
+            began = time.perf_counter()
+            if inpainter:
+                results = inpaint(inpainter, gt, inputs.masks[part], start)
+            else:
+                results = (mirror if way.setting.name == "mirror" else nearest)(gt, holes)
+            seconds = time.perf_counter() - began
+            rows = measure(args.lpips, inputs.names[part], results, gt, holes)
+            block.add(rows, results, seconds)
+            bar.update(len(rows) * way.calls)
+
+
+def show_inputs(folder: Path, inputs: Inputs) -> None:
+    """Write the pictures and their holes beside the results, laid out alike."""
+    write_png(folder / "0-pictures.png", montage(inputs.gt, COLUMNS))
+    holes = np.where(inputs.holes[..., None], 0, inputs.gt).astype(np.uint8)
+    write_png(folder / "0-holes.png", montage(holes, COLUMNS))
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = OptionParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--conf_path", required=True, metavar="YAML")
+    parser.add_argument("--pictures", required=True, metavar="PATH",
+                        help="held-out pictures: a folder, or a .txt of paths")  # fmt: skip
+    parser.add_argument("--train", metavar="DIR", help="training pictures, for nearest")
+    parser.add_argument("--count", type=int, default=64, help="pictures (default: 64)")
+    parser.add_argument("--settings", default="curve", type=lambda text: text.split(","),
+                        help="groups (curve, resampling, baselines), names, and patterns such as "
+                        "'ddnm*' (default: curve)")  # fmt: skip
+    parser.add_argument("--masks", default=list(FAMILIES), type=lambda text: text.split(","),
+                        help="families of masks (default: all six)")  # fmt: skip
+    parser.add_argument("--most_calls", type=int, metavar="N", help="leave out what makes more")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="any key of the YAML, for all settings; repeatable")  # fmt: skip
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--alexnet", metavar="FILE", help="as metrics.py takes it")
+    parser.add_argument("--out", default="log/quality", type=Path, metavar="DIR")
+    parser.add_argument("--dry_run", action="store_true", help="only say what is left to do")
+    args = parser.parse_args(argv)
+    for key in ("count", "batch_size"):
+        if getattr(args, key) < 1:
+            raise UserError(key=f"--{key}", expected="1 or more", got=getattr(args, key))
+    for family in args.masks:
+        if family not in FAMILIES:
+            raise UserError(key="--masks", expected=f"of {', '.join(FAMILIES)}", got=family)
+    return args
+
+
+def left_to_do(
+    ways: Sequence[Way], args: argparse.Namespace
+) -> Iterator[tuple[Way, list[Block], int]]:
+    """Yield each setting with its unfinished blocks and the network calls that these will make."""
+    for way in ways:
+        blocks = [Block(args.out, way, family) for family in args.masks]
+        blocks = [block for block in blocks if len(block.rows) < args.count]
+        if blocks:
+            yield way, blocks, sum(args.count - len(block.rows) for block in blocks) * way.calls
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make what is missing, then write tables and plot of all that is in ``--out``."""
+    args = parse_args(argv)
+    ways = choose_ways(args)
+    args.paths = choose_pictures(args.pictures, args.count)
+    todo = list(left_to_do(ways, args))
+    total = sum(calls for *_, calls in todo)
+    print(f"{sum(len(blocks) for _, blocks, _ in todo)} blocks of {len(ways) * len(args.masks)} "
+          f"to make: {total:,} network calls x pictures")  # fmt: skip
+    if args.dry_run:
+        for way, blocks, calls in todo:
+            families = ", ".join(block.family for block in blocks)
+            print(f"{way.setting.name}: {way.calls} calls a picture, {calls:,} in all: {families}")
+        return
+    if todo:
+        args.lpips = load_lpips(args.alexnet)
+    with tqdm(total=total, unit="call", mininterval=1) as bar:
+        for way, blocks, _ in todo:
+            bar.set_description(way.setting.name)
+            make(way, blocks, args, bar)
+    command = shlex.join(["python", *map(str, sys.orig_argv[1:])])
+    print(quality_report.write(args.out, command))
 
 
 if __name__ == "__main__":

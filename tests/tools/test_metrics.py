@@ -1,0 +1,224 @@
+"""Metrics of runs: numbers against their definitions in numpy, and what is told of bad input."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lpips_cases import alexnet_state, reference
+from PIL import Image
+from run_cases import run_here, write_run
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.tools import metrics
+
+SIDE = 36
+
+
+@pytest.fixture(scope="module")
+def alexnet(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "alexnet.pth"
+    torch.save(alexnet_state(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def meter(alexnet):
+    return metrics.Meter(alexnet)
+
+
+def picture(seed, side=SIDE):
+    return np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+def noisy(gt, seed):
+    noise = np.random.default_rng(seed).normal(0, 20, gt.shape)
+    return np.clip(gt + noise, 0, 255).round().astype(np.uint8)
+
+
+def half(side=SIDE):
+    hole = np.zeros((side, side), bool)
+    hole[:, side // 2 :] = True
+    return hole
+
+
+def ssim_map(x, y):
+    """SSIM (Wang et al. 2004, eq. 13) at every pixel, a mean over channels, edges reflected."""
+    at = np.arange(-5, 6)
+    line = np.exp(-(at**2) / (2 * 1.5**2))
+    window = np.outer(line, line) / np.outer(line, line).sum()
+    total = 0
+    for channel in range(3):
+        one, two = (
+            np.lib.stride_tricks.sliding_window_view(
+                np.pad(p[:, :, channel].astype(float), 5, mode="reflect"), (11, 11)
+            )
+            for p in (x, y)
+        )
+        mean = [(p * window).sum((2, 3)) for p in (one, two)]
+        var = [(p**2 * window).sum((2, 3)) - m**2 for p, m in zip((one, two), mean, strict=True)]
+        cov = (one * two * window).sum((2, 3)) - mean[0] * mean[1]
+        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+        total += ((2 * mean[0] * mean[1] + c1) * (2 * cov + c2)) / (
+            (mean[0] ** 2 + mean[1] ** 2 + c1) * (var[0] + var[1] + c2)
+        )
+    return total / 3
+
+
+def expected(result, gt, hole):
+    error = (result.astype(float) - gt) ** 2
+    full = ssim_map(result, gt)
+    state = alexnet_state()
+    chw = [p.astype(float).transpose(2, 0, 1) / 127.5 - 1 for p in (result, gt)]
+    whole, inside = reference(state, *chw, hole)
+    return {
+        "lpips": whole, "lpips_hole": inside,
+        "psnr": 10 * math.log10(255**2 / error.mean()),
+        "psnr_hole": 10 * math.log10(255**2 / error[hole].mean()),
+        "ssim": full[5:-5, 5:-5].mean(), "ssim_hole": full[hole].mean(),
+    }  # fmt: skip
+
+
+def test_numbers_are_their_definitions(meter):
+    gt = picture(0)
+    result, hole = noisy(gt, 1), half()
+    result[:4] = 0  # so that the border and the inside differ
+    assert meter.compare(result, gt, hole) == pytest.approx(expected(result, gt, hole), rel=1e-4)
+
+
+def test_extremes(meter):
+    gt, nothing = picture(0), np.zeros((SIDE, SIDE), bool)
+    same = meter.compare(gt, gt, nothing)
+    assert (same["lpips"], same["psnr"]) == (0, math.inf)
+    assert same["ssim"] == pytest.approx(1)
+    assert all(math.isnan(same[key]) for key in ("lpips_hole", "psnr_hole", "ssim_hole"))
+
+
+def write_results(folder, count=3, samples=1, record=True):
+    """Write a run's folder by hand; return its pictures by name."""
+    found = {}
+    for number in range(count):
+        gt = picture(number)
+        mask = np.full_like(gt, 255)
+        mask[half()] = 127
+        names = metrics.sample_names(f"{number}.png", samples)
+        results = [noisy(gt, 100 + 10 * number + j) for j in range(samples)]
+        for kind, name, pixels in [
+            ("gt", f"{number}.png", gt), ("gt_keep_mask", f"{number}.png", mask),
+            *(("inpainted", n, r) for n, r in zip(names, results, strict=True)),
+        ]:  # fmt: skip
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / kind / name)
+        found[f"{number}.png"] = (gt, dict(zip(names, results, strict=True)))
+    if record:
+        seeds = dict.fromkeys([n for _, results in found.values() for n in results], 0)
+        data = {"eval": {"set": {"gt_path": "x", "mask_path": "y"}}}
+        tree = {"name": "test_c256_genhalf", "model_path": "m.pt", "samples_per_image": samples,
+                "image_size": 64, "data": data, "record": {"seeds": seeds}}  # fmt: skip
+        (folder / "run.yml").write_text(yaml.safe_dump(tree))
+    return found
+
+
+def test_several_samples_are_averaged_and_compared(tmp_path, meter, alexnet, capsys):
+    folder = tmp_path / "moved"
+    found = write_results(folder, count=3, samples=3)
+    Image.fromarray(picture(9)).save(folder / "gt" / "left_over.png")
+    assert metrics.main([str(folder), "--alexnet", alexnet, "--each", "--paper"]) == 0
+    told = capsys.readouterr().out
+    tree = json.loads((folder / "metrics.json").read_text())
+    means, diversities = [], []
+    for gt, results in found.values():
+        each = [expected(result, gt, half()) for result in results.values()]
+        means.append({key: np.mean([one[key] for one in each]) for key in each[0]})
+        a, b, c = results.values()
+        diversities.append(np.mean([meter.lpips(*p, half())[0] for p in [(a, b), (a, c), (b, c)]]))
+    for key, mean in tree["means"].items():
+        values = diversities if key == "diversity" else [one.get(key) for one in means]
+        if key != "diversity_hole":
+            assert mean["mean"] == pytest.approx(np.mean(values), rel=1e-4)
+            error = np.std(values, ddof=1) / 3**0.5
+            assert mean["standard_error"] == pytest.approx(error, rel=1e-3)
+        assert mean["n"] == 3
+    with (folder / "metrics.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["result"] for row in rows] == [n for _, results in found.values() for n in results]
+    gt, results = found["1.png"]
+    wanted = expected(results["1_2.png"], gt, half())
+    assert float(rows[4]["psnr_hole"]) == pytest.approx(wanted["psnr_hole"])
+    assert "n = 3 pictures, 9 results, holes of 50.0% on average" in told
+    assert "| CelebA-HQ | genhalf (half) | 0.165 |" in told
+    assert told.count("| 2.png |") == 1
+
+
+def test_a_log_without_record_is_all_its_pictures(tmp_path, alexnet, capsys):
+    write_results(tmp_path / "theirs", record=False)
+    assert metrics.main([str(tmp_path / "theirs"), "--alexnet", alexnet]) == 0
+    assert "theirs: n = 3 pictures, 3 results" in capsys.readouterr().out
+
+
+def test_missing_results_are_told(tmp_path, meter):
+    write_results(tmp_path / "log")
+    (tmp_path / "log/inpainted/1.png").unlink()
+    run = metrics.find_run(None, str(tmp_path / "log"))
+    with pytest.warns(UserWarning, match=r"1 of 3 results are missing, such as 1\.png"):
+        rows = metrics.measure(run, meter)
+    assert [row["name"] for row in rows] == ["0.png", "2.png"]
+
+
+def test_other_sizes_are_refused_by_name(tmp_path, meter):
+    write_results(tmp_path / "log")
+    Image.fromarray(picture(0, 40)).save(tmp_path / "log/inpainted/1.png")
+    run = metrics.find_run(None, str(tmp_path / "log"))
+    with pytest.raises(UserError, match=r"inpainted/1\.png: is not of gt's size; expected 36 x 36"):
+        metrics.measure(run, meter)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "either a log folder or --conf_path"),
+        (["log", "--conf_path", "c.yml"], "either a log folder or --conf_path"),
+        (["absent"], r"absent/inpainted: paths\.srs: no such folder of results"),
+        (["log", "--paper"], r"--paper: the paper's figures .* such as test_c256_thick, found log"),
+        (["log", "--alexnet", "no.pth"], r"no\.pth: no such checkpoint"),
+    ],
+)
+def test_bad_options(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    write_results(tmp_path / "log", count=1, record=False)
+    with pytest.raises(UserError, match=message):
+        metrics.main(options)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("test_c256_thick", ("c256", "thick")),
+        ("test_inet256_ev2li", ("inet256", "ev2li")),
+        ("mine_c256_thin_again", ("c256", "thin")),
+        ("test_p256_thick", None),
+        ("test_c256_thicker", None),
+    ],
+)
+def test_the_papers_place(name, place):
+    if place:
+        assert metrics.paper_place(name) == place
+    else:
+        with pytest.raises(UserError, match="--paper"):
+            metrics.paper_place(name)
+
+
+@pytest.mark.parametrize("by", ["folder", "conf_path"])
+def test_a_run_of_the_program_is_measured(by, tmp_path, monkeypatch, capsys, alexnet):
+    monkeypatch.chdir(tmp_path)
+    options = write_run(tmp_path, images=2, image_size=32)
+    out = ["--out", "elsewhere"] if by == "folder" else []
+    assert run_here(capsys, *options, "--set", "samples_per_image=2", *out).status == 0
+    assert metrics.main([*(out[1:] or options), "--alexnet", alexnet]) == 0
+    assert "run: n = 2 pictures, 4 results, holes of 50.0%" in capsys.readouterr().out
+    folder = tmp_path / (out[1] if out else "log/run")
+    tree = json.loads((folder / "metrics.json").read_text())
+    assert tree["means"]["diversity"]["mean"] > 0
