@@ -29,7 +29,7 @@ from guided_diffusion.config.keys import (
 )
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
-from guided_diffusion.io.checkpoints import load_state_dict
+from guided_diffusion.io.checkpoints import is_plain, load_state_dict
 from guided_diffusion.respace import respaced_betas, space_timesteps
 from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
@@ -135,13 +135,12 @@ def create_schedule(conf: InpaintConf, diffusion: GaussianDiffusion) -> list[int
 def load_model(conf: InpaintConf, device: torch.device) -> UNetModel:
     """Return the network with the weights of ``model_path`` on ``device``, ready to be called.
 
-    Raises UserError as ``dist_util.load_state_dict``, and where the weights do not fit.
+    Raises UserError as ``load_state_dict``, and where the weights do not fit.
     """
     path = conf.model_path
     state = load_state_dict(path)
     shapes = _shapes(state)
-    with torch.device("meta"):
-        model = create_model(conf)
+    model = _without_weights(create_model, conf, "num_channels")
     if _shapes(model.state_dict()) != shapes:
         if _has_any(shapes, "middle_block") and not _has_any(shapes, "output_blocks"):
             raise UserError("holds a classifier, which belongs in classifier_path", path=path)
@@ -157,8 +156,7 @@ def load_classifier(conf: InpaintConf, device: torch.device) -> EncoderUNetModel
     path = conf.classifier_path
     state = load_state_dict(path)
     shapes = _shapes(state)
-    with torch.device("meta"):
-        classifier = create_classifier(conf)
+    classifier = _without_weights(create_classifier, conf, "classifier_width")
     if _shapes(classifier.state_dict()) != shapes:
         if _has_any(shapes, "output_blocks"):
             raise UserError("holds a diffusion network, which belongs in model_path", path=path)
@@ -167,10 +165,20 @@ def load_classifier(conf: InpaintConf, device: torch.device) -> EncoderUNetModel
     return _filled(path, classifier, state, device)
 
 
+def _without_weights(create: Callable[[Any], nn.Module], conf: InpaintConf, width: str) -> Any:
+    try:
+        with torch.device("meta"):
+            return create(conf)
+    except (RuntimeError, OverflowError) as error:  # more numbers than torch can count
+        raise UserError(
+            "makes the network too large", key=width, got=getattr(conf, width)
+        ) from error
+
+
 def _filled(path: str, model: nn.Module, state: Mapping[str, Tensor], device: torch.device) -> Any:
     """Give an empty network its weights; half precision on disk becomes float32, views whole."""
     for name, tensor in state.items():
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+        if not is_plain(tensor):
             raise UserError(
                 path=path, expected=f"{name} as plain floating-point numbers", got=tensor.dtype
             )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from guided_diffusion.config.keys import CHANNEL_MULT_BY_SIZE, InpaintConf, ModelConf
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.checkpoints import foreign_form, short
 
 Shapes = Mapping[str, tuple[int, ...]]
 # What shapes cannot tell, of published checkpoints that differ from the defaults: by what they can.
@@ -172,6 +173,10 @@ def _misfit(
     ``create`` builds the network that was asked for; ``flags`` is what the shapes tell of it. A key
     is named only where a network that is built with it fits, and one without it does not.
     """
+    channels = shapes.get("input_blocks.0.0.weight", (0, 3))[1:2]
+    if channels and channels != (3,):
+        problem = "only 3-channel networks work on pictures"
+        return UserError(problem, path=path, got=f"{channels[0]} input channels")
     changes = {key: _text(value) for key, value in flags.items()}
     changes = {key: value for key, value in changes.items() if getattr(conf, key) != value}
     closest = _empty_shapes(create, conf, changes) or _empty_shapes(create, conf, {})
@@ -181,15 +186,17 @@ def _misfit(
             if _empty_shapes(create, conf, fewer) == shapes:
                 changes = fewer
         return UserError(f"does not fit the configuration; set {_quoted(changes)}", path=path)
-    for name, shape in closest.items():
+    if form := foreign_form(list(shapes)):
+        return UserError(f"holds {form}", path=path)
+    for name, shape in (closest or {}).items():
         if shape != shapes.get(name):
             return UserError(
-                "is damaged, or not a checkpoint of this kind of network",
+                "is not a whole network of guided-diffusion's kind",
                 path=path,
                 expected=f"{name} of shape {shape}",
                 got=shapes.get(name, "no such tensor"),
             )
-    extra = next(name for name in shapes if name not in closest)
+    extra = short(next(name for name in shapes if name not in (closest or {})))
     return UserError("holds a tensor that the network does not have", path=path, got=extra)
 
 

@@ -36,7 +36,7 @@ from guided_diffusion.image_datasets import (
     pair_images,
     sample_names,
 )
-from guided_diffusion.io.checkpoints import check_beginning, fingerprint
+from guided_diffusion.io.checkpoints import check_checkpoint, fingerprint
 from guided_diffusion.io.files import (
     check_folder,
     refuse_inside,
@@ -110,7 +110,7 @@ def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -
     if conf.guided:
         checkpoints["classifier_path"] = conf.classifier_path
     for path in checkpoints.values():
-        check_beginning(path)
+        check_checkpoint(path)
     checkpoints = {key: fingerprint(path) for key, path in checkpoints.items()}
     for folder in (conf.log_dir, *result_folders(conf).values()):
         refuse_inside(folder, conf.data.gt_path, key="gt_path")
