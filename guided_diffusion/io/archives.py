@@ -22,8 +22,8 @@ from guided_diffusion.errors import UserError
 DAMAGED = "is damaged or incomplete: download it again"
 # What Python's reader of archives raises for a table that is not one.
 ZIP_ERRORS = (
-    zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, OverflowError,
-    struct.error, zlib.error,
+    zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, LookupError, EOFError, OSError,
+    OverflowError, struct.error, zlib.error,
 )  # fmt: skip
 _CHUNK = 1 << 24  # bytes
 _MOST_UNPACKED = 20  # times what is packed: weights hardly shrink at all
@@ -73,7 +73,7 @@ def _mapped(path: Path) -> Iterator[memoryview]:
 def _check_packed(path: Path, archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> None:
     packed = sum(entry.compress_size for entry in entries)
     unpacked = sum(entry.file_size for entry in entries)
-    if unpacked > _MOST_UNPACKED * packed + (1 << 28):
+    if unpacked > _MOST_UNPACKED * packed + (1 << 24):
         raise UserError(
             "is packed anew; unpack it, and save it by torch.save",
             path=path,

@@ -342,7 +342,7 @@ def find_weights(path: Path, tree: Any) -> Weights:
         if _is_state_dict(tree):
             return Weights(tree)
         raise UserError(path=path, expected="a state_dict of named tensors", got=_described(tree))
-    averaged = [each for each in found if _EMA.search(each.label)]
+    averaged = [each for each in found if _is_average(each.label)]
     plain = [each for each in found if each not in averaged]
     averaged += [ema for each in plain for ema in _shadows(tree, each)]
     chosen = _chosen(path, averaged or plain)
@@ -354,6 +354,10 @@ def find_weights(path: Path, tree: Any) -> Weights:
     tensors = {name: tensor for name, tensor in tensors.items() if name not in skipped}
     others = [] if left else _beside(tree, chosen)
     return Weights(tensors, chosen.label, skipped + others, left.label if left else "")
+
+
+def _is_average(label: str) -> bool:
+    return bool(_EMA.search(label)) and "online" not in label
 
 
 @dataclass(frozen=True, eq=False)
