@@ -22,8 +22,8 @@ from guided_diffusion.errors import UserError
 DAMAGED = "is damaged or incomplete: download it again"
 # What Python's reader of archives raises for a table that is not one.
 ZIP_ERRORS = (
-    zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, LookupError, EOFError, OSError,
-    OverflowError, struct.error, zlib.error,
+    zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, LookupError, EOFError,
+    OSError, OverflowError, struct.error, zlib.error,
 )  # fmt: skip
 _CHUNK = 1 << 24  # bytes
 _MOST_UNPACKED = 20  # times what is packed: weights hardly shrink at all

@@ -290,7 +290,7 @@ def test_no_byte_of_the_table_traces_back(tmp_path):
             try:
                 load_state_dict(path)
             except UserError as error:
-                assert len(str(error)) < 600  # noqa: PT017 - it may well be read
+                assert len(str(error)) < 600
 
 
 @pytest.mark.parametrize(
