@@ -368,10 +368,10 @@ def _betas(folder: ModelFolder) -> np.ndarray:
             if not _is_number(scheduler[key]) or not 0 <= scheduler[key] <= 1:
                 raise _wrong(path, key, "a number from 0 to 1", scheduler[key])
         key, betas = "beta_schedule", _named_betas(folder, steps)
-    betas = np.clip(betas, 0, 1).astype(np.float32)  # as diffusers keeps them
+    betas = np.clip(betas, 0, 1).astype(np.float32).astype(np.float64)  # as diffusers keeps them
     if scheduler["rescale_betas_zero_snr"]:
         betas = _rescaled(betas)
-    betas = np.minimum(betas.astype(np.float64), 1 - 1e-15)  # noise alone, but for what no float32 can hold
+    betas = np.minimum(betas, 1 - 1e-15)  # noise alone, but for what no float32 can hold
     if not (np.isfinite(betas).all() and (betas > 0).all()):
         raise _wrong(path, key, "betas between 0 and 1", scheduler[key])
     return betas
@@ -406,8 +406,8 @@ def _rescaled(betas: np.ndarray) -> np.ndarray:
     """
     signal = np.sqrt(np.cumprod(1 - betas))
     first, last = signal[0], signal[-1]
-    alphas_cumprod = ((signal - last) * (first / (first - last))) ** 2
-    return 1 - alphas_cumprod / np.append(np.float32(1), alphas_cumprod[:-1])
+    alphas_cumprod = ((signal - last) * first / (first - last)) ** 2
+    return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
 
 
 def _noise_name(folder: ModelFolder) -> str:

@@ -10,7 +10,7 @@ from guided_diffusion.config.folders import read_folder
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.models.diffusers import check_folder, load_network
-from tests.models.cases import STEPS, diffusers, edit, flattened, save, scheduler, tiny_unet
+from tests.models.cases import STEPS, edit, flattened, save, scheduler, tiny_unet
 
 CPU = torch.device("cpu")
 
@@ -85,7 +85,11 @@ def test_odd_networks_compute_what_diffusers_does(tmp_path, changes):
     try:
         unet = tiny_unet(**changes)
         x, t = inputs(), torch.tensor([3, 17])
-        y = torch.tensor([1, 4]) if {"num_class_embeds", "class_embed_type"} & set(changes) else None
+        y = (
+            torch.tensor([1, 4])
+            if {"num_class_embeds", "class_embed_type"} & set(changes)
+            else None
+        )
         with torch.no_grad():
             expected = unet(x, t, y).sample
     except (TypeError, ValueError, RuntimeError) as error:
@@ -161,6 +165,8 @@ def test_the_reverse_step_is_that_of_diffusers(tmp_path, monkeypatch, case):
     save(tmp_path, tiny_unet(out_channels=6 if learned else 3), noise)
     diffusion = chain_of(tmp_path)
     generator = torch.Generator().manual_seed(1)
+    # diffusers rescales in float32, of which little is left where hardly any noise is added.
+    near = 1e-4 if "rescale_betas_zero_snr" in case else 1e-5
     steps = range(0, diffusion.num_timesteps, max(1, diffusion.num_timesteps // 50))
     for t in (*steps, diffusion.num_timesteps - 1):
         x, z = torch.randn(2, 2, 3, 4, 4, generator=generator)
@@ -170,9 +176,9 @@ def test_the_reverse_step_is_that_of_diffusers(tmp_path, monkeypatch, case):
         )
         expected = noise.step(output, t, x)
         found, x_start = diffusion.p_sample(output.clone(), x.clone(), t, z)
-        torch.testing.assert_close(found, expected.prev_sample, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, expected.prev_sample, rtol=near, atol=near)
         scale = expected.pred_original_sample.abs().max().item()
-        assert (x_start - expected.pred_original_sample).abs().max() < 1e-5 * max(1, scale)
+        assert (x_start - expected.pred_original_sample).abs().max() < near * max(1, scale)
 
 
 # ---- The walk ------------------------------------------------------------------------------------
@@ -290,7 +296,12 @@ def test_a_chain_that_cannot_be_is_refused_by_key_and_value(tmp_path, changes, w
 @pytest.mark.parametrize(
     "changes",
     [
-        {"variance_type": ..., "clip_sample_range": ..., "thresholding": ..., "prediction_type": ...},
+        {
+            "variance_type": ...,
+            "clip_sample_range": ...,
+            "thresholding": ...,
+            "prediction_type": ...,
+        },
         {"predict_epsilon": False, "prediction_type": ...},
         {"_class_name": "DDIMScheduler", "variance_type": ..., "set_alpha_to_one": False},
         {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "clip_sample": ...},
@@ -377,6 +388,3 @@ def test_without_diffusers_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     line = refusal(tmp_path, lambda folder: check_folder(read_folder(str(folder))))
     assert "needs diffusers: pip install" in line
-
-
-assert diffusers
