@@ -26,7 +26,7 @@ NETWORK_KEYS = (
     "num_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "num_head_channels",
     "use_scale_shift_norm", "resblock_updown", "noise_schedule",
 )  # fmt: skip
-_HUB_NAME = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?/?", re.ASCII)
+_HUB_NAME = re.compile(r"hf://(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?/?", re.ASCII)
 _MOST_JSON = 1 << 24  # bytes
 _MOST_STEPS = 1_000_000
 _LATENT = ("vae", "vqvae", "text_encoder", "tokenizer", "transformer", "prior", "movq", "bert")
@@ -157,7 +157,7 @@ def read_folder(name: str) -> ModelFolder:
 
 def _scheduler_path(root: Path, unet_folder: Path) -> Path | None:
     places = [root / "scheduler", root]
-    if unet_folder == root:  # the network's folder of a pipeline may be stated alone
+    if unet_folder == root and root.name in ("unet", "unet_ema"):  # of a pipeline, stated alone
         places.append(root.parent / "scheduler")
     paths = [place / "scheduler_config.json" for place in places]
     return next((path for path in paths if path.exists()), None)
@@ -436,6 +436,7 @@ def follow_folder(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     ``read_folder``, and for a stated key that contradicts the folder, naming both values.
     """
     path = tree.get("model_path")
+    path = os.path.expanduser(path) if isinstance(path, str) else path  # noqa: PTH111 - text
     if not is_folder(path):
         return tree
     folder = read_folder(path)

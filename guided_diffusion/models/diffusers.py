@@ -42,7 +42,7 @@ class DiffusersUNet(nn.Module):
     def convert_trunk(self, dtype: torch.dtype) -> None:
         """Compute in ``dtype`` between a float32 input and a float32 output."""
         self.dtype = dtype
-        self.unet.to(dtype)
+        nn.Module.to(self.unet, dtype)  # diffusers' own warns of what is no matter here
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """``x`` (N, 3, S, S) in [-1, 1], ``timesteps`` and ``y`` (N,) → (N, 3 or 6, S, S)."""
@@ -89,7 +89,7 @@ def load_network(folder: ModelFolder, device: torch.device) -> DiffusersUNet:
         unet = _built(folder)  # what is in no file has to be computed
     tensors = {name: tensor.to(device).float().contiguous() for name, tensor in state.items()}
     unet.load_state_dict(tensors, assign=True)
-    return DiffusersUNet(unet.to(device).eval().requires_grad_(False))
+    return DiffusersUNet(nn.Module.to(unet, device).eval().requires_grad_(False))
 
 
 def _built(folder: ModelFolder) -> nn.Module:

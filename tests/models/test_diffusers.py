@@ -1,5 +1,6 @@
 """Networks that diffusers saved: the same output, the same reverse step, the same walk."""
 
+import itertools
 import json
 
 import numpy as np
@@ -75,8 +76,8 @@ def test_the_output_is_that_of_diffusers(tmp_path, form):
         {"resnet_time_scale_shift": "scale_shift", "add_attention": False},
         {"down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D"),
          "up_block_types": ("UpBlock2D", "ResnetUpsampleBlock2D")},
-        {"down_block_types": ("KDownBlock2D", "DownBlock2D"), "resnet_time_scale_shift": "ada_group",
-         "up_block_types": ("UpBlock2D", "UpBlock2D"), "sample_size": [8, 8]},
+        {"down_block_types": ("KDownBlock2D", "DownBlock2D"), "sample_size": [8, 8],
+         "resnet_time_scale_shift": "ada_group", "up_block_types": ("UpBlock2D", "UpBlock2D")},
         {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0},
     ],
     ids=str,
@@ -202,7 +203,7 @@ def test_the_whole_walk_is_that_of_diffusers_scheduler(plain, monkeypatch):
         *_, last = diffusion.repaint(network, gt, mask, times, lambda: next(source))
     source = iter(draws)
     x, is_first = next(source), True
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in itertools.pairwise(times):
         if t_next > t:
             beta = noise.betas[t_next]
             x = (1 - beta).sqrt() * x + beta.sqrt() * next(source)
