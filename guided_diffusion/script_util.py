@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from guided_diffusion.config.checkpoint_flags import (
-    _has_any,
-    _misfit,
-    _shapes,
-    _warn_of_silent_flags,
     classifier_flags,
+    has_any,
+    misfit,
     model_flags,
+    shapes_of,
+    warn_of_silent_flags,
 )
 from guided_diffusion.config.folders import is_folder, read_folder
 from guided_diffusion.config.keys import (
@@ -166,15 +166,15 @@ def load_model(conf: InpaintConf, device: torch.device) -> UNetModel | Diffusers
     if conf.follows_folder:
         return load_network(read_folder(path), device)
     state = load_state_dict(path)
-    shapes = _shapes(state)
+    shapes = shapes_of(state)
     model = _without_weights(create_model, conf, "num_channels")
-    if _shapes(model.state_dict()) != shapes:
-        if _has_any(shapes, "middle_block") and not _has_any(shapes, "output_blocks"):
+    if shapes_of(model.state_dict()) != shapes:
+        if has_any(shapes, "middle_block") and not has_any(shapes, "output_blocks"):
             raise UserError("holds a classifier, which belongs in classifier_path", path=path)
         mult = conf.channel_mult_list if conf.channel_mult else None
         flags = model_flags(shapes, conf.image_size, mult)
-        raise _misfit(path, create_model, shapes, conf, flags)
-    _warn_of_silent_flags(conf)
+        raise misfit(path, create_model, shapes, conf, flags)
+    warn_of_silent_flags(conf)
     return _filled(path, model, state, device)
 
 
@@ -182,13 +182,13 @@ def load_classifier(conf: InpaintConf, device: torch.device) -> EncoderUNetModel
     """Return the classifier with the weights of ``classifier_path``, as ``load_model``."""
     path = conf.classifier_path
     state = load_state_dict(path)
-    shapes = _shapes(state)
+    shapes = shapes_of(state)
     classifier = _without_weights(create_classifier, conf, "classifier_width")
-    if _shapes(classifier.state_dict()) != shapes:
-        if _has_any(shapes, "output_blocks"):
+    if shapes_of(classifier.state_dict()) != shapes:
+        if has_any(shapes, "output_blocks"):
             raise UserError("holds a diffusion network, which belongs in model_path", path=path)
         flags = classifier_flags(shapes, conf.image_size)
-        raise _misfit(path, create_classifier, shapes, conf, flags)
+        raise misfit(path, create_classifier, shapes, conf, flags)
     return _filled(path, classifier, state, device)
 
 

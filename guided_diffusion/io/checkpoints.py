@@ -179,6 +179,11 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     return weights.tensors
 
 
+def read_weights(path: Path) -> Weights:
+    """Return a checkpoint's weights with what is around them, and no number looked at."""
+    return find_weights(path, _read(path, "cpu"))
+
+
 def state_dict_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """Return each tensor's shape without reading the weights; raises as ``load_state_dict``."""
     weights = find_weights(Path(path), _read(Path(path), "meta"))
