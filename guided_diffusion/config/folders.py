@@ -195,7 +195,7 @@ def _wrong(
 def _check_pipeline(path: Path) -> None:
     index = _json(path)
     for part in _LATENT:
-        if isinstance(index.get(part), list) and index[part][-1] is not None:
+        if isinstance(index.get(part), list) and index[part][-1:] not in ([], [None]):
             name = str(index.get("_class_name", "a pipeline"))[:60]
             problem = f"{name} has a {part}: it does not work on pixels alone"
             raise _wrong(path, part, "a pipeline of unet and scheduler", index[part], problem)
@@ -322,6 +322,10 @@ def _chain(folder: ModelFolder) -> Chain:
         raise _wrong(path, "clip_sample_range", "a number above 0", clip_range)
     variance = _variance(folder)
     betas = _betas(folder)
+    known = folder.unet.get("num_train_timesteps")
+    if folder.unet["time_embedding_type"] == "learned" and known != len(betas):
+        expected = f"{len(betas)}, the steps of the chain, of which each is learned"
+        raise _wrong(folder.unet_path, "num_train_timesteps", expected, known)
     if betas[-1] > 1 - 1e-9 and prediction == "epsilon":
         problem = "the last step is noise alone, of which noise as a prediction says nothing"
         raise _wrong(path, "prediction_type", "v_prediction or sample", prediction, problem)
@@ -341,7 +345,7 @@ def _variance(folder: ModelFolder) -> str:
     stated, channels = folder.scheduler["variance_type"], folder.unet["out_channels"]
     variance = stated or ("learned_range" if channels == 6 else "fixed_small")
     path = folder.scheduler_path or folder.unet_path
-    if variance not in _VARIANCES:
+    if not isinstance(variance, str) or variance not in _VARIANCES:
         raise _wrong(path, "variance_type", ", ".join(_VARIANCES), variance)
     needed = 6 if variance == "learned_range" else 3
     if channels != needed:

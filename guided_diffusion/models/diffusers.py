@@ -83,6 +83,7 @@ def load_network(folder: ModelFolder, device: torch.device) -> DiffusersUNet:
         state |= load_state_dict(path)
     with torch.device("meta"):
         unet = _built(folder)
+        _try(folder, unet)
     state = _renamed(state, unet.state_dict())
     _check_fits(folder, state, unet.state_dict())
     if len(list(unet.buffers())) > sum(1 for name, _ in unet.named_buffers() if name in state):
@@ -113,9 +114,26 @@ def _built(folder: ModelFolder) -> nn.Module:
     try:
         return UNet2DModel(**config)
     except Exception as error:  # a wrong configuration fails wherever it is used first
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        problem = f"diffusers {version} cannot build this network: {first[:240]}"
-        raise UserError(problem, path=folder.unet_path) from error
+        raise _not_runnable(folder, error) from error
+
+
+def _try(folder: ModelFolder, unet: nn.Module) -> None:
+    """Call a network without weights: much of what a configuration says is used there first."""
+    side = 4 * 2 ** (len(folder.unet["block_out_channels"]) - 1)
+    y = torch.zeros(1, dtype=torch.long) if unet.class_embedding is not None else None
+    try:
+        unet(torch.zeros(1, 3, side, side), torch.zeros(1, dtype=torch.long), class_labels=y)
+    except NotImplementedError:  # not everything that runs can do so without weights
+        pass
+    except Exception as error:
+        raise _not_runnable(folder, error) from error
+
+
+def _not_runnable(folder: ModelFolder, error: Exception) -> UserError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    version = importlib.metadata.version("diffusers")
+    problem = f"diffusers {version} cannot run this network: {first[:240]}"
+    return UserError(problem, path=folder.unet_path)
 
 
 def _renamed(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
