@@ -318,8 +318,8 @@ def _chain(folder: ModelFolder) -> Chain:
         problem = "dynamic thresholding is not done here; false and clip_sample clip instead"
         raise _wrong(path, "thresholding", "false", scheduler["thresholding"], problem)
     clip_range = scheduler["clip_sample_range"]
-    if not _is_number(clip_range) or not clip_range > 0:
-        raise _wrong(path, "clip_sample_range", "a number above 0", clip_range)
+    if not _is_number(clip_range) or not 0 < clip_range <= 1000:
+        raise _wrong(path, "clip_sample_range", "a number above 0, up to 1000", clip_range)
     variance = _variance(folder)
     betas = _betas(folder)
     known = folder.unet.get("num_train_timesteps")
