@@ -190,15 +190,16 @@ def state_dict_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
 
 
-def load_fitting(
-    path: str | os.PathLike, expected: Mapping[str, tuple[int, ...]], *, key: str | None = None
-) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint, which have to have these names and shapes.
+def check_fits(
+    path: str | os.PathLike,
+    state: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    key: str | None = None,
+) -> None:
+    """Refuse weights of other names or shapes than ``expected``, and what are no weights.
 
-    Raises UserError as ``load_state_dict``, and naming the first tensor that differs; ``key`` is
-    the YAML key that named the file.
+    Raises UserError naming the first tensor that differs; ``key`` is the YAML key of ``path``.
     """
-    state = load_state_dict(path)
     for name in (*expected, *state):
         shape = tuple(state[name].shape) if name in state else None
         if expected.get(name) != shape:
@@ -210,9 +211,8 @@ def load_fitting(
                 got=shape or foreign_form(list(state)) or "no such tensor",
             )
         if not is_plain(state[name]):
-            expected_type = f"{short(name)} as plain floating-point numbers"
-            raise UserError(path=path, key=key, expected=expected_type, got=state[name].dtype)
-    return state
+            wanted = f"{short(name)} as plain floating-point numbers"
+            raise UserError(path=path, key=key, expected=wanted, got=state[name].dtype)
 
 
 def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor]) -> None:

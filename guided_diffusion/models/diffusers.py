@@ -23,7 +23,7 @@ from guided_diffusion.io.checkpoints import (
 )
 
 # What attention called its projections before version 0.12; the published folders are older.
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Keys that say how weights were made, beside those of the network.
 _MADE_BY = (
     "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma",
@@ -141,7 +141,7 @@ def _renamed(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dic
     renamed = {}
     for name, tensor in state.items():
         if name not in expected:
-            parts = [_OLD_NAMES.get(part, part) for part in name.split(".")]
+            parts = [OLD_NAMES.get(part, part) for part in name.split(".")]
             name = ".".join(parts) if ".".join(parts) in expected else name
         wanted = expected.get(name)
         if wanted is not None and tensor.shape != wanted.shape:

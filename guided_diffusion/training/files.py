@@ -15,14 +15,16 @@ from pathlib import Path
 import torch
 import yaml
 
+from guided_diffusion.config.checkpoint_flags import shapes_of
 from guided_diffusion.config.keys import ModelConf, TrainConf
 from guided_diffusion.config.schema import conf_to_dict, shown
 from guided_diffusion.dist_util import is_main, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import TrainingImages, list_images
-from guided_diffusion.io.checkpoints import load_fitting, load_state_dict, write_weights
+from guided_diffusion.io.checkpoints import check_fits, load_state_dict, write_weights
 from guided_diffusion.io.files import check_folder, refuse_inside, remove_leftovers
+from guided_diffusion.models.conversion import initial_state_dict
 from guided_diffusion.unet import UNetModel
 
 # What a resumed training may change: how far it goes, how fast and how visibly; not what it learns.
@@ -145,9 +147,11 @@ def export(conf: TrainConf, path: str) -> str:
 
 
 def load_initial(model: UNetModel, path: str) -> None:
-    """Give ``model`` the weights of a checkpoint; raises UserError where they do not fit."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    model.load_state_dict(load_fitting(path, expected, key="init_from"))
+    """Give ``model`` the weights of a checkpoint or folder; raises UserError if they do not fit."""
+    order = model.cfg.use_new_attention_order
+    state = initial_state_dict(path, new_attention_order=order)
+    check_fits(path, state, shapes_of(model.state_dict()), key="init_from")
+    model.load_state_dict(state)
 
 
 # ---- Checks --------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from guided_diffusion.config.keys import TrainConf
 from guided_diffusion.dist_util import rank, world_size
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import TrainingImages
-from guided_diffusion.io.checkpoints import load_fitting
+from guided_diffusion.io.checkpoints import load_state_dict
 from guided_diffusion.io.files import write_checkpoint, write_text_atomic
 from guided_diffusion.training.files import (
     check_disk,
@@ -271,10 +271,9 @@ class Trainer:
         """Go on from the set of checkpoints of ``step``."""
         path = functools.partial(checkpoint_path, self.conf, step=step)
         state = load_opt(path("opt"), mmap=False)
-        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
-        self.model.load_state_dict(load_fitting(path("model"), shapes))
+        self.model.load_state_dict(load_state_dict(path("model")))
         for rate, averages in self.emas.items():
-            saved = load_fitting(path(f"ema_{rate}_"), shapes)
+            saved = load_state_dict(path(f"ema_{rate}_"))
             for name, average in zip(self.names, averages, strict=True):
                 average.copy_(saved[name])
         self.optimizer.load_state_dict(state["optimizer"])
