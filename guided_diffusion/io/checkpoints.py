@@ -52,7 +52,7 @@ _COUNTERS = re.compile(
 _PACKED = [
     getattr(torch, name) for name in ("float4_e2m1fn_x2", "float8_e8m0fnu") if hasattr(torch, name)
 ]
-_EMA = re.compile(r"(^|[._])(ema|model_ema|averaged?|shadow)([._\d]|$)")
+_EMA = re.compile(r"(^|[._])(ema|model_ema|averaged?|shadow)([._\d]|$)", re.IGNORECASE)
 _USUAL = ("", "model", "state_dict", "module", "net", "unet", "network", "diffusion_model")
 # Classes of other programs that stand beside weights: nothing of them is needed, or made.
 _HARMLESS = re.compile(
@@ -378,9 +378,10 @@ class _Candidate:
 
 def _candidates(tree: Any, place: tuple[str, ...] = ()) -> Iterator[_Candidate]:
     """Yield every set of names in a tree that begin alike and have a landmark among them."""
-    if not isinstance(tree, Mapping) or len(place) > 3:
+    if not isinstance(tree, Mapping | list | tuple) or len(place) > 3:
         return
-    tensors = {k: v for k, v in tree.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    entries = _entries(tree)
+    tensors = {k: v for k, v in entries.items() if isinstance(k, str) and isinstance(v, Tensor)}
     prefixes = {
         name.removesuffix(mark)
         for name in tensors
@@ -395,8 +396,13 @@ def _candidates(tree: Any, place: tuple[str, ...] = ()) -> Iterator[_Candidate]:
             if name.startswith(prefix) and not name.startswith(longer)
         }
         yield _Candidate(place, prefix, own)
-    for key, value in tree.items():
+    for key, value in entries.items():
         yield from _candidates(value, (*place, str(key)))
+
+
+def _entries(tree: Any) -> Mapping:
+    """Return what is in a dictionary by its keys, and in a list by its places."""
+    return tree if isinstance(tree, Mapping) else dict(enumerate(tree))
 
 
 def _shadows(tree: Any, plain: _Candidate) -> Iterator[_Candidate]:
@@ -420,8 +426,8 @@ def _shadows(tree: Any, plain: _Candidate) -> Iterator[_Candidate]:
 
 def _at(tree: Any, place: tuple[str, ...]) -> Mapping:
     for key in place:
-        tree = next(value for name, value in tree.items() if str(name) == key)
-    return tree
+        tree = next(value for name, value in _entries(tree).items() if str(name) == key)
+    return _entries(tree)
 
 
 def _chosen(path: Path, candidates: list[_Candidate]) -> _Candidate:
@@ -449,13 +455,13 @@ def _is_counter(name: str, tensor: Tensor) -> bool:
     return is_number or bool(_COUNTERS.fullmatch(last))
 
 
-def _beside(tree: Mapping, chosen: _Candidate) -> list[str]:
+def _beside(tree: Any, chosen: _Candidate) -> list[str]:
     """Return the names of what stands around the chosen weights, from the outside."""
-    names, branch = [], tree
+    names, branch = [], _entries(tree)
     for key in (*chosen.place, None):
         inside = [name for name in branch if str(name) == key]
         names += [str(name) for name in branch if name not in inside] if key is not None else []
-        branch = branch[inside[0]] if inside else branch
+        branch = _entries(branch[inside[0]]) if inside else branch
     own = {chosen.prefix + name for name in chosen.tensors}
     return names + [str(name) for name in branch if name not in own]
 
@@ -470,11 +476,13 @@ def _is_state_dict(tree: Any) -> bool:
 
 def _described(tree: Any) -> str:
     """Say what a file holds in place of weights."""
-    if not isinstance(tree, Mapping):
+    if not isinstance(tree, Mapping | list | tuple):
         return type(tree).__name__
-    text = f"a dictionary of {listed([str(name) for name in tree]) or 'nothing'}"
-    names = [str(name) for name in tree]
-    for key, value in tree.items():
+    names = [str(name) for name in _entries(tree)]
+    text = f"a dictionary of {listed(names) or 'nothing'}"
+    if not isinstance(tree, Mapping):
+        text = type(tree).__name__
+    for key, value in _entries(tree).items():
         if isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values()):
             names = [str(name) for name in value]
             text += f", whose {short(key, 30)} holds {listed(names, 2)}"

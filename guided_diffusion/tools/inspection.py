@@ -1,6 +1,7 @@
 """What a checkpoint or folder is, and which YAML keys it needs; tools/inspect.py runs it."""
 
 import argparse
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from guided_diffusion.io.checkpoints import (
     read_weights,
     state_dict_shapes,
 )
+from guided_diffusion.models.conversion import training_keys
 
 _USUAL_STEPS = 250  # of a walk, where the YAML says nothing
 
@@ -83,6 +85,9 @@ def _of_folder(path: str) -> list[str]:
         keys |= {"diffusion_steps": 1000, "noise_schedule": "linear", "predict_xstart": False}
     follow = ", ".join(_yaml(folder.keys()))
     lines.append(f"# These follow the folder and may be left out: {follow}")
+    with contextlib.suppress(UserError):  # most folders cannot be trained here
+        training = ", ".join(_yaml(training_keys(folder)))
+        lines.append(f"# train.py starts from it with init_from: {path}, {training}")
     return [*lines, *_yaml({**keys, **_walk(len(chain.betas))})]
 
 

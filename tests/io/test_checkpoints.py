@@ -363,6 +363,8 @@ WRAPPED = {
     "litema": {"state_dict": {**under("model.diffusion_model.", NET), **undotted(EMA),
                               "model_ema.num_updates": torch.tensor(3)}},
     "shadow_params": {"model": NET, "ema": {"shadow_params": list(EMA.values()), "decay": 0.9}},
+    "a list": [NET, {"state": {}}, 3, {"ema": EMA}],
+    "other letters": {"Model_State_Dict": NET, "EMA_state_dict": EMA},
     "several rates": {"model": NET, "ema_0.99": NET, "ema_0.9999": EMA},
     "only some are averaged": {"model": EMA, "ema": dict(list(EMA.items())[:2])},
 }  # fmt: skip
@@ -416,6 +418,19 @@ def test_an_average_that_is_not_finite_is_refused_by_name(tmp_path):
 def test_other_programs_networks_are_named(tmp_path, name, form):
     torch.save({"model": {name: torch.ones(2)}, "step": 2}, tmp_path / "model.pt")
     assert form in refusal(tmp_path / "model.pt")
+
+
+def test_the_list_that_ddim_saves_is_named(tmp_path):
+    torch.save([{"module.temb.dense.0.weight": torch.ones(2)}, {}, 3], tmp_path / "ckpt.pth")
+    assert "found list, whose 0 holds module.temb" in refusal(tmp_path / "ckpt.pth")
+    assert "DDPM's PyTorch port" in refusal(tmp_path / "ckpt.pth")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_torchscript_program_is_refused_and_not_run(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(str(path))
+    assert "is a TorchScript program" in refusal(path)
 
 
 def test_long_names_do_not_make_long_lines(tmp_path):
