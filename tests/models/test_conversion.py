@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers_cases import edit, save, tiny_unet
 
 from guided_diffusion.config.folders import read_folder
 from guided_diffusion.config.keys import TrainConf
@@ -10,7 +11,6 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.models.conversion import guided_state_dict, training_keys
 from guided_diffusion.script_util import create_model
 from guided_diffusion.training import files
-from tests.models.cases import edit, save, tiny_unet
 
 ALIKE = {"block_out_channels": (32, 64), "norm_num_groups": 32, "sample_size": 16}
 

@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers_cases import STEPS, edit, flattened, save, scheduler, tiny_unet
 
 from guided_diffusion.config.folders import read_folder
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.models.diffusers import check_folder, load_network
-from tests.models.cases import STEPS, edit, flattened, save, scheduler, tiny_unet
 
 CPU = torch.device("cpu")
 

@@ -2,11 +2,11 @@
 
 import pytest
 import yaml
+from diffusers_cases import edit, save, scheduler, tiny_unet
+from run_cases import assert_same, load_yaml, results, run_here, write_run, write_tree
 
 from guided_diffusion.config.keys import InpaintConf, load_conf
 from guided_diffusion.errors import UserError
-from tests.models.cases import edit, save, scheduler, tiny_unet
-from tests.run_cases import assert_same, load_yaml, results, run_here, write_run, write_tree
 
 FOREIGN = {
     "model_path": "unet8",

@@ -100,7 +100,7 @@ def test_a_classifier(tmp_path, capsys):
 
 
 def test_a_folder(tmp_path, capsys):
-    cases = pytest.importorskip("tests.models.cases", reason="needs requirements-diffusers.txt")
+    cases = pytest.importorskip("diffusers_cases", reason="needs requirements-diffusers.txt")
     cases.save(tmp_path, cases.tiny_unet(num_class_embeds=3))
     text, tree = told(capsys, tmp_path)
     assert "UNet2DModel" in text

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 diffusers = pytest.importorskip("diffusers", reason="needs requirements-diffusers.txt")
-pytest.importorskip("safetensors", reason="needs requirements-diffusers.txt")
+pytest.importorskip("safetensors.torch", reason="needs requirements-diffusers.txt")
 
 TINY = {
     "sample_size": 8,
