@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from guided_diffusion.config.checkpoint_flags import (
-    _has_any,
-    _misfit,
-    _shapes,
-    _warn_of_silent_flags,
     classifier_flags,
+    has_any,
+    misfit,
     model_flags,
+    shapes_of,
+    warn_of_silent_flags,
 )
+from guided_diffusion.config.folders import is_folder, read_folder
 from guided_diffusion.config.keys import (
     CHANNEL_MULT_BY_SIZE,
     CLASSIFIER_CLASSES,
@@ -29,7 +30,13 @@ from guided_diffusion.config.keys import (
 )
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
-from guided_diffusion.io.checkpoints import load_state_dict
+from guided_diffusion.io.checkpoints import (
+    check_checkpoint,
+    fingerprint,
+    is_plain,
+    load_state_dict,
+)
+from guided_diffusion.models.diffusers import DiffusersUNet, check_folder, load_network
 from guided_diffusion.respace import respaced_betas, space_timesteps
 from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
@@ -74,27 +81,37 @@ def create_classifier(conf: InpaintConf) -> EncoderUNetModel:
 
 
 def create_gaussian_diffusion(
-    conf: ModelConf,
-    key: str = "timestep_respacing",
-    kind: Callable[..., GaussianDiffusion] = GaussianDiffusion,
+    conf: ModelConf, key: str = "timestep_respacing"
 ) -> GaussianDiffusion:
     """Build the chain of the steps that ``key`` keeps; raises UserError where it is impossible."""
-    respacing = getattr(conf, key)
-    betas = get_named_beta_schedule(conf.noise_schedule, conf.diffusion_steps)
+    respacing, chain = getattr(conf, key), _chain(conf)
     try:
         kept = space_timesteps(conf.diffusion_steps, respacing)
-        return kind(
-            respaced_betas(betas, kept),
+        return GaussianDiffusion(
+            respaced_betas(chain.pop("betas"), kept),
             kept,
-            learn_sigma=conf.learn_sigma,
-            predict_xstart=conf.predict_xstart,
-            clip_denoised=conf.clip_denoised,
+            **chain,
             time_scale=1000 / conf.diffusion_steps if conf.rescale_timesteps else 1.0,
             rescale_learned_sigmas=conf.rescale_learned_sigmas,
             use_kl=conf.use_kl,
         )
     except ValueError as error:
         raise UserError(str(error), key=key, got=repr(respacing)) from error
+
+
+def _chain(conf: ModelConf) -> dict[str, Any]:
+    """Return the betas of all steps, and what the network's output means."""
+    if conf.follows_folder:
+        folder = read_folder(conf.model_path)
+        if folder.scheduler_path:
+            return dict(vars(folder.chain))
+    own = {
+        "betas": get_named_beta_schedule(conf.noise_schedule, conf.diffusion_steps),
+        "learn_sigma": conf.learn_sigma,
+        "predict_xstart": conf.predict_xstart,
+        "clip_denoised": conf.clip_denoised,
+    }
+    return {**own, "fixed_small": True} if conf.follows_folder else own
 
 
 def create_schedule(conf: InpaintConf, diffusion: GaussianDiffusion) -> list[int]:
@@ -132,23 +149,32 @@ def create_schedule(conf: InpaintConf, diffusion: GaussianDiffusion) -> list[int
 # ---- Loading -------------------------------------------------------------------------------------
 
 
-def load_model(conf: InpaintConf, device: torch.device) -> UNetModel:
+def check_network(path: str) -> str:
+    """Find what is wrong with a checkpoint or folder; return its fingerprint; raises UserError."""
+    if is_folder(path):
+        return check_folder(read_folder(path))
+    check_checkpoint(path)
+    return fingerprint(path)
+
+
+def load_model(conf: InpaintConf, device: torch.device) -> UNetModel | DiffusersUNet:
     """Return the network with the weights of ``model_path`` on ``device``, ready to be called.
 
-    Raises UserError as ``dist_util.load_state_dict``, and where the weights do not fit.
+    Raises UserError as ``load_state_dict``, and where the weights do not fit.
     """
     path = conf.model_path
+    if conf.follows_folder:
+        return load_network(read_folder(path), device)
     state = load_state_dict(path)
-    shapes = _shapes(state)
-    with torch.device("meta"):
-        model = create_model(conf)
-    if _shapes(model.state_dict()) != shapes:
-        if _has_any(shapes, "middle_block") and not _has_any(shapes, "output_blocks"):
+    shapes = shapes_of(state)
+    model = _without_weights(create_model, conf, "num_channels")
+    if shapes_of(model.state_dict()) != shapes:
+        if has_any(shapes, "middle_block") and not has_any(shapes, "output_blocks"):
             raise UserError("holds a classifier, which belongs in classifier_path", path=path)
         mult = conf.channel_mult_list if conf.channel_mult else None
         flags = model_flags(shapes, conf.image_size, mult)
-        raise _misfit(path, create_model, shapes, conf, flags)
-    _warn_of_silent_flags(conf)
+        raise misfit(path, create_model, shapes, conf, flags)
+    warn_of_silent_flags(conf)
     return _filled(path, model, state, device)
 
 
@@ -156,21 +182,30 @@ def load_classifier(conf: InpaintConf, device: torch.device) -> EncoderUNetModel
     """Return the classifier with the weights of ``classifier_path``, as ``load_model``."""
     path = conf.classifier_path
     state = load_state_dict(path)
-    shapes = _shapes(state)
-    with torch.device("meta"):
-        classifier = create_classifier(conf)
-    if _shapes(classifier.state_dict()) != shapes:
-        if _has_any(shapes, "output_blocks"):
+    shapes = shapes_of(state)
+    classifier = _without_weights(create_classifier, conf, "classifier_width")
+    if shapes_of(classifier.state_dict()) != shapes:
+        if has_any(shapes, "output_blocks"):
             raise UserError("holds a diffusion network, which belongs in model_path", path=path)
         flags = classifier_flags(shapes, conf.image_size)
-        raise _misfit(path, create_classifier, shapes, conf, flags)
+        raise misfit(path, create_classifier, shapes, conf, flags)
     return _filled(path, classifier, state, device)
+
+
+def _without_weights(create: Callable[[Any], nn.Module], conf: InpaintConf, width: str) -> Any:
+    try:
+        with torch.device("meta"):
+            return create(conf)
+    except (RuntimeError, OverflowError) as error:  # more numbers than torch can count
+        raise UserError(
+            "makes the network too large", key=width, got=getattr(conf, width)
+        ) from error
 
 
 def _filled(path: str, model: nn.Module, state: Mapping[str, Tensor], device: torch.device) -> Any:
     """Give an empty network its weights; half precision on disk becomes float32, views whole."""
     for name, tensor in state.items():
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+        if not is_plain(tensor):
             raise UserError(
                 path=path, expected=f"{name} as plain floating-point numbers", got=tensor.dtype
             )

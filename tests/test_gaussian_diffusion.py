@@ -653,6 +653,31 @@ def test_variances_that_are_not_learned():
     np.testing.assert_allclose(variances, expected, rtol=1e-6)
 
 
+def test_the_smaller_variance_that_is_not_learned():
+    diffusion = chain(learn_sigma=False, fixed_small=True)
+    output, *_ = step_inputs(channels=3)
+    variances = [math.exp(diffusion.pred_log_variance(output, t)) for t in range(1, 12)]
+    np.testing.assert_allclose(variances, diffusion.posterior_variance[1:], rtol=1e-6)
+
+
+@pytest.mark.parametrize("t", [0, 5, 11])
+def test_a_velocity_means_the_picture_that_it_was_made_of(t):
+    _, x_start, eps, _ = step_inputs()
+    diffusion = chain(predict_v=True, learn_sigma=False)
+    x = diffusion.q_sample(x_start, t, eps)
+    signal, noise = diffusion.sqrt_alphas_cumprod[t], diffusion.sqrt_one_minus_alphas_cumprod[t]
+    v = signal * eps - noise * x_start
+    found = diffusion.pred_xstart(v.float(), x, t, clip=False)
+    torch.testing.assert_close(found, x_start, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_are_clipped_to_the_range_that_is_stated():
+    output, x, *_ = step_inputs(channels=3)
+    diffusion = chain(predict_xstart=True, learn_sigma=False, clip_range=2.5)
+    found = diffusion.pred_xstart(10 * output, x, 3, clip=True)
+    assert torch.equal(found, (10 * output).clamp(-2.5, 2.5))
+
+
 @pytest.mark.parametrize("t", [0, 5])
 def test_learned_variances_lie_between_their_bounds(t):
     diffusion = chain()

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from guided_diffusion.accel.cpu_kernels import Kernels
 from guided_diffusion.accel.fused_unet import (
@@ -27,11 +27,14 @@ def prepare(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = True  # all calls have the same shapes
 
 
-def accelerate(model: UNetModel, device: torch.device, compile: bool | str, calls: int) -> Network:
+def accelerate(model: nn.Module, device: torch.device, compile: bool | str, calls: int) -> Network:
     """Return what computes ``model`` fastest: (x, timesteps[, y]) → output, to rounding.
 
-    ``compile`` is the YAML key; ``calls`` is how often a walk calls the network.
+    ``compile`` is the YAML key; ``calls`` is how often a walk calls the network. There are kernels
+    for ``UNetModel`` alone.
     """
+    if not isinstance(model, UNetModel):
+        return _accelerated(model, model, device, compile, calls)
     if (kernels := _cpu_kernels(model, device, compile)) is not None:
         return FusedUNet(kernels, model)
     if device.type == "cuda" and compile == "auto":

@@ -1,6 +1,7 @@
 """What the shapes of a checkpoint tell: the YAML keys of its network."""
 
 import copy
+import json
 import math
 import re
 import warnings
@@ -12,18 +13,21 @@ from torch import Tensor, nn
 
 from guided_diffusion.config.keys import CHANNEL_MULT_BY_SIZE, InpaintConf, ModelConf
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.checkpoints import foreign_form, short
 
+_LISTS = ("channel_mult", "attention_resolutions", "classifier_attention_resolutions")
 Shapes = Mapping[str, tuple[int, ...]]
 # What shapes cannot tell, of published checkpoints that differ from the defaults: by what they can.
-_SILENT_FLAGS = {
+SILENT_FLAGS = {
     (64, 192, 3): {"use_new_attention_order": True, "noise_schedule": "cosine"},
     (128, 256, 2): {"num_heads": 4, "num_head_channels": -1},
 }
 
 
-def _warn_of_silent_flags(conf: ModelConf) -> None:
+def warn_of_silent_flags(conf: ModelConf) -> None:
+    """Warn of published checkpoints whose shapes say less than they need."""
     shape = (conf.image_size, conf.num_channels, conf.num_res_blocks)
-    published = _SILENT_FLAGS.get(shape, {})
+    published = SILENT_FLAGS.get(shape, {})
     wrong = {key: value for key, value in published.items() if getattr(conf, key) != value}
     if wrong and conf.class_cond and conf.learn_sigma:
         warnings.warn(
@@ -130,7 +134,8 @@ def classifier_flags(shapes: Shapes, image_size: int) -> dict[str, Any]:
     }
 
 
-def _has_any(shapes: Shapes, list_name: str) -> bool:
+def has_any(shapes: Shapes, list_name: str) -> bool:
+    """Whether a network has any block of the list ``list_name``."""
     return any(name.startswith(f"{list_name}.") for name in shapes)
 
 
@@ -160,7 +165,7 @@ def _multiplier(level_width: int, width: int) -> float:
     return next((mult for mult in rounded if int(mult * width) == level_width), exact)
 
 
-def _misfit(
+def misfit(
     path: str,
     create: Callable[[Any], nn.Module],
     shapes: Shapes,
@@ -172,28 +177,31 @@ def _misfit(
     ``create`` builds the network that was asked for; ``flags`` is what the shapes tell of it. A key
     is named only where a network that is built with it fits, and one without it does not.
     """
+    check_channels(path, shapes)
     changes = {key: _text(value) for key, value in flags.items()}
     changes = {key: value for key, value in changes.items() if getattr(conf, key) != value}
-    closest = _empty_shapes(create, conf, changes) or _empty_shapes(create, conf, {})
+    closest = _emptyshapes_of(create, conf, changes) or _emptyshapes_of(create, conf, {})
     if closest == shapes:
         for key in reversed(list(changes)):
             fewer = {name: value for name, value in changes.items() if name != key}
-            if _empty_shapes(create, conf, fewer) == shapes:
+            if _emptyshapes_of(create, conf, fewer) == shapes:
                 changes = fewer
         return UserError(f"does not fit the configuration; set {_quoted(changes)}", path=path)
-    for name, shape in closest.items():
+    if form := foreign_form(list(shapes)):
+        return UserError(f"holds {form}", path=path)
+    for name, shape in (closest or {}).items():
         if shape != shapes.get(name):
             return UserError(
-                "is damaged, or not a checkpoint of this kind of network",
+                "is not a whole network of guided-diffusion's kind",
                 path=path,
                 expected=f"{name} of shape {shape}",
                 got=shapes.get(name, "no such tensor"),
             )
-    extra = next(name for name in shapes if name not in closest)
+    extra = short(next(name for name in shapes if name not in (closest or {})))
     return UserError("holds a tensor that the network does not have", path=path, got=extra)
 
 
-def _empty_shapes(
+def _emptyshapes_of(
     create: Callable[[Any], nn.Module], conf: InpaintConf, changes: Mapping[str, Any]
 ) -> Shapes | None:
     """Return the shapes of the network of the changed configuration; None if it cannot be."""
@@ -202,12 +210,13 @@ def _empty_shapes(
     vars(changed).update({**changes, "num_head_channels": 1})
     try:
         with torch.device("meta"):
-            return _shapes(create(changed).state_dict())
+            return shapes_of(create(changed).state_dict())
     except (ValueError, RuntimeError, KeyError):
         return None
 
 
-def _shapes(state: Mapping[str, Tensor]) -> Shapes:
+def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
+    """Return the shapes of a ``state_dict`` by name."""
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
@@ -219,10 +228,21 @@ def _text(value: Any) -> Any:
     return value
 
 
+def yaml_text(key: str, value: Any) -> str:
+    """Write a value as a YAML file has it: lists of numbers as quoted text."""
+    value = _text(value)
+    is_text = isinstance(value, str) and (key in _LISTS or value.isdecimal())
+    return f"'{value}'" if is_text else json.dumps(value, ensure_ascii=False).strip('"')
+
+
+def check_channels(path: str, shapes: Shapes) -> None:
+    """Refuse a network of other than three channels; raises UserError."""
+    channels = shapes.get("input_blocks.0.0.weight", (0, 3))[1:2]
+    if channels and channels != (3,):
+        problem = "only 3-channel networks work on pictures"
+        raise UserError(problem, path=path, got=f"{channels[0]} input channels")
+
+
 def _quoted(flags: Mapping[str, Any]) -> str:
     """Write flags as in a YAML file, with commas between them."""
-    is_list = ("channel_mult", "attention_resolutions", "classifier_attention_resolutions")
-    values = {
-        key: f"'{value}'" if key in is_list else str(value).lower() for key, value in flags.items()
-    }
-    return ", ".join(f"{key}: {value}" for key, value in values.items())
+    return ", ".join(f"{key}: {yaml_text(key, value)}" for key, value in flags.items())

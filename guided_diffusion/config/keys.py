@@ -7,11 +7,12 @@ too, in ``__post_init__``; everything else is schema.py's.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from guided_diffusion.config.folders import NETWORK_KEYS, follow_folder, is_folder
 from guided_diffusion.config.schema import (
     RATES,
     SIDES,
@@ -198,6 +199,15 @@ class ModelConf(Conf):
         super().__post_init__()
         if not self.timestep_respacing:
             self._set("timestep_respacing", str(self.diffusion_steps))
+        if not self.follows_folder:
+            self._check_network()
+
+    @property
+    def follows_folder(self) -> bool:
+        """Whether the network is described by a folder, and not by these keys."""
+        return False
+
+    def _check_network(self) -> None:
         require(
             self.depth_min < self.depth_max if self.depth_max else not self.depth_min,
             "depth_min and depth_max",
@@ -267,7 +277,8 @@ class InpaintConf(ModelConf):
     ignored: ClassVar[dict[str, str]] = IGNORED_KEYS
 
     name: str = key(text="Name of the run, for its folder ./log/<name>/.")
-    model_path: str = key(text="Checkpoint of the network, a state_dict saved by torch.", path=True)
+    model_path: str = key(text="The network: a checkpoint (.pt, .safetensors), a folder of "
+                          "diffusers, or hf://owner/name.", path=True)
     cond_y: int | None = key(None, "Class label of all pictures; absent: drawn for each at random.",
                              low=0)
     sampler: str = key("repaint", "Where the known pixels come in: repaint puts them into every "
@@ -334,6 +345,21 @@ class InpaintConf(ModelConf):
     save_process: int = key(0, "Pictures to keep of the walk from noise to result; 0: none.", low=0)
     data: DataConf = key(text="`eval:` and in it one data set by its name.", under="eval")  # noqa: RUF009
     # fmt: on
+
+    @classmethod
+    def completed(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the tree with the keys that the folder at ``model_path`` decides."""
+        return follow_folder(tree)
+
+    @property
+    def follows_folder(self) -> bool:
+        """Whether ``model_path`` is a folder, which describes its network itself."""
+        return is_folder(self.model_path)
+
+    @property
+    def without_effect(self) -> Sequence[str]:
+        """Keys of a network that is described by a folder."""
+        return NETWORK_KEYS if self.follows_folder else ()
 
     def __post_init__(self) -> None:
         """Check the keys one by one, then those that have to fit each other."""

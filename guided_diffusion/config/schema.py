@@ -233,6 +233,16 @@ class Conf:
 
     ignored: ClassVar[Mapping[str, str]] = {}
 
+    @classmethod
+    def completed(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a tree with the keys that something else than the YAML decides."""
+        return tree
+
+    @property
+    def without_effect(self) -> Sequence[str]:
+        """Keys that mean nothing here, and stay out of the tree where they are as by default."""
+        return ()
+
     def __post_init__(self) -> None:
         for field in keys_of(type(self)).values():
             self._set(field.name, _checked(field, getattr(self, field.name)))
@@ -332,15 +342,20 @@ def _build_named(field: dataclasses.Field, tree: Any, root: type[Conf]) -> Conf:
     return _build(field.type, {} if keys is None else keys, root, *inner, name=named)
 
 
-def conf_from_dict(tree: Any, cls: type[AnyConf], source: object = None) -> AnyConf:
+def conf_from_dict(
+    tree: Any, cls: type[AnyConf], source: object = None, *, is_complete: bool = False
+) -> AnyConf:
     """Make a checked configuration from a tree in the published YAML form.
 
-    Raises UserError, naming the file ``source``, for anything wrong with the tree.
+    Keys that something else decides, such as a folder that the tree names, are completed, unless it
+    ``is_complete``. Raises UserError, naming the file ``source``, for anything wrong with the tree.
     """
     try:
+        if isinstance(tree, Mapping) and not is_complete:
+            tree = cls.completed(tree)
         return _build(cls, tree, cls)
-    except UserError as error:
-        raise _with_place(error, path=source) from None
+    except UserError as error:  # a folder that the tree names may be at fault itself
+        raise _with_place(error, path=error.path or source) from None
 
 
 def conf_to_dict(conf: Conf) -> dict[str, Any]:
@@ -348,6 +363,8 @@ def conf_to_dict(conf: Conf) -> dict[str, Any]:
     tree = {}
     for name, field in keys_of(type(conf)).items():
         value, under = getattr(conf, name), field.metadata["under"]
+        if name in conf.without_effect and value == field.default:
+            continue
         if under:
             tree[name] = {under: {value.name: conf_to_dict(value)}}
         elif isinstance(value, Conf):
@@ -514,7 +531,7 @@ def load(path: str | os.PathLike, cls: type[AnyConf], overrides: Sequence[str] =
         except UserError as error:
             raise _with_place(error, path=name) from None
     try:
-        return conf_from_dict(tree, cls, path)
+        return conf_from_dict(tree, cls)
     except UserError as error:
         wrong = [f"{name}." for name in (error.key or "").split(" and ")]
         options = [
@@ -523,7 +540,7 @@ def load(path: str | os.PathLike, cls: type[AnyConf], overrides: Sequence[str] =
             if any(key.startswith(f"{name}.") or f"{name}.".startswith(key) for key in wrong)
         ]
         # Where options set the keys at fault, or a part of them, the file is not to blame.
-        raise _with_place(error, path=" ".join(options) or path) from None
+        raise _with_place(error, path=error.path or " ".join(options) or path) from None
 
 
 # ---- The keys, described -------------------------------------------------------------------------

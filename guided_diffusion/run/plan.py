@@ -40,7 +40,6 @@ from guided_diffusion.image_datasets import (
     warn_of_extremes,
     warn_of_kinds,
 )
-from guided_diffusion.io.checkpoints import check_beginning, fingerprint
 from guided_diffusion.io.files import (
     JPEG_SUFFIXES,
     check_folder,
@@ -52,7 +51,11 @@ from guided_diffusion.io.results import is_written, result_path
 from guided_diffusion.run.full_size import Cut, find_cuts, known_in
 from guided_diffusion.run.windows import window_places
 from guided_diffusion.scheduler import count_steps
-from guided_diffusion.script_util import create_gaussian_diffusion, create_schedule
+from guided_diffusion.script_util import (
+    check_network,
+    create_gaussian_diffusion,
+    create_schedule,
+)
 
 SAMPLE_SEED_STRIDE = 1_000_003  # sample j of image k: seed + k + j · this, so that none coincide
 _MAX_RECORD_BYTES = 1 << 30  # a record has a line for each result
@@ -119,9 +122,7 @@ def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -
     checkpoints = {"model_path": conf.model_path}
     if conf.guided:
         checkpoints["classifier_path"] = conf.classifier_path
-    for path in checkpoints.values():
-        check_beginning(path)
-    checkpoints = {key: fingerprint(path) for key, path in checkpoints.items()}
+    checkpoints = {key: check_network(path) for key, path in checkpoints.items()}
     for folder in (conf.log_dir, *result_folders(conf).values()):
         refuse_inside(folder, conf.data.gt_path, key="gt_path")
         refuse_inside(folder, conf.data.mask_path, key="mask_path")
@@ -368,7 +369,7 @@ def _read_record(conf: InpaintConf) -> dict[str, Any] | None:
         return None
     try:
         tree = read_yaml(path, max_bytes=_MAX_RECORD_BYTES)
-        earlier, record = conf_from_dict(tree, InpaintConf, path), tree["record"]
+        earlier, record = conf_from_dict(tree, InpaintConf, path, is_complete=True), tree["record"]
         checkpoints = {key: str(value) for key, value in record["checkpoints"].items()}
         settings = settings_of_results(earlier, checkpoints, str(record["device_type"]))
         if earlier.seed is None:

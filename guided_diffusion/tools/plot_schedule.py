@@ -185,10 +185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from guided_diffusion.io.files import atomic_path
 
     if options.measure:  # all of them, before the first is loaded
-        from guided_diffusion.io.checkpoints import check_beginning
+        from guided_diffusion.script_util import check_network
 
         for conf in confs.values():
-            check_beginning(conf.model_path)
+            check_network(conf.model_path)
 
     figure = plot_schedules(schedules)
     with atomic_path(options.out) as temporary:

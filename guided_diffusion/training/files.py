@@ -15,19 +15,16 @@ from pathlib import Path
 import torch
 import yaml
 
+from guided_diffusion.config.checkpoint_flags import shapes_of
 from guided_diffusion.config.keys import ModelConf, TrainConf
 from guided_diffusion.config.schema import conf_to_dict, shown
 from guided_diffusion.dist_util import is_main, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import TrainingImages, list_images
-from guided_diffusion.io.checkpoints import load_state_dict
-from guided_diffusion.io.files import (
-    check_folder,
-    refuse_inside,
-    remove_leftovers,
-    write_checkpoint,
-)
+from guided_diffusion.io.checkpoints import check_fits, load_state_dict, write_weights
+from guided_diffusion.io.files import check_folder, refuse_inside, remove_leftovers
+from guided_diffusion.models.conversion import initial_state_dict
 from guided_diffusion.unet import UNetModel
 
 # What a resumed training may change: how far it goes, how fast and how visibly; not what it learns.
@@ -145,18 +142,16 @@ def export(conf: TrainConf, path: str) -> str:
         raise UserError("no complete checkpoint to export", path=conf.out_dir)
     source = checkpoint_path(conf, f"ema_{conf.ema_rates[0]}_", step)
     state = {name: value.half() for name, value in load_state_dict(source).items()}
-    write_checkpoint(path, state)
+    write_weights(path, state)
     return f"{source} in half precision is {path}, {Path(path).stat().st_size / 1e6:.1f} MB"
 
 
 def load_initial(model: UNetModel, path: str) -> None:
-    """Give ``model`` the weights of a checkpoint; raises UserError where they do not fit."""
-    try:
-        model.load_state_dict(load_state_dict(path))
-    except RuntimeError as error:  # its first line is a title
-        first = " ".join(str(error).splitlines()[1:2])
-        problem = f"does not fit the network: {first.strip()}"
-        raise UserError(problem, path=path, key="init_from") from error
+    """Give ``model`` the weights of a checkpoint or folder; raises UserError if they do not fit."""
+    order = model.cfg.use_new_attention_order
+    state = initial_state_dict(path, new_attention_order=order)
+    check_fits(path, state, shapes_of(model.state_dict()), key="init_from")
+    model.load_state_dict(state)
 
 
 # ---- Checks --------------------------------------------------------------------------------------

@@ -1,0 +1,190 @@
+"""What a checkpoint or folder is, and which YAML keys it needs; tools/inspect.py runs it."""
+
+import argparse
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from guided_diffusion.cli import OptionParser
+from guided_diffusion.config.checkpoint_flags import (
+    SILENT_FLAGS,
+    check_channels,
+    classifier_flags,
+    model_flags,
+    yaml_text,
+)
+from guided_diffusion.config.folders import HUB, ModelFolder, is_folder, read_folder
+from guided_diffusion.config.keys import CHANNEL_MULT_BY_SIZE
+from guided_diffusion.errors import UserError
+from guided_diffusion.io.checkpoints import (
+    Weights,
+    foreign_form,
+    listed,
+    read_weights,
+    state_dict_shapes,
+)
+from guided_diffusion.models.conversion import training_keys
+
+_USUAL_STEPS = 250  # of a walk, where the YAML says nothing
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print YAML: what a checkpoint is in comments, and the keys; raises UserError."""
+    parser = OptionParser(description="Say what a checkpoint or a diffusers folder is, and which "
+                          "YAML keys it needs; the output is YAML.")  # fmt: skip
+    parser.add_argument("path", metavar="FILE_OR_FOLDER", help="or hf://owner/name")
+    parser.add_argument("--image_size", type=_side, metavar="PIXELS",
+                        help="where it is known: shapes alone cannot always tell")  # fmt: skip
+    args: argparse.Namespace = parser.parse_args(argv)
+    if is_folder(args.path):
+        lines = _of_folder(args.path)
+    else:
+        lines = _of_checkpoint(args.path, args.image_size)
+    print("\n".join(lines))
+    return 0
+
+
+def _side(text: str) -> int:
+    side = int(text)
+    if not 1 <= side <= 8192:
+        raise argparse.ArgumentTypeError("from 1 to 8192")
+    return side
+
+
+def _yaml(keys: Mapping[str, Any]) -> list[str]:
+    return [f"{key}: {yaml_text(key, value)}" for key, value in keys.items()]
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    count = sum(map(math.prod, shapes.values()))
+    return f"{count / 1e6:,.1f} million parameters" if count > 1e5 else f"{count:,} parameters"
+
+
+# ---- A folder ------------------------------------------------------------------------------------
+
+
+def _of_folder(path: str) -> list[str]:
+    folder = read_folder(path)
+    chain, version = folder.chain, str(folder.unet.get("_diffusers_version", "unknown"))[:20]
+    outputs = "the picture" if chain.predict_xstart else "v" if chain.predict_v else "noise"
+    variance = "learned" if chain.learn_sigma else "posterior" if chain.fixed_small else "beta"
+    clip = f"clipped to {chain.clip_range:g}" if chain.clip_denoised else "not clipped"
+    lines = [
+        f"# {path}: a UNet2DModel of diffusers {version}{_size_of(folder)}",
+        f"# chain: {len(chain.betas):,} steps with betas from {chain.betas[0]:.3g} to "
+        f"{chain.betas[-1]:.3g}; predicts {outputs}, {clip}; variance: {variance}",
+    ]
+    keys: dict[str, Any] = {"model_path": path}
+    if "image_size" not in folder.keys():  # noqa: SIM118 - not a dictionary
+        lines.append("# warning: config.json has no sample_size; 256 is a guess")
+        keys["image_size"] = 256
+    if not folder.scheduler_path:
+        lines.append("# warning: has no scheduler_config.json; the chain's keys are a guess")
+        keys |= {"diffusion_steps": 1000, "noise_schedule": "linear", "predict_xstart": False}
+    follow = ", ".join(_yaml(folder.keys()))
+    lines.append(f"# These follow the folder and may be left out: {follow}")
+    with contextlib.suppress(UserError):  # most folders cannot be trained here
+        training = ", ".join(_yaml(training_keys(folder)))
+        lines.append(f"# train.py starts from it with init_from: {path}, {training}")
+    return [*lines, *_yaml({**keys, **_walk(len(chain.betas))})]
+
+
+def _size_of(folder: ModelFolder) -> str:
+    if folder.name.startswith(HUB):
+        return ""
+    shapes = {}
+    for path in folder.weights:
+        shapes |= state_dict_shapes(path)
+    return f", {_count(shapes)}"
+
+
+def _walk(steps: int) -> dict[str, Any]:
+    """Return the keys of a walk over a chain that is shorter than the usual walk."""
+    if steps >= _USUAL_STEPS:
+        return {}
+    return {"timestep_respacing": str(steps), "schedule_jump_params": f"{{t_T: {steps}}}"}
+
+
+# ---- A checkpoint --------------------------------------------------------------------------------
+
+
+def _of_checkpoint(path: str, side: int | None) -> list[str]:
+    weights = read_weights(Path(path))
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
+    if form := foreign_form(list(shapes)):
+        raise UserError(f"holds {form}", path=path)
+    check_channels(path, shapes)
+    flags = model_flags(shapes, side or _likely_side(shapes))
+    if flags:
+        return _of_network(path, weights, shapes, flags, side)
+    flags = classifier_flags(shapes, side or 256)
+    if flags:
+        about = f"# {path}: a classifier of noisy pictures, {_about(weights, shapes)}"
+        return [about, *_note(weights), *_yaml({"classifier_path": path, **flags})]
+    problem = "is not a whole network of guided-diffusion's kind"
+    raise UserError(problem, path=path, got=f"tensors named {listed(list(shapes))}")
+
+
+def _likely_side(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the side at which the levels with attention are those that networks mostly have."""
+    top = 1 << 20
+    sides = model_flags(shapes, top).get("attention_resolutions")
+    if not sides:
+        return 256
+    return (32 if len(sides) > 2 else 16) * top // max(sides)
+
+
+def _about(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    types = sorted(
+        {str(tensor.dtype).removeprefix("torch.") for tensor in weights.tensors.values()}
+    )
+    return f"{_count(shapes)} in {' and '.join(sorted(types)[:3])}"
+
+
+def _note(weights: Weights) -> list[str]:
+    return [f"# {weights.note}"] if weights.note else []
+
+
+def _of_network(
+    path: str,
+    weights: Weights,
+    shapes: Mapping[str, tuple[int, ...]],
+    flags: dict[str, Any],
+    side: int | None,
+) -> list[str]:
+    is_improved = flags.get("resblock_updown") is False
+    kind = "improved-diffusion or guided-diffusion" if is_improved else "guided-diffusion"
+    lines = [f"# {path}: a network of {kind}, {_about(weights, shapes)}", *_note(weights)]
+    mult, size = flags["channel_mult"], flags["image_size"]
+    if side is not None:
+        flags["image_size"] = size = side
+    elif CHANNEL_MULT_BY_SIZE.get(size) != mult:
+        lines.append(
+            f"# warning: shapes cannot tell image_size; {size} is a guess, and "
+            "attention_resolutions go with it (--image_size states another)"
+        )
+    if CHANNEL_MULT_BY_SIZE.get(size) == mult:
+        del flags["channel_mult"]
+    published = SILENT_FLAGS.get((size, flags["num_channels"], flags["num_res_blocks"]), {})
+    if published and flags["class_cond"] and flags["learn_sigma"]:
+        lines.append("# the shapes are those of a published checkpoint, with whose keys it goes")
+        return [*lines, *_yaml({"model_path": path, **flags, **published})]
+    guesses = {**_heads(flags, mult, is_improved), "use_new_attention_order": False}
+    guesses |= {"noise_schedule": "linear", "diffusion_steps": 1000, "predict_xstart": False,
+                "rescale_timesteps": False}  # fmt: skip
+    lines.append(
+        f"# warning: shapes cannot tell {', '.join(guesses)}: below are the usual values; if "
+        "results are noise, they were others"
+    )
+    return [*lines, *_yaml({"model_path": path, **flags, **guesses})]
+
+
+def _heads(flags: Mapping[str, Any], mult: Sequence[float], is_improved: bool) -> dict[str, Any]:
+    """Return the attention heads that this kind of network usually has, if they are possible."""
+    widths = [int(m * flags["num_channels"]) for m in mult]
+    if is_improved and all(width % 4 == 0 for width in widths):
+        return {"num_heads": 4, "num_head_channels": -1}
+    common = math.gcd(*widths)
+    return {"num_head_channels": next(n for n in (64, 32, common) if common % n == 0)}

@@ -1,0 +1,496 @@
+"""Reading checkpoints: whatever the file is, one line says what is wrong, and nothing is run."""
+
+import argparse
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.io import archives, checkpoints
+from guided_diffusion.io.checkpoints import (
+    check_checkpoint,
+    check_fits,
+    fingerprint,
+    load_state_dict,
+    state_dict_shapes,
+    write_weights,
+)
+
+STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save(STATE, path)
+    return path
+
+
+def refusal(path, read=load_state_dict):
+    with pytest.raises(UserError) as caught:
+        read(path)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith(str(path))
+    return line
+
+
+def test_a_state_dict_is_read_as_it_was_saved(saved):
+    state = load_state_dict(saved)
+    assert list(state) == list(STATE)
+    assert all(torch.equal(state[name], STATE[name]) for name in STATE)
+    assert state_dict_shapes(saved) == {"a.weight": (2, 3), "a.bias": (2,)}
+
+
+def test_weights_are_mapped_from_the_file_and_not_copied(saved):
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc")
+    state = load_state_dict(saved)
+    mapped = [line.split()[0] for line in maps.read_text().splitlines() if str(saved) in line]
+    ranges = [tuple(int(end, 16) for end in part.split("-")) for part in mapped]
+    pointer = state["a.weight"].data_ptr()
+    assert any(low <= pointer < high for low, high in ranges)
+
+
+def test_the_old_format_without_zip_is_read(tmp_path):
+    path = tmp_path / "old.pt"
+    torch.save(STATE, path, _use_new_zipfile_serialization=False)
+    state = load_state_dict(path)
+    assert all(torch.equal(state[name], STATE[name]) for name in STATE)
+    assert state_dict_shapes(path)["a.bias"] == (2,)
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    assert "no such checkpoint" in refusal(tmp_path / "absent.pt")
+    assert "cannot be read" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>quota exceeded</html>", "is a web page"),
+        (b'{"error": {"code": 404}}', "is JSON"),
+        (b"some text", "is not a checkpoint saved by torch"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "is not a checkpoint saved by torch"),
+        (b"PK\x03\x04" + bytes(500), "damaged or incomplete"),
+    ],
+)
+@pytest.mark.parametrize("read", [load_state_dict, state_dict_shapes])
+def test_what_people_save_in_a_checkpoints_place(tmp_path, content, expected, read):
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    assert expected in refusal(path, read)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_a_truncated_file_never_loads(tmp_path, new_format):
+    path = tmp_path / "model.pt"
+    torch.save(STATE, path, _use_new_zipfile_serialization=new_format)
+    whole = path.read_bytes()
+    for length in {*range(1, 80), *range(80, len(whole), 23), len(whole) - 1}:
+        path.write_bytes(whole[:length])
+        refusal(path)
+
+
+def test_a_zip_archive_that_is_no_checkpoint(tmp_path):
+    import zipfile
+
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "nothing here")
+    assert "damaged or incomplete" in refusal(path)
+
+
+class Canary:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_pickled_code_is_refused_and_not_run(tmp_path, new_format):
+    path, canary = tmp_path / "model.pt", tmp_path / "canary"
+    content = {**STATE, "code": Canary(canary)}
+    torch.save(content, path, _use_new_zipfile_serialization=new_format)
+    assert "never run" in refusal(path)
+    assert not canary.exists()
+    torch.load(path, weights_only=False)
+    assert canary.exists()  # the canary is alive: loaded carelessly, it sings
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_plain_pickle_is_refused_and_not_run(tmp_path):
+    path, canary = tmp_path / "model.pt", tmp_path / "canary"
+    path.write_bytes(pickle.dumps(Canary(canary)))
+    refusal(path)
+    assert not canary.exists()
+
+
+def test_a_whole_module_is_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save(torch.nn.Linear(2, 2), path)
+    assert "save model.state_dict()" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ([torch.ones(2)], "list"),
+        ({"model": STATE, "epoch": 3}, "a dictionary of model, epoch"),
+        ({**STATE, "step": 7}, "a dictionary of a.weight, a.bias, step"),
+        ({}, "a dictionary of nothing"),
+        ({0: torch.ones(2)}, "a dictionary of 0"),
+        (torch.ones(3), "Tensor"),
+        (None, "NoneType"),
+    ],
+)
+def test_something_else_than_one_state_dict(tmp_path, content, found):
+    path = tmp_path / "model.pt"
+    torch.save(content, path)
+    line = refusal(path)
+    assert "expected a state_dict of named tensors" in line
+    assert f"found {found}" in line
+
+
+def test_fingerprints_follow_the_content(tmp_path):
+    paths = [tmp_path / f"{i}.pt" for i in range(3)]
+    torch.save(STATE, paths[0])
+    torch.save({**STATE, "a.bias": torch.tensor([1.0, 1.0001])}, paths[1])
+    os.link(paths[0], paths[2])
+    first, changed, same = map(fingerprint, paths)
+    assert first == same != changed
+
+
+def test_fingerprints_of_the_old_format_follow_the_size(tmp_path):
+    paths = [tmp_path / f"{i}.pt" for i in range(2)]
+    for path, size in zip(paths, (2, 3), strict=True):
+        torch.save({"a": torch.ones(size)}, path, _use_new_zipfile_serialization=False)
+    assert fingerprint(paths[0]) != fingerprint(paths[1])
+
+
+# ---- Damage --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Give each test a cache folder of its own, and no memory of earlier tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    monkeypatch.setattr(archives, "_found_whole", set())
+    return folder
+
+
+LARGE = {"a.weight": torch.linspace(1, 2, 50_000)}
+
+
+@pytest.mark.parametrize("spoil", [lambda b: bytes(len(b)), lambda b: bytes([b[0] ^ 64]) + b[1:]])
+def test_damage_inside_a_file_is_found_by_its_checksums(tmp_path, spoil):
+    path = tmp_path / "model.pt"
+    torch.save(LARGE, path)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(
+        content[:middle] + spoil(content[middle : middle + 4096]) + content[middle + 4096 :]
+    )
+    assert "damaged or incomplete" in refusal(path)
+    assert "data/0" in refusal(path)
+
+
+def test_a_file_is_looked_at_once_until_it_changes(tmp_path, cache, monkeypatch):
+    path, looks = tmp_path / "model.pt", []
+    torch.save(LARGE, path)
+    whole = checkpoints.check_archive
+    monkeypatch.setattr(checkpoints, "check_archive", lambda p: looks.append(p) or whole(p))
+    for _ in range(3):
+        load_state_dict(path)
+        archives._found_whole.clear()  # as in another process
+    assert len(looks) == 1
+    torch.save({"a.weight": LARGE["a.weight"] + 1}, path)
+    load_state_dict(path)
+    assert len(looks) == 2
+    cache.chmod(0o777)  # others may write there: nothing in it counts
+    archives._found_whole.clear()
+    load_state_dict(path)
+    assert len(looks) == 3
+
+
+def test_what_was_found_damaged_is_not_remembered(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"a": torch.tensor([1.0, float("nan")])}, path)
+    for _ in range(2):
+        assert "NaN or infinite" in refusal(path)
+
+
+def test_an_archive_without_checksums_is_read(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(LARGE, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(load_state_dict(path)["a.weight"], LARGE["a.weight"])
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_an_archive_that_was_packed_anew_is_read(tmp_path, compression):
+    torch.save(LARGE, tmp_path / "old.pt")
+    path = tmp_path / "model.pt"
+    with (
+        zipfile.ZipFile(tmp_path / "old.pt") as old,
+        zipfile.ZipFile(path, "w", compression) as new,
+    ):
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    assert torch.equal(load_state_dict(path)["a.weight"], LARGE["a.weight"])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    assert "damaged" in refusal(path)
+
+
+def test_an_archive_packed_anew_into_another_folder_says_how_to_save_it(tmp_path):
+    torch.save(LARGE, tmp_path / "old.pt")
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(tmp_path / "old.pt") as old, zipfile.ZipFile(path, "w", 8) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename.replace("/", "/inner/", 1), old.read(entry))
+    assert "save it by torch.save" in refusal(path)
+
+
+def test_an_archive_that_unpacks_to_very_much_is_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/data.pkl", bytes(1 << 26))
+    assert "expected at most 20 times" in refusal(path)
+
+
+def test_no_byte_of_the_table_traces_back(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save(STATE, path)
+    whole = path.read_bytes()
+    table = struct.unpack("<I", whole[-6:-2])[0]
+    for place in range(table, len(whole), 3):
+        for value in (0, 255, whole[place] ^ 1):
+            path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            fingerprint(path)
+            try:
+                load_state_dict(path)
+            except UserError as error:
+                assert len(str(error)) < 600
+
+
+@pytest.mark.parametrize(
+    ("state", "found"),
+    [
+        ({"a.weight": torch.tensor([0.0, float("nan")])}, "NaN or infinite"),
+        ({"a.weight": torch.tensor([0.0, float("-inf")]).half()}, "NaN or infinite"),
+        ({"a.weight": torch.tensor(float("inf")).bfloat16().expand(10**9)}, "NaN or infinite"),
+        ({"a.weight": torch.empty(3, device="meta")}, "a meta tensor"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(tmp_path, state, found):
+    path = tmp_path / "model.pt"
+    torch.save(state, path)
+    line = refusal(path)
+    assert found in line
+    assert "a.weight" in line
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    path = tmp_path / "model.pt"
+    os.mkfifo(path)
+    assert "is a pipe or device" in refusal(path)
+
+
+# ---- Weights in other things ---------------------------------------------------------------------
+
+NET = {
+    "time_embed.0.weight": torch.ones(4, 2),
+    "input_blocks.0.0.weight": torch.ones(2, 3, 3, 3),
+    "out.2.bias": torch.ones(6),
+}
+EMA = {name: 2 * value for name, value in NET.items()}
+
+
+def under(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def undotted(state):
+    return {f"model_ema.diffusion_model{n.replace('.', '')}": v for n, v in state.items()}
+
+
+WRAPPED = {
+    "state_dict": {"state_dict": EMA, "epoch": 3, "best": np.float64(0.5)},
+    "model and ema": {"model": NET, "ema": EMA, "optimizer": {"state": {0: {"exp_avg": NET}}}},
+    "ema in its own dictionary": {"model": NET, "ema": {"state_dict": EMA, "decay": 0.999}},
+    "lightning": {
+        "pytorch-lightning_version": "2.1",
+        "hyper_parameters": argparse.Namespace(lr=1e-4),
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.1)}},
+        "state_dict": under("model.", EMA),
+    },
+    "module": under("module.", EMA),
+    "compiled": under("_orig_mod.module.", EMA),
+    "ema_model": {**under("model.", NET), **under("ema_model.", EMA), "ema.num_updates": 7},
+    "lucidrains": {
+        "step": 1,
+        "model": under("model.", NET),
+        "ema": {
+            **under("online_model.model.", NET),
+            **under("ema_model.model.", EMA),
+            "initted": torch.tensor(True),
+        },
+    },
+    "averages of torch": {"n_averaged": torch.tensor(5), **under("module.", EMA)},
+    "counters between": {**EMA, "num_updates": torch.tensor(3), "decay": torch.tensor(0.9)},
+    "tables between": {**under("model.", EMA), "betas": torch.ones(10), "alphas_cumprod": EMA},
+    "values between": {**EMA, "step": 7, "config": {"a": [1]}, "when": np.int64(3)},
+    "litema": {"state_dict": {**under("model.diffusion_model.", NET), **undotted(EMA),
+                              "model_ema.num_updates": torch.tensor(3)}},
+    "shadow_params": {"model": NET, "ema": {"shadow_params": list(EMA.values()), "decay": 0.9}},
+    "a list": [NET, {"state": {}}, 3, {"ema": EMA}],
+    "other letters": {"Model_State_Dict": NET, "EMA_state_dict": EMA},
+    "several rates": {"model": NET, "ema_0.99": NET, "ema_0.9999": EMA},
+    "only some are averaged": {"model": EMA, "ema": dict(list(EMA.items())[:2])},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("new_format", [True, False])
+def test_weights_are_found_wherever_they_are(tmp_path, name, new_format):
+    path = tmp_path / "model.pt"
+    torch.save(WRAPPED[name], path, _use_new_zipfile_serialization=new_format)
+    with pytest.warns(UserWarning) as told:
+        state = load_state_dict(path)
+    assert state.keys() == EMA.keys()
+    assert all(torch.equal(state[key], EMA[key]) for key in EMA)
+    [line] = [str(each.message) for each in told]
+    assert line.startswith(str(path))
+    assert len(line) < 600
+    assert state_dict_shapes(path) == {key: tuple(value.shape) for key, value in EMA.items()}
+
+
+def test_averages_are_preferred_and_said_to_be(tmp_path):
+    torch.save(WRAPPED["model and ema"], tmp_path / "model.pt")
+    with pytest.warns(UserWarning, match="takes ema, averaged weights, and not model"):
+        load_state_dict(tmp_path / "model.pt")
+
+
+def test_several_networks_are_not_guessed_from(tmp_path):
+    torch.save({"alpha": NET, "beta": EMA}, tmp_path / "model.pt")
+    assert "alpha and beta" in refusal(tmp_path / "model.pt")
+
+
+def test_an_average_that_is_not_finite_is_refused_by_name(tmp_path):
+    broken = {**EMA, "out.2.bias": torch.full((6,), float("nan"))}
+    torch.save({"model": NET, "ema": broken}, tmp_path / "model.pt")
+    assert "out.2.bias" in refusal(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("temb.dense.0.weight", "DDPM's PyTorch port"),
+        ("module.temb.dense.0.weight", "DDPM's PyTorch port"),
+        ("down_blocks.0.resnets.0.conv1.weight", "config.json"),
+        ("first_stage_model.encoder.conv_in.weight", "latent diffusion"),
+        ("downs.0.0.block1.proj.weight", "denoising-diffusion-pytorch"),
+        ("module.all_modules.0.W", "score_sde"),
+        ("model.enc.64x64_conv.weight", "EDM"),
+        ("blocks.0.adaLN_modulation.1.weight", "transformer"),
+    ],
+)
+def test_other_programs_networks_are_named(tmp_path, name, form):
+    torch.save({"model": {name: torch.ones(2)}, "step": 2}, tmp_path / "model.pt")
+    assert form in refusal(tmp_path / "model.pt")
+
+
+def test_the_list_that_ddim_saves_is_named(tmp_path):
+    torch.save([{"module.temb.dense.0.weight": torch.ones(2)}, {}, 3], tmp_path / "ckpt.pth")
+    assert "found list, whose 0 holds module.temb" in refusal(tmp_path / "ckpt.pth")
+    assert "DDPM's PyTorch port" in refusal(tmp_path / "ckpt.pth")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_torchscript_program_is_refused_and_not_run(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(str(path))
+    assert "is a TorchScript program" in refusal(path)
+
+
+def test_long_names_do_not_make_long_lines(tmp_path):
+    torch.save({"x" * 10_000: {"y" * 10_000: torch.ones(1)}}, tmp_path / "model.pt")
+    assert len(refusal(tmp_path / "model.pt")) < 600
+    torch.save({**NET, "z" * 10_000: 7}, tmp_path / "model.pt")
+    with pytest.warns(UserWarning) as told:
+        load_state_dict(tmp_path / "model.pt")
+    assert len(str(told[0].message)) < 600
+
+
+def test_a_file_for_another_network_names_the_first_difference(tmp_path):
+    expected = {name: tuple(value.shape) for name, value in NET.items()}
+    check_fits(tmp_path / "model.pt", NET, expected)
+    for name, shape, found in [("out.2.bias", (3,), "found (6,)"), ("new", (1,), "found no such")]:
+        with pytest.raises(UserError, match=name) as caught:
+            check_fits(tmp_path / "model.pt", NET, {**expected, name: shape}, key="init_from")
+        assert "init_from" in str(caught.value)
+        assert found in str(caught.value)
+
+
+# ---- safetensors ---------------------------------------------------------------------------------
+
+
+def test_safetensors_are_written_and_read(tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "model.safetensors"
+    write_weights(path, under("module.", NET))
+    with pytest.warns(UserWarning, match=r"takes module"):
+        state = load_state_dict(path)
+    assert all(torch.equal(state[name], NET[name]) for name in NET)
+    check_checkpoint(path)
+    assert len(fingerprint(path)) == 16
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_safetensors_that_are_cut_are_refused(tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "model.safetensors"
+    write_weights(path, NET)
+    whole = path.read_bytes()
+    for length in (*range(1, 60, 7), len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert len(refusal(path)) < 600
+
+
+def test_safetensors_under_another_name_and_the_other_way_round(tmp_path):
+    pytest.importorskip("safetensors")
+    write_weights(tmp_path / "x.safetensors", STATE)
+    (tmp_path / "x.safetensors").rename(tmp_path / "x.pt")
+    assert load_state_dict(tmp_path / "x.pt").keys() == STATE.keys()
+    torch.save(STATE, tmp_path / "y.safetensors")
+    assert "damaged" in refusal(tmp_path / "y.safetensors")
+
+
+def test_without_safetensors_one_line_says_what_to_install(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    write_weights(tmp_path / "x.safetensors", STATE)
+    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
+    monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
+    assert "pip install -r requirements-diffusers.txt" in refusal(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"requirements-diffusers.txt"):
+        write_weights(tmp_path / "y.safetensors", STATE)

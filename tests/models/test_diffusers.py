@@ -1,0 +1,391 @@
+"""Networks that diffusers saved: the same output, the same reverse step, the same walk."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers_cases import STEPS, edit, flattened, save, scheduler, tiny_unet
+
+from guided_diffusion.config.folders import read_folder
+from guided_diffusion.errors import UserError
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.models.diffusers import check_folder, load_network
+
+CPU = torch.device("cpu")
+
+
+def loaded(folder):
+    return load_network(read_folder(str(folder)), CPU)
+
+
+def chain_of(folder):
+    chain = read_folder(str(folder)).chain
+    options = {**vars(chain)}
+    return GaussianDiffusion(options.pop("betas"), **options)
+
+
+def inputs(count=2, side=8):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(count, 3, side, side, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A pipeline that no test changes."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, *save(folder)
+
+
+# ---- The network ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "flat", "bare", "parts", "fp16", "unet"])
+def test_the_output_is_that_of_diffusers(tmp_path, form):
+    options = {
+        "bin": {"safe_serialization": False},
+        "parts": {"max_shard_size": "20KB"},
+        "fp16": {"variant": "fp16"},
+    }.get(form, {})
+    unet, place = tiny_unet(), tmp_path
+    if form == "parts":
+        unet.save_pretrained(tmp_path, **options)
+    elif form == "bare":
+        unet.save_pretrained(tmp_path)
+    else:
+        save(tmp_path, unet, **options)
+    if form == "flat":
+        flattened(tmp_path)
+    if form == "unet":
+        place = tmp_path / "unet"
+        assert read_folder(str(place)).scheduler["num_train_timesteps"] == STEPS
+    x, t = inputs(), torch.tensor([3, 17])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(place)(x, t), unet(x, t).sample)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_class_embeds": 5},
+        {"class_embed_type": "timestep"},
+        {"time_embedding_type": "learned", "num_train_timesteps": STEPS},
+        {"center_input_sample": True},
+        {"attention_head_dim": None},
+        {"resnet_time_scale_shift": "scale_shift", "add_attention": False},
+        {"down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D"),
+         "up_block_types": ("UpBlock2D", "ResnetUpsampleBlock2D")},
+        {"down_block_types": ("KDownBlock2D", "DownBlock2D"), "sample_size": [8, 8],
+         "resnet_time_scale_shift": "ada_group", "up_block_types": ("UpBlock2D", "UpBlock2D")},
+        {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_odd_networks_compute_what_diffusers_does(tmp_path, changes):
+    try:
+        unet = tiny_unet(**changes)
+        x, t = inputs(), torch.tensor([3, 17])
+        y = (
+            torch.tensor([1, 4])
+            if {"num_class_embeds", "class_embed_type"} & set(changes)
+            else None
+        )
+        with torch.no_grad():
+            expected = unet(x, t, y).sample
+    except (TypeError, ValueError, RuntimeError) as error:
+        pytest.skip(f"this diffusers cannot: {error}")
+    save(tmp_path, unet)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tmp_path)(x, t, y), expected)
+
+
+def test_names_of_the_first_versions_are_read(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    unet, _ = save(tmp_path)
+    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = {}
+    for name, tensor in load_file(path).items():
+        for new, former in old.items():
+            name = name.replace(f".{new}.", f".{former}.")
+        state[name] = tensor
+    assert any(".proj_attn." in name for name in state)
+    save_file(state, path)
+    x, t = inputs(), torch.tensor([3, 17])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tmp_path)(x, t), unet(x, t).sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_less_precision_gives_nearly_the_same(plain, dtype):
+    folder, unet, _ = plain
+    network = loaded(folder)
+    network.convert_trunk(dtype)
+    x, t = inputs(), torch.tensor([3, 17])
+    with torch.no_grad():
+        output, expected = network(x, t), unet(x, t).sample
+    assert output.dtype == torch.float32
+    assert 0 < (output - expected).abs().max() < 0.1
+
+
+def test_averages_beside_the_network_are_preferred(tmp_path):
+    save(tmp_path)
+    other = tiny_unet()
+    with torch.no_grad():
+        other.conv_out.bias.add_(1)
+    other.save_pretrained(tmp_path / "unet_ema")
+    edit(tmp_path / "unet_ema" / "config.json", decay=0.999, optimization_step=7)
+    assert torch.equal(loaded(tmp_path).unet.conv_out.bias, other.conv_out.bias)
+
+
+# ---- The reverse step ----------------------------------------------------------------------------
+
+STEP_CASES = [
+    {"prediction_type": prediction, "variance_type": variance}
+    for prediction in ("epsilon", "sample", "v_prediction")
+    for variance in ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
+] + [
+    {"beta_schedule": "scaled_linear"},
+    {"beta_schedule": "squaredcos_cap_v2"},
+    {"beta_schedule": "sigmoid"},
+    {"trained_betas": np.linspace(0.001, 0.2, STEPS).tolist()},
+    {"clip_sample": False},
+    {"clip_sample_range": 0.5},
+    {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    {"prediction_type": "sample", "rescale_betas_zero_snr": True},
+    {"num_train_timesteps": 1000, "beta_end": 0.02},
+]
+
+
+@pytest.mark.parametrize("case", STEP_CASES, ids=str)
+def test_the_reverse_step_is_that_of_diffusers(tmp_path, monkeypatch, case):
+    learned = case.get("variance_type") == "learned_range"
+    noise = scheduler(**case)
+    save(tmp_path, tiny_unet(out_channels=6 if learned else 3), noise)
+    diffusion = chain_of(tmp_path)
+    generator = torch.Generator().manual_seed(1)
+    # diffusers rescales in float32, of which little is left where hardly any noise is added.
+    near = 1e-4 if "rescale_betas_zero_snr" in case else 1e-5
+    steps = range(0, diffusion.num_timesteps, max(1, diffusion.num_timesteps // 50))
+    for t in (*steps, diffusion.num_timesteps - 1):
+        x, z = torch.randn(2, 2, 3, 4, 4, generator=generator)
+        output = 0.5 * torch.randn(2, 6 if learned else 3, 4, 4, generator=generator)
+        monkeypatch.setattr(
+            "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, z=z, **__: z
+        )
+        expected = noise.step(output, t, x)
+        found, x_start = diffusion.p_sample(output.clone(), x.clone(), t, z)
+        torch.testing.assert_close(found, expected.prev_sample, rtol=near, atol=near)
+        scale = expected.pred_original_sample.abs().max().item()
+        assert (x_start - expected.pred_original_sample).abs().max() < near * max(1, scale)
+
+
+# ---- The walk ------------------------------------------------------------------------------------
+
+
+def test_the_whole_walk_is_that_of_diffusers_scheduler(plain, monkeypatch):
+    """RePaint's Algorithm 1, written once more around ``DDPMScheduler``.
+
+    diffusers' own RePaintScheduler is another walk: it conditions what a step has made at the level
+    that the step has reached, where the paper's program conditions what a step is made of, at its
+    own level, so that the two see the network at other inputs.
+    """
+    folder, unet, noise = plain
+    diffusion, network = chain_of(folder), loaded(folder)
+    times = [*range(STEPS - 1, 9, -1), *range(9, 13), *range(11, -2, -1)]
+    times = [t for i, t in enumerate(times) if i == 0 or t != times[i - 1]]
+    gt, mask = inputs().clamp(-1, 1), (inputs() > 0).float()
+    draws = [torch.randn(gt.shape) for _ in range(3 * len(times))]
+    source = iter(draws)
+    with torch.no_grad():
+        *_, last = diffusion.repaint(network, gt, mask, times, lambda: next(source))
+    source = iter(draws)
+    x, is_first = next(source), True
+    for t, t_next in itertools.pairwise(times):
+        if t_next > t:
+            beta = noise.betas[t_next]
+            x = (1 - beta).sqrt() * x + beta.sqrt() * next(source)
+            continue
+        z = next(source)
+        if not is_first:
+            known = noise.add_noise(gt, next(source), torch.tensor([t]))
+            x = mask * known + (1 - mask) * x
+        is_first = False
+        monkeypatch.setattr(
+            "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, z=z, **__: z
+        )
+        with torch.no_grad():
+            x = noise.step(unet(x, t).sample, t, x).prev_sample
+    torch.testing.assert_close(last.x, x, rtol=1e-4, atol=1e-4)
+
+
+# ---- What is refused -----------------------------------------------------------------------------
+
+
+def refusal(folder, read=lambda folder: load_network(read_folder(str(folder)), CPU)):
+    with pytest.raises(UserError) as caught:
+        read(folder)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert len(line) < 600
+    return line
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, ["_class_name", "UNet2DModel", "Condition"]),
+        ({"in_channels": 4}, ["in_channels", "only 3-channel networks", "found 4"]),
+        ({"out_channels": 1}, ["out_channels", "only 3-channel networks", "found 1"]),
+        ({"sample_size": [8, 16]}, ["sample_size", "[8, 16]"]),
+        ({"sample_size": 7}, ["sample_size", "divisible by 2", "7"]),
+        ({"sample_size": "8"}, ["sample_size", '"8"']),
+        ({"block_out_channels": [8]}, ["down_block_types", "1 block_out_channels"]),
+        ({"block_out_channels": [8, -1]}, ["block_out_channels", "-1"]),
+        ({"block_out_channels": [8, 10**9]}, ["block_out_channels"]),
+        ({"block_out_channels": None}, ["block_out_channels", "null"]),
+        ({"block_out_channels": [8, 24]}, ["expected (24", "found (16"]),
+        ({"layers_per_block": 10**9}, ["layers_per_block"]),
+        ({"layers_per_block": 2}, ["no such tensor"]),
+        ({"down_block_types": ["DownBlock2D", "Wild"]}, ["config.json", "Wild"]),
+        ({"norm_num_groups": 3}, ["config.json", "diffusers"]),
+        ({"time_embedding_type": "fourier"}, ["time_embedding_type", "fourier"]),
+        ({"class_embed_type": "identity"}, ["class_embed_type", "identity"]),
+        ({"num_class_embeds": 0}, ["num_class_embeds", "0"]),
+        ({"act_fn": "wild" * 1000}, ["config.json"]),
+    ],
+    ids=str,
+)
+def test_a_network_that_cannot_be_is_refused_by_key_and_value(tmp_path, changes, words):
+    save(tmp_path)
+    edit(tmp_path / "unet" / "config.json", **changes)
+    line = refusal(tmp_path)
+    assert [word for word in words if word not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_class_name": "ScoreSdeVeScheduler"}, ["_class_name", "ScoreSdeVe"]),
+        ({"prediction_type": "flow"}, ["prediction_type", "flow"]),
+        ({"variance_type": "learned"}, ["variance_type", "learned"]),
+        ({"variance_type": "learned_range"}, ["variance_type", "out_channels is 3"]),
+        ({"beta_schedule": "wild"}, ["beta_schedule", "wild"]),
+        ({"beta_end": 2}, ["beta_end", "2"]),
+        ({"beta_start": 0}, ["beta_schedule"]),
+        ({"beta_start": float("nan")}, ["beta_start", "NaN"]),
+        ({"trained_betas": [0.1, 0.2]}, ["trained_betas", "20 numbers", "found 2"]),
+        ({"trained_betas": "0.1"}, ["trained_betas"]),
+        ({"trained_betas": [2.0] * 19 + [-1]}, ["trained_betas", "between 0 and 1"]),
+        ({"num_train_timesteps": 0}, ["num_train_timesteps"]),
+        ({"num_train_timesteps": 10**12}, ["num_train_timesteps"]),
+        ({"thresholding": True}, ["thresholding"]),
+        ({"clip_sample_range": -1}, ["clip_sample_range"]),
+        ({"rescale_betas_zero_snr": True}, ["prediction_type", "epsilon"]),
+    ],
+    ids=str,
+)
+def test_a_chain_that_cannot_be_is_refused_by_key_and_value(tmp_path, changes, words):
+    save(tmp_path)
+    edit(tmp_path / "scheduler" / "scheduler_config.json", **changes)
+    line = refusal(tmp_path, lambda folder: read_folder(str(folder)).chain)
+    assert [word for word in ["scheduler_config.json", *words] if word not in line] == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "variance_type": ...,
+            "clip_sample_range": ...,
+            "thresholding": ...,
+            "prediction_type": ...,
+        },
+        {"predict_epsilon": False, "prediction_type": ...},
+        {"_class_name": "DDIMScheduler", "variance_type": ..., "set_alpha_to_one": False},
+        {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "clip_sample": ...},
+        {"tensor_format": "pt", "timestep_values": None, "_diffusers_version": "0.1.1"},
+    ],
+    ids=str,
+)
+def test_chains_of_other_versions_and_schedulers_are_read(tmp_path, changes):
+    _, noise = save(tmp_path)
+    edit(tmp_path / "scheduler" / "scheduler_config.json", **changes)
+    chain = read_folder(str(tmp_path)).chain
+    np.testing.assert_allclose(chain.betas, noise.betas, rtol=1e-6)
+    assert chain.predict_xstart == ("predict_epsilon" in changes)
+    assert chain.fixed_small
+    assert chain.clip_denoised
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (remove("unet/config.json"), ["without a network"]),
+        (remove(WEIGHTS), ["without its weights"]),
+        (write("unet/config.json", "{"), ["config.json", "no JSON"]),
+        (write("unet/config.json", "[1]"), ["config.json", "keys and values", "list"]),
+        (write("unet/config.json", "[" * 100_000), ["config.json", "no JSON"]),
+        (write("scheduler/scheduler_config.json", ""), ["scheduler_config.json", "no JSON"]),
+        (write("model_index.json", '{"vae": ["diffusers", "AutoencoderKL"]}'), ["vae"]),
+        (write("model_index.json", '{"unet": ["diffusers", "UNet1DModel"]}'), ["UNet1DModel"]),
+        (write(WEIGHTS, "nothing"), ["safetensors", "damaged"]),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_refused_in_one_line(tmp_path, spoil, words):
+    save(tmp_path)
+    spoil(tmp_path)
+    line = refusal(tmp_path, lambda folder: check_folder(read_folder(str(folder))))
+    assert [word for word in words if word not in line] == []
+
+
+def test_parts_stay_in_their_folder(tmp_path):
+    tiny_unet().save_pretrained(tmp_path, max_shard_size="20KB")
+    path = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    places = json.loads(path.read_text())["weight_map"]
+    edit(path, weight_map={name: f"../{place}" for name, place in places.items()})
+    assert "weight_map" in refusal(tmp_path)
+    edit(path, weight_map=dict.fromkeys(places, "missing.safetensors"))
+    assert "names a part that is missing" in refusal(tmp_path)
+
+
+def test_fingerprints_follow_weights_and_configuration(tmp_path):
+    save(tmp_path)
+    first = check_folder(read_folder(str(tmp_path)))
+    assert check_folder(read_folder(str(tmp_path))) == first
+    edit(tmp_path / "scheduler" / "scheduler_config.json", prediction_type="sample")
+    second = check_folder(read_folder(str(tmp_path)))
+    other = tiny_unet()
+    with torch.no_grad():
+        other.conv_out.bias.add_(1)
+    other.save_pretrained(tmp_path / "unet")
+    assert len({first, second, check_folder(read_folder(str(tmp_path)))}) == 3
+
+
+def test_keys_of_a_newer_version_are_named_and_left_out(tmp_path):
+    save(tmp_path)
+    edit(tmp_path / "unet" / "config.json", some_new_key=3, another=None)
+    with pytest.warns(UserWarning, match="does not know some_new_key; go on"):
+        loaded(tmp_path)
+
+
+def test_without_diffusers_one_line_says_what_to_install(tmp_path, monkeypatch):
+    save(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    assert "pip install -r requirements-diffusers.txt" in refusal(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    line = refusal(tmp_path, lambda folder: check_folder(read_folder(str(folder))))
+    assert "needs diffusers: pip install" in line

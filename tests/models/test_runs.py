@@ -1,0 +1,214 @@
+"""test.py with folders of diffusers: keys follow the folder, and everything else works alike."""
+
+import pytest
+import yaml
+from diffusers_cases import edit, save, scheduler, tiny_unet
+from run_cases import assert_same, load_yaml, results, run_here, write_run, write_tree
+
+from guided_diffusion.config.keys import InpaintConf, load_conf
+from guided_diffusion.errors import UserError
+
+FOREIGN = {
+    "model_path": "unet8",
+    "image_size": None,
+    "num_channels": None,
+    "num_res_blocks": None,
+    "channel_mult": None,
+    "attention_resolutions": None,
+    "num_head_channels": None,
+}
+
+
+def write_foreign(folder, unet=None, noise=None, images=2, **changes):
+    options = write_run(folder, images)
+    (folder / "model.pt").unlink()
+    save(folder / "unet8", unet, noise)
+    tree = yaml.safe_load((folder / "c.yml").read_text())
+    tree = {k: v for k, v in {**tree, **FOREIGN, **changes}.items() if v is not None}
+    write_tree(folder, tree)
+    return options
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_keys_follow_the_folder(here):
+    write_foreign(here, tiny_unet(num_class_embeds=7), scheduler(prediction_type="sample"))
+    conf = load_conf("c.yml")
+    assert (conf.image_size, conf.diffusion_steps, conf.num_classes) == (8, 20, 7)
+    assert (conf.class_cond, conf.learn_sigma, conf.predict_xstart) == (True, False, True)
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"image_size": 16}, "image_size: contradicts the folder unet8; leave the key out and it "
+         "follows the folder; expected 8, found 16"),
+        ({"learn_sigma": True}, "expected false, found true"),
+        ({"class_cond": True}, "expected false, found true"),
+        ({"diffusion_steps": 1000}, "expected 20, found 1000"),
+        ({"predict_xstart": True}, "expected false, found true"),
+        ({"clip_denoised": False}, "expected true, found false"),
+        ({"noise_schedule": "cosine"}, "expected linear from 0.0001 to 0.3, found cosine"),
+        ({"num_channels": 256}, "expected 8, found 256"),
+        ({"channel_mult": "1,1"}, "expected 1,2, found 1,1"),
+        ({"num_res_blocks": 2}, "expected 1, found 2"),
+        ({"attention_resolutions": "8"}, "expected 4, found 8"),
+        ({"rescale_timesteps": True}, "expected false, found true"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_keys_that_contradict_the_folder_are_refused_with_both_values(here, stated, expected):
+    write_foreign(here, **stated)
+    with pytest.raises(UserError) as caught:
+        load_conf("c.yml")
+    line = str(caught.value)
+    assert line.endswith(expected)
+    assert next(iter(stated)) in line
+    with pytest.raises(UserError, match="--set"):
+        write_foreign(here / "set")
+        (here / "set" / "c.yml").replace("c.yml")
+        load_conf("c.yml", InpaintConf, [f"{k}={v}" for k, v in stated.items()])
+
+
+def test_keys_that_agree_with_the_folder_may_be_stated(here):
+    stated = {"image_size": 8, "learn_sigma": False, "diffusion_steps": 20, "num_res_blocks": 1,
+              "channel_mult": [1, 2], "attention_resolutions": 4, "num_head_channels": 8,
+              "use_scale_shift_norm": False, "resblock_updown": False}  # fmt: skip
+    write_foreign(here, **stated)
+    assert load_conf("c.yml").image_size == 8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_ddim": True},
+        {"inpa_inj_sched_prev_cumnoise": True},
+        {"samples_per_image": 2},
+        {"precision": "bfloat16"},
+        {"compile": False},
+    ],
+    ids=str,
+)
+def test_a_run_goes_through_and_its_record_repeats_it(here, capsys, changes):
+    options = write_foreign(here, **changes)
+    outcome = run_here(capsys, *options)
+    assert (outcome.status, outcome.err.count("warning")) == (0, 0), outcome
+    first = results("log/run")
+    outcome = run_here(capsys, "--conf_path", "log/run/run.yml", "--resume")
+    assert outcome.status == 0, outcome.err
+    outcome = run_here(capsys, "--conf_path", "log/run/run.yml", "--out", "again")
+    assert outcome.status == 0, outcome.err
+    assert_same(first, results("again"))
+    assert "num_channels" not in load_yaml("log/run/run.yml")
+
+
+def test_results_do_not_depend_on_the_batch(here, capsys):
+    options = write_foreign(here, tiny_unet(num_class_embeds=4), images=3)
+    run_here(capsys, *options)
+    first = results("log/run")
+    run_here(capsys, *options, "--set", "data.batch_size=3", "--out", "again")
+    assert_same(first, results("again"), levels=1)
+
+
+def test_resuming_with_another_folder_is_refused(here, capsys):
+    options = write_foreign(here)
+    run_here(capsys, *options)
+    edit(here / "unet8" / "scheduler" / "scheduler_config.json", prediction_type="sample")
+    outcome = run_here(capsys, *options, "--resume")
+    assert outcome.status == 2
+    assert "model_path" in outcome.err
+
+
+def test_a_bare_network_takes_its_chain_from_the_yaml(here, capsys):
+    options = write_foreign(here, diffusion_steps=40, noise_schedule="cosine")
+    tiny_unet().save_pretrained(here / "unet8")
+    for part in ("unet", "scheduler", "model_index.json"):
+        path = here / "unet8" / part
+        path.rename(here / part)
+    outcome = run_here(capsys, *options)
+    assert outcome.status == 0, outcome.err
+    [line] = [line for line in outcome.lines if "warning" in line]
+    assert "has no scheduler_config.json" in line
+    assert load_yaml("log/run/run.yml")["noise_schedule"] == "cosine"
+
+
+def test_a_side_that_the_folder_leaves_open_is_checked(here):
+    write_foreign(here, tiny_unet(sample_size=None), image_size=9)
+    with pytest.raises(UserError, match="divisible by 2"):
+        load_conf("c.yml")
+
+
+def test_a_folder_without_a_network_is_told_as_before(here):
+    write_foreign(here, model_path="gt")
+    with pytest.raises(UserError, match=r"^gt: cannot be read: Is a directory"):
+        load_conf("c.yml")
+
+
+# ---- The hub -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub with one folder, whose files come as they are asked for."""
+    import fnmatch
+    import shutil
+
+    import huggingface_hub
+
+    source, cache, calls = tmp_path / "source", tmp_path / "cache", []
+    save(source)
+
+    def snapshot_download(name, *, revision=None, allow_patterns=("*",), local_files_only=False):
+        calls.append((name, revision, local_files_only))
+        if name != "owner/name":
+            raise OSError("We couldn't connect to 'https://huggingface.co'\nto load the files")
+        if local_files_only:
+            if not cache.exists():
+                raise FileNotFoundError("not in the cache")
+            return str(cache)
+        for path in source.rglob("*"):
+            place = path.relative_to(source)
+            if path.is_file() and any(fnmatch.fnmatch(str(place), p) for p in allow_patterns):
+                (cache / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, cache / place)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+def test_a_name_of_the_hub_is_fetched_once(here, capsys, hub):
+    options = write_foreign(here, model_path="hf://owner/name")
+    assert run_here(capsys, *options).status == 0
+    online = [call for call in hub if not call[2]]
+    assert len(online) == 2  # configuration, then weights
+    assert run_here(capsys, *options).status == 0
+    assert [call for call in hub if not call[2]] == online
+
+
+def test_without_network_one_line_says_how_to_fetch(here, hub):
+    write_foreign(here, model_path="hf://google/ddpm-cat-256")
+    with pytest.raises(UserError) as caught:
+        load_conf("c.yml")
+    line = str(caught.value)
+    assert "hf download google/ddpm-cat-256 --local-dir ddpm-cat-256" in line
+    assert len(line) < 600
+
+
+@pytest.mark.parametrize("name", ["hf://", "hf://owner", "hf://a/b/c", "hf://../..", "hf://a b/c"])
+def test_names_that_are_none_are_refused(here, hub, name):
+    write_foreign(here, model_path=name)
+    with pytest.raises(UserError, match="expected hf://owner/name"):
+        load_conf("c.yml")
+
+
+def test_without_the_hubs_library_one_line_says_what_to_install(here, monkeypatch):
+    write_foreign(here, model_path="hf://owner/name")
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"requirements-diffusers.txt"):
+        load_conf("c.yml")
