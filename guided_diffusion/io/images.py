@@ -73,6 +73,10 @@ def _silence_libtiff() -> None:
 
 
 _silence_libtiff()
+# In blocks above 32 MiB, which malloc returns to the system at once. Of Pillow's own 16 MiB each
+# thread would keep a whole picture's worth after its first large picture.
+with contextlib.suppress(AttributeError, ValueError):
+    Image.core.set_block_size(64 << 20)
 
 
 def _blobfile(path: str) -> types.ModuleType:

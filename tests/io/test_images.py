@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from guided_diffusion import image_datasets
 from guided_diffusion.errors import UserError
 from guided_diffusion.io import images
 
@@ -20,6 +21,7 @@ def photo(width=40, height=30):
 
 
 def saved(path, array, **options):
+    path.parent.mkdir(exist_ok=True)
     image = array if isinstance(array, Image.Image) else Image.fromarray(array)
     image.save(path, **options)
     return str(path)
@@ -156,6 +158,20 @@ def test_threads_share_a_bounded_memory():
     room.take(10**9)  # nobody waits without a lease
 
 
+def test_whatever_is_decoded_to_be_cut_takes_its_memory_from_the_room(tmp_path, monkeypatch):
+    taken, path = [], saved(tmp_path / "p" / "p.png", photo())
+    room = images.Room(1)
+    monkeypatch.setattr(room, "take", lambda size: taken.append((size, room._own.taken)))
+    monkeypatch.setattr(images, "ROOM", room)
+    monkeypatch.setattr(image_datasets, "ROOM", room)
+    images.load_crop(path, 8)
+    [pair] = image_datasets.pair_images(path, path)
+    image_datasets.load_pair(pair, 8)
+    image_datasets.check_pairs([pair], 8)
+    image_datasets.TrainingImages(str(tmp_path / "p"), 8)
+    assert taken == [(40 * 30 * 9, 0)] * 6  # and each within a lease that has nothing else
+
+
 def test_who_has_some_does_not_wait_for_more():
     room = images.Room(100)
     with room.lease():
@@ -174,6 +190,10 @@ def test_deep_gray_is_scaled_some_rows_at_a_time(tmp_path, monkeypatch):
     whole = np.asarray(images.read_rgb(path))
     monkeypatch.setattr(images, "_BLOCK", 100)
     assert np.array_equal(np.asarray(images.read_rgb(path)), whole)
+
+
+def test_blocks_of_pictures_go_back_to_the_system():
+    assert Image.core.get_block_size() > 32 << 20
 
 
 # ---- depth ---------------------------------------------------------------------------------------
