@@ -167,7 +167,8 @@ def test_whatever_is_decoded_to_be_cut_takes_its_memory_from_the_room(tmp_path, 
     images.load_crop(path, 8)
     [pair] = image_datasets.pair_images(path, path)
     image_datasets.load_pair(pair, 8)
-    image_datasets.check_pairs([pair], 8)
+    with pytest.warns(UserWarning, match="is it a mask"):
+        image_datasets.check_pairs([pair], 8)
     image_datasets.TrainingImages(str(tmp_path / "p"), 8)
     assert taken == [(40 * 30 * 9, 0)] * 6  # and each within a lease that has nothing else
 
