@@ -346,7 +346,7 @@ BY_NAME = {
     "numbered": (NAMES, "{}_mask001"),
     "affix before": (["2", "10", "1a", "1"], "mask_{}_"),
     "affix on pictures": ([f"{name}_img" for name in NAMES], None),
-    "other case": (["IMG_1", "img_10", "Img_11"], "{}_MASK"),
+    "other case": (["IMG_1", "img_10", "Img_2"], "{}_MASK"),
     "suffix kept": (["a", "a.b", "a-1"], "{}.jpg"),
     "part of each other": (["IMG_1", "IMG_1_2", "IMG_1_2_3"], "{}-mask"),
 }
@@ -356,6 +356,8 @@ BY_NAME = {
 def test_names_that_leave_no_doubt_pair_whatever_their_order(tmp_path, case):
     names, form = BY_NAME[case]
     rename = form.format if form else lambda name: name.removesuffix("_img")
+    if case == "other case":
+        rename = lambda name: f"{name.lower()}_MASK"  # noqa: E731
     gt = folder_of(tmp_path / "gt", [f"{name}.png" for name in names])
     mask = folder_of(tmp_path / "mask", [f"{rename(name)}.png" for name in names])
     with warnings.catch_warnings(record=True) as caught:
@@ -905,8 +907,8 @@ def test_the_pictures_own_transparency_is_the_hole(tmp_path, monkeypatch):
     # Nothing of what was erased, nor black, gets into the rim when the picture is scaled.
     small, mask = image_datasets.load_pair(pair, 12)
     plain = pictures.center_crop(Image.fromarray(picture(32, 32)), 12).astype(int)
-    rim = mask[:, :, 0] > 200
-    assert np.abs(small.astype(int) - plain)[rim].max() < 40
+    rim = mask[:, :, 0] > 60
+    assert np.abs(small.astype(int) - plain)[rim].max() < 4
     assert check("gt", "alpha", 32) == ([0.25], [])
     assert 0.54 < check("gt", "alpha", 32, grow=4)[0][0] <= 24 * 24 / 32**2
     save(tmp_path / "gt" / "b.jpg")
