@@ -71,7 +71,7 @@ from guided_diffusion.script_util import (
 NETWORKS = {
     "256": {},
     "demo": {
-        "image_size": 64, "num_channels": 32, "channel_mult": "1,2,4,5", "num_res_blocks": 1,
+        "image_size": 64, "num_channels": 64, "channel_mult": "0.5,1,1.5,2", "num_res_blocks": 2,
         "attention_resolutions": "16,8", "num_head_channels": 32,
     },
 }  # fmt: skip
