@@ -1,9 +1,15 @@
 """Inpaint the pictures that a YAML names: ``python test.py --conf_path confs/x.yml``."""
 
+if __name__ == "__main__":  # before the other imports, which take a second
+    from guided_diffusion import end_at_once_on_ctrl_c
+
+    end_at_once_on_ctrl_c()
+
 import argparse
 import json
 from collections.abc import Sequence
 
+from guided_diffusion import raise_on_ctrl_c
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.docs import help_text
 from guided_diffusion.config.keys import RESULT_FOLDERS, InpaintConf, load_conf
@@ -73,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from guided_diffusion.run import inpaint
     from guided_diffusion.run.plan import Summary, plan_run
 
+    raise_on_ctrl_c()
     team = Team()
     if args.fast and team.is_main:
         print("--fast: DDNM in place of RePaint; docs/quality.md says what it costs")

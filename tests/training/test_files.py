@@ -22,7 +22,7 @@ from guided_diffusion.script_util import (
 )
 from guided_diffusion.training import files
 from guided_diffusion.training.files import check, checkpoint_path, newest_step
-from guided_diffusion.training.loop import batches
+from guided_diffusion.training.pictures import batches, load_images
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 def saved(conf, step=3):
     trainer = make_trainer(conf)
     trainer.step = step
-    trainer.save()
+    files.save(trainer, load_images(conf))
     return trainer
 
 
@@ -60,7 +60,7 @@ def test_the_optimizers_file_comes_last(tmp_path, monkeypatch):
     written = []
     original = write_checkpoint
     monkeypatch.setattr(
-        "guided_diffusion.training.trainer.write_checkpoint",
+        "guided_diffusion.training.files.write_checkpoint",
         lambda path, state: (written.append(Path(path).name[:3]), original(path, state)),
     )
     saved(tiny_conf(tmp_path))
@@ -187,9 +187,10 @@ def test_a_precision_for_gpus_is_told_on_a_cpu(tmp_path):
 def test_a_full_disk_is_found_before_it_is_full(tmp_path, monkeypatch):
     conf = tiny_conf(tmp_path)
     trainer = make_trainer(conf)
-    trainer.train_step(*next(batches(trainer.images, conf, range(1))))
+    images = load_images(conf)
+    trainer.train_step(*next(batches(images, conf, range(1))))
     trainer.step = 3
-    trainer.save()
+    files.save(trainer, images)
     parameters = sum(p.numel() for p in trainer.parameters)
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.pt"))
     Usage = collections.namedtuple("Usage", "total used free")
@@ -250,7 +251,7 @@ def test_export_halves_the_newest_average(tmp_path):
     trainer = make_trainer(conf)
     trainer.step = 6
     trainer.emas[0.9][0] += 1
-    trainer.save()
+    files.save(trainer, load_images(conf))
     said = files.export(conf, str(tmp_path / "small.pt"))
     state = load_state_dict(tmp_path / "small.pt")
     assert "ema_0.9_000006.pt" in said
@@ -272,11 +273,11 @@ def test_weights_to_start_from_have_to_fit(tmp_path):
     small, large = tiny_conf(tmp_path), tiny_conf(tmp_path, channel_mult="2")
     torch.save(create_model(small).state_dict(), tmp_path / "small.pt")
     model = create_model(small)
-    files.load_initial(model, str(tmp_path / "small.pt"))
+    files.load_weights(model, str(tmp_path / "small.pt"))
     expected = torch.load(tmp_path / "small.pt")
     assert torch.equal(model.time_embed[0].weight, expected["time_embed.0.weight"])
     with pytest.raises(UserError, match=r"small.pt: init_from: does not fit the network: .*size"):
-        files.load_initial(create_model(large), str(tmp_path / "small.pt"))
+        files.load_weights(create_model(large), str(tmp_path / "small.pt"), key="init_from")
 
 
 def test_half_precision_is_a_start_too(tmp_path):
@@ -284,7 +285,7 @@ def test_half_precision_is_a_start_too(tmp_path):
     state = {name: value.half() for name, value in create_model(conf).state_dict().items()}
     torch.save(state, tmp_path / "half.pt")
     model = create_model(conf)
-    files.load_initial(model, str(tmp_path / "half.pt"))
+    files.load_weights(model, str(tmp_path / "half.pt"))
     assert model.time_embed[0].weight.dtype == torch.float32
     assert torch.equal(model.time_embed[0].weight, state["time_embed.0.weight"].float())
 

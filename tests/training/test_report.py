@@ -11,10 +11,10 @@ from train_cases import sample_diffusion, tiny_conf
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import create_gaussian_diffusion
-from guided_diffusion.training.loop import load_images
+from guided_diffusion.training.pictures import load_images
 from guided_diffusion.training.report import (
     COLUMNS,
-    Observer,
+    Evaluator,
     append_log,
     read_log,
     restart_log,
@@ -44,7 +44,7 @@ def know_nothing(labels):
 
 def observe(conf, predictor, part=4):
     images, diffusion = load_images(conf), create_gaussian_diffusion(conf)
-    return Observer(
+    return Evaluator(
         conf, images, diffusion, sample_diffusion(conf), predictor, torch.device("cpu"), part
     )
 
@@ -131,11 +131,11 @@ def test_each_quartile_has_its_own_times(tmp_path):
 
         return predict
 
-    observer = observe(conf, predictor, part=100)
-    observer.held_out_losses()
+    evaluator = observe(conf, predictor, part=100)
+    evaluator.held_out_losses()
     assert len(seen) == 4
     for q, times in enumerate(seen):
-        assert len(times) == len(observer.held_out)
+        assert len(times) == len(evaluator.held_out)
         assert ((times >= 250 * q) & (times < 250 * (q + 1))).all()
 
 
@@ -147,9 +147,9 @@ def test_the_held_out_loss_is_the_same_however_it_is_cut_up(tmp_path):
 
 
 def test_without_held_out_pictures_there_is_no_held_out_loss(tmp_path):
-    observer = observe(tiny_conf(tmp_path, holdout=0), know_nothing)
-    assert observer.held_out_losses() == {}
-    assert len(observer.shown) == 2
+    evaluator = observe(tiny_conf(tmp_path, holdout=0), know_nothing)
+    assert evaluator.held_out_losses() == {}
+    assert len(evaluator.shown) == 2
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -158,8 +158,8 @@ def test_without_held_out_pictures_there_is_no_held_out_loss(tmp_path):
 def test_samples_are_what_the_network_knows(tmp_path):
     gray_pictures(tmp_path / "pictures")
     conf = tiny_conf(tmp_path, sample_count=5, sample_respacing="20")
-    observer = observe(conf, know_everything(sample_diffusion(conf)))
-    observer.write_samples(tmp_path / "samples.png")
+    evaluator = observe(conf, know_everything(sample_diffusion(conf)))
+    evaluator.write_samples(tmp_path / "samples.png")
     pixels = np.asarray(Image.open(tmp_path / "samples.png"))
     assert pixels.shape == (2 * 128, 3 * 128, 3)
     assert (abs(pixels[:128].astype(int) - round((GRAY + 1) * 127.5)) <= 1).all()
@@ -169,8 +169,8 @@ def test_samples_are_what_the_network_knows(tmp_path):
 def test_inpaintings_show_hole_result_and_truth(tmp_path):
     gray_pictures(tmp_path / "pictures")
     conf = tiny_conf(tmp_path, sample_count=2, sample_mask="genhalf", sample_respacing="20")
-    observer = observe(conf, know_everything(sample_diffusion(conf)))
-    observer.write_inpaintings(tmp_path / "inpainted.png")
+    evaluator = observe(conf, know_everything(sample_diffusion(conf)))
+    evaluator.write_inpaintings(tmp_path / "inpainted.png")
     pixels = np.asarray(Image.open(tmp_path / "inpainted.png")).astype(int)
     level = round((GRAY + 1) * 127.5)
     assert (
@@ -182,9 +182,9 @@ def test_inpaintings_show_hole_result_and_truth(tmp_path):
 def test_pictures_are_the_same_every_time(tmp_path):
     conf = tiny_conf(tmp_path, sample_respacing="5")
     for name in ("a", "b"):
-        observer = observe(conf, know_nothing)
-        observer.write_samples(tmp_path / f"{name}.png")
-        observer.write_inpaintings(tmp_path / f"{name}i.png")
+        evaluator = observe(conf, know_nothing)
+        evaluator.write_samples(tmp_path / f"{name}.png")
+        evaluator.write_inpaintings(tmp_path / f"{name}i.png")
     for kind in ("", "i"):
         first, second = (Path(tmp_path, f"{name}{kind}.png").read_bytes() for name in "ab")
         assert first == second
