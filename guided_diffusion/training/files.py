@@ -114,9 +114,7 @@ def check_disk(conf: TrainConf, parameters: int) -> None:
 
 def printable(text: str) -> str:
     """Return ``text`` with an escape for what UTF-8 or YAML lacks: file names may be any bytes."""
-    return "".join(
-        c if c.isprintable() else c.encode("ascii", "backslashreplace").decode() for c in text
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def test_yaml(

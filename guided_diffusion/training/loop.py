@@ -2,7 +2,11 @@
 
 import contextlib
 import datetime
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,21 +37,62 @@ from guided_diffusion.training.trainer import Trainer, compiles, learning_rate, 
 # ---- Processes -----------------------------------------------------------------------------------
 
 
+# How the backends and the store begin to say that a process is gone, each in its own exception.
+_LOST = ("gloo", "nccl", "connection", "broken pipe", "store", "timed out")
+_GRACE = 60  # seconds for the step and its checkpoint when torchrun is gone
+
+
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group(conf: TrainConf, device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun started, GPUs by NCCL; nothing for one alone.
 
-    The others wait for the first while it saves and makes pictures, hence their patience.
+    The others wait for the first while it saves and makes pictures, hence their patience. Raises
+    UserError where torchrun or another process is gone.
     """
     if world_size() == 1:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=3))
+    orphaned = _watch_parent()
     try:
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=3))
         yield
+    except KeyboardInterrupt:
+        if orphaned.is_set() and is_main():
+            raise UserError(f"torchrun has ended; {files.last_saved(conf)}") from None
+        raise
+    except (RuntimeError, ValueError) as error:
+        lost = any(word in str(error).lower() for word in _LOST)
+        if isinstance(error, UserError) or is_out_of_memory(error) or not lost:
+            raise
+        problem = "no connection to the other processes; the same command with --resume goes on"
+        raise UserError(f"{problem}; {files.last_saved(conf)}") from error
     finally:
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _watch_parent() -> threading.Event:
+    """Interrupt this process when torchrun is gone; return what is set then.
+
+    Without torchrun nobody would end the others when one of them fails. A process that waits for
+    one that is gone cannot be interrupted, and is ended after a while.
+    """
+    parent, orphaned = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        orphaned.set()
+        is_noted = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # by ``Interrupts``
+        os.kill(os.getpid(), signal.SIGTERM if is_noted else signal.SIGINT)
+        time.sleep(_GRACE)
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nerror: torchrun has ended, and the other processes do not answer\n")
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return orphaned
 
 
 def any_process(here: bool) -> bool:
@@ -97,7 +142,7 @@ def build_and_train(conf: TrainConf, device: torch.device, start: int) -> None:
             files.load_initial(model, conf.init_from)
         files.check_disk(conf, sum(p.numel() for p in model.parameters()))
         images = load_images(conf)
-        with process_group(device):
+        with process_group(conf, device):
             trainer = Trainer(conf, model, diffusion, device)
             if start:
                 files.load(trainer, start)
@@ -158,7 +203,7 @@ def train(trainer: Trainer, images: TrainingImages, sample_diffusion: GaussianDi
                     _record(trainer, evaluator, row, saves, bool(shows) and not stops)
                 window.restart()
             if stops:
-                raise KeyboardInterrupt(files.last_saved(conf))
+                raise KeyboardInterrupt(files.last_saved(conf) if is_main() else "")
 
 
 def _begin_files(trainer: Trainer, images: TrainingImages) -> None:

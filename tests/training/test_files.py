@@ -168,6 +168,64 @@ def test_what_a_killed_training_left_is_removed_and_nothing_else(tmp_path):
     assert other.exists()
 
 
+@pytest.mark.parametrize("spelling", ["{}/", "{}/.", "{}/../pictures", "{}//"])
+def test_the_spelling_of_the_folder_is_not_the_folder(tmp_path, spelling):
+    conf = tiny_conf(tmp_path)
+    saved(conf)
+    assert (
+        check(tiny_conf(tmp_path, data_dir=spelling.format(conf.data_dir)), CPU, resume=True) == 3
+    )
+
+
+def test_missing_and_new_pictures_are_named(tmp_path):
+    saved(tiny_conf(tmp_path))
+    for number in range(7):
+        path = tmp_path / "pictures" / f"{number:02d}.png"
+        path.rename(path.with_name(f"new-{number}.png") if number == 6 else tmp_path / path.name)
+    message = r"missing: 00\.png, 01\.png, 02\.png, 03\.png, 04\.png and 2 more; new: new-6\.png\)"
+    with pytest.raises(UserError, match=message):
+        check(tiny_conf(tmp_path), CPU, resume=True)
+
+
+def test_a_training_of_before_pictures_had_names_is_resumed(tmp_path):
+    conf = tiny_conf(tmp_path)
+    saved(conf)
+    path = checkpoint_path(conf, "opt", 3)
+    state = torch.load(path)
+    del state["pictures"]
+    torch.save(state, path)
+    assert check(conf, CPU, resume=True) == 3
+    (tmp_path / "pictures" / "00.png").unlink()
+    with pytest.raises(UserError, match=r"settings; put .*expected '12 pictures .*found '11"):
+        check(conf, CPU, resume=True)
+
+
+@pytest.mark.parametrize("kind", ["model", "ema_0.9999_", "opt"])
+@pytest.mark.parametrize("changes", [{"num_channels": 64}, {"channel_mult": "1,1"}], ids=str)
+def test_files_of_another_network_are_refused(tmp_path, kind, changes):
+    conf = tiny_conf(tmp_path)
+    other = tiny_conf(tmp_path, out_dir=str(tmp_path / "other"), **changes)
+    for one in (conf, other):
+        trainer, images = make_trainer(one), load_images(one)
+        for batch in batches(images, one, range(3)):
+            trainer.train_step(*batch)
+        files.save(trainer, images)
+    model = create_model(conf)
+    files.check_set(conf, model, 3)
+    checkpoint_path(other, kind, 3).replace(checkpoint_path(conf, kind, 3))
+    with pytest.raises(UserError, match=rf"{kind}000003\.pt: is not .* of this network"):
+        files.check_set(conf, model, 3)
+
+
+def test_an_optimizer_of_another_step_is_refused(tmp_path):
+    conf = tiny_conf(tmp_path)
+    saved(conf, 3)
+    saved(conf, 6)
+    checkpoint_path(conf, "opt", 3).replace(checkpoint_path(conf, "opt", 6))
+    with pytest.raises(UserError, match="is not the optimizer's file of step 6"):
+        files.check_set(conf, create_model(conf), 6)
+
+
 # ---- checks --------------------------------------------------------------------------------------
 
 
@@ -243,6 +301,21 @@ def test_the_yaml_names_the_classes(tmp_path):
     text = (tmp_path / "out" / "test.yml").read_text()
     assert "# cond_y: 0 is cats\n# cond_y: 1 is dogs and: wolves\n" in text
     assert load_conf(tmp_path / "out" / "test.yml", InpaintConf).num_classes == 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes")
+def test_class_names_may_be_any_bytes(tmp_path):
+    folder = tmp_path / "classes"
+    names = [b"caf\xe9", b"bell\x07\x1b[31m", "line\u2028\x85".encode(), b"tab\t"]
+    for name in names:
+        write_pictures(folder / os.fsdecode(name), 1)
+    conf = tiny_conf(tmp_path, data_dir=str(folder), class_cond=True, num_classes=4, holdout=0)
+    saved(conf)
+    assert check(conf, CPU, resume=True) == 3
+    text = (tmp_path / "out" / "test.yml").read_text(encoding="utf-8")
+    assert "is caf\\udce9\n" in text
+    assert "is bell\\x07\\x1b[31m\n" in text
+    assert load_conf(tmp_path / "out" / "test.yml", InpaintConf).num_classes == 4
 
 
 def test_export_halves_the_newest_average(tmp_path):

@@ -1,6 +1,7 @@
 """The log, the plot and the pictures: of the right times, and always of the same things."""
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,52 @@ def test_the_log_is_cut_back_to_the_step_from_which_a_training_goes_on(tmp_path)
         stream.write("5,0.1,0.")  # the power went here
     restart_log(path, 3)
     assert path.read_text().splitlines() == before[:4]
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        lambda lines: [*lines[:2], lines[2].replace(b"0.6666667", b"0.6e-"), *lines[3:]],
+        lambda lines: [*lines[:2], b"\xe4\xf6\xfc\n", *lines[2:]],
+        lambda lines: [*lines[:2], b"\0" * 50 + b"\n", *lines[2:]],
+        lambda lines: [*lines[:2], b'"' + lines[2], *lines[3:]],
+        lambda lines: ["Schritt,Bilder\n".encode("utf-16"), *lines[1:]],
+    ],
+    ids=["cut in a number", "Latin-1", "zeros", "a quote", "UTF-16"],
+)
+def test_a_spoilt_log_is_mended(tmp_path, spoilt):
+    path = tmp_path / "log.csv"
+    restart_log(path, 0)
+    for step in (1, 2, 3, 4):
+        append_log(path, {"step": step, "loss": step / 3})
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(spoilt(lines)))
+    assert {row["step"] for row in read_log(path)} >= {3, 4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        restart_log(path, 3)
+    after = path.read_bytes().splitlines(keepends=True)
+    assert set(after) <= set(lines)
+    assert lines[3] in after
+    assert lines[4] not in after
+
+
+def test_damaged_lines_are_counted(tmp_path):
+    path = tmp_path / "log.csv"
+    restart_log(path, 0)
+    append_log(path, {"step": 1, "loss": 0.5})
+    path.write_bytes(path.read_bytes() + b"\xff\nx,y\n" + path.read_bytes().splitlines(True)[1])
+    with pytest.warns(UserWarning, match=r"log\.csv: 2 damaged lines"):
+        restart_log(path, 3)
+
+
+def test_a_folder_in_the_place_of_the_log_is_put_aside(tmp_path):
+    (tmp_path / "log.csv" / "mine").mkdir(parents=True)
+    with pytest.warns(UserWarning, match=r"log\.csv: is not a file; it is .*log\.csv\.1 now"):
+        restart_log(tmp_path / "log.csv", 3)
+    append_log(tmp_path / "log.csv", {"step": 4})
+    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [4]
+    assert (tmp_path / "log.csv.1" / "mine").is_dir()
 
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
