@@ -6,6 +6,7 @@ if __name__ == "__main__":  # before the other imports, which take a second
     end_at_once_on_ctrl_c()
 
 import argparse
+import contextlib
 import json
 from collections.abc import Sequence
 
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     conf = load_conf(args.conf_path, InpaintConf, overrides_of(args))
     # Only a configuration without mistakes is worth the seconds that torch takes to import.
     from guided_diffusion.dist_util import Team
+    from guided_diffusion.io.files import locked
     from guided_diffusion.run import inpaint
     from guided_diffusion.run.plan import Summary, plan_run
 
@@ -84,12 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.fast and team.is_main:
         print("--fast: DDNM in place of RePaint; docs/quality.md says what it costs")
     plan = plan_run(conf, team, resume=args.resume)
-    summary = Summary()
-    if plan.todo:
-        inpainter = inpaint.build(plan)
-        summary = inpaint.run(plan, inpainter, team)
-    if team.is_main:
-        print(inpaint.conclude(plan, summary))
+    summary, inpainter = Summary(), inpaint.build(plan) if plan.todo else None
+    with locked(conf.log_dir) if team.is_main else contextlib.nullcontext():
+        if inpainter:
+            summary = inpaint.run(plan, inpainter, team)
+        if team.is_main:
+            print(inpaint.conclude(plan, summary))
     return 1 if summary.failures else 0
 
 

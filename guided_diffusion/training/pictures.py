@@ -112,7 +112,7 @@ def batches(
         generator=torch.Generator(),  # its own, so that the training's is left alone
     )
     told: set[int] = set()
-    for pixels, labels, bad in loader:
+    for pixels, labels, bad in _told_of_dead_readers(loader, conf):
         for index in bad.keys() - told:
             warnings.warn(f"{bad[index]}; another picture takes its place", stacklevel=2)
             told.add(index)
@@ -125,6 +125,25 @@ def batches(
                 got=len(bad),
             )
         yield torch.from_numpy(pixels), None if labels is None else torch.from_numpy(labels)
+
+
+def _told_of_dead_readers(loader: DataLoader, conf: TrainConf) -> Iterator[tuple]:
+    """Yield the loader's items; raises UserError where the system ended a reader."""
+    items = iter(loader)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                "a process that reads pictures was killed, perhaps because memory is short; lower "
+                f"it, and go on with --resume; {last_saved(conf)}",
+                key="cache_gb",
+            ) from error
+        yield item
 
 
 def _as_it_is(item: tuple) -> tuple:

@@ -1,5 +1,6 @@
 """The pictures of a step: the same whoever reads them, and not ended by one bad file."""
 
+import multiprocessing
 import warnings
 from pathlib import Path
 
@@ -140,3 +141,14 @@ def test_too_many_bad_pictures_end_a_training(tmp_path, readers):
         pytest.raises(UserError, match=message),
     ):
         list(batches(images, conf, range(12), readers))
+
+
+def test_a_reader_that_is_killed_is_one_line(tmp_path):
+    conf = classes(tmp_path, cache_gb=0)
+    before = set(multiprocessing.active_children())
+    found = batches(load_images(conf), conf, range(1000), 1)
+    next(found)
+    [reader] = set(multiprocessing.active_children()) - before
+    reader.kill()
+    with pytest.raises(UserError, match=r"cache_gb: a process that reads pictures was killed"):
+        list(found)
