@@ -1,9 +1,16 @@
 """Inpaint the pictures that a YAML names: ``python test.py --conf_path confs/x.yml``."""
 
+if __name__ == "__main__":  # before the other imports, which take a second
+    from guided_diffusion import end_at_once_on_ctrl_c
+
+    end_at_once_on_ctrl_c()
+
 import argparse
+import contextlib
 import json
 from collections.abc import Sequence
 
+from guided_diffusion import raise_on_ctrl_c
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.docs import help_text
 from guided_diffusion.config.keys import RESULT_FOLDERS, InpaintConf, load_conf
@@ -70,19 +77,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     conf = load_conf(args.conf_path, InpaintConf, overrides_of(args))
     # Only a configuration without mistakes is worth the seconds that torch takes to import.
     from guided_diffusion.dist_util import Team
+    from guided_diffusion.io.files import locked
     from guided_diffusion.run import inpaint
     from guided_diffusion.run.plan import Summary, plan_run
 
+    raise_on_ctrl_c()
     team = Team()
     if args.fast and team.is_main:
         print("--fast: DDNM in place of RePaint; docs/quality.md says what it costs")
     plan = plan_run(conf, team, resume=args.resume)
-    summary = Summary()
-    if plan.todo:
-        inpainter = inpaint.build(plan)
-        summary = inpaint.run(plan, inpainter, team)
-    if team.is_main:
-        print(inpaint.conclude(plan, summary))
+    summary, inpainter = Summary(), inpaint.build(plan) if plan.todo else None
+    with locked(conf.log_dir) if team.is_main else contextlib.nullcontext():
+        if inpainter:
+            summary = inpaint.run(plan, inpainter, team)
+        if team.is_main:
+            print(inpaint.conclude(plan, summary))
     return 1 if summary.failures else 0
 
 

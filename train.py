@@ -4,10 +4,17 @@ On several GPUs: ``torchrun --nproc_per_node 4 train.py --conf_path …``; on se
 torchrun's own options. The result runs at once: ``python test.py --conf_path <out_dir>/test.yml``.
 """
 
+if __name__ == "__main__":  # before the other imports, which take a second
+    from guided_diffusion import end_at_once_on_ctrl_c
+
+    end_at_once_on_ctrl_c()
+
 import argparse
+import contextlib
 import os
 import sys
 
+from guided_diffusion import raise_on_ctrl_c
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.docs import help_text
 from guided_diffusion.config.keys import TrainConf, load_conf
@@ -38,38 +45,26 @@ def main(argv: list[str] | None = None) -> int:
     conf = load_conf(args.conf_path, TrainConf, args.overrides)
     # Only a configuration without mistakes is worth the seconds that torch takes to import.
     from guided_diffusion.dist_util import get_device, is_main
-    from guided_diffusion.script_util import create_gaussian_diffusion, create_model
+    from guided_diffusion.io.files import locked
     from guided_diffusion.training import files, loop
-    from guided_diffusion.training.trainer import Trainer, TrainingStoppedError, seeded
+    from guided_diffusion.training.trainer import TrainingStoppedError
 
+    raise_on_ctrl_c()
     if args.export is not None:
         print(files.export(conf, args.export))
         return 0
     device = get_device(conf.device)
-    start = files.check(conf, device, resume=args.resume)
-    if start >= conf.iterations:
-        print(f"{conf.out_dir}: {start} steps are done; to go on raise iterations")
-        return 0
-    diffusion = create_gaussian_diffusion(conf)
-    sample_diffusion = create_gaussian_diffusion(conf, "sample_respacing")
-    with seeded(conf.seed):
-        model = create_model(conf)
-    if conf.init_from and not start:
-        files.load_initial(model, conf.init_from)
-    files.check_disk(conf, sum(p.numel() for p in model.parameters()))
-    images = loop.load_images(conf)
-    with loop.process_group(device):
-        trainer = Trainer(conf, model, diffusion, images, device)
-        if start:
-            trainer.load(start)
-        try:
-            loop.train(trainer, sample_diffusion)
-        except TrainingStoppedError as error:
-            if is_main():
-                print(f"error: {error}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(files.last_saved(conf)) from None
+    try:
+        with locked(conf.out_dir) if is_main() else contextlib.nullcontext():
+            start = files.check(conf, device, resume=args.resume)
+            if start >= conf.iterations:
+                print(f"{conf.out_dir}: {start} steps are done; to go on raise iterations")
+                return 0
+            loop.build_and_train(conf, device, start)
+    except TrainingStoppedError as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

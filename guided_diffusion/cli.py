@@ -1,7 +1,9 @@
 """How a command line ends: exit status, one line for a mistake, signals."""
 
 import argparse
+import atexit
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -13,7 +15,73 @@ from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
+from guided_diffusion import end_at_once_on_ctrl_c
 from guided_diffusion.errors import UserError
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A process's place among those that torchrun started, on all machines and on its own."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether each number can be one that torchrun gives."""
+        is_ordered = self.local_rank < self.local_world_size <= self.world_size
+        return is_ordered and self.rank < self.world_size
+
+
+def place() -> Place:
+    """Return this process's place, as torchrun's variables say; that of one alone without them.
+
+    Raises UserError for a variable that is no whole number. ``leave_stray_team`` decides whether
+    the variables count.
+    """
+    numbers = {}
+    for name in _PLACE:
+        text = os.environ.get(name)
+        if text is not None and not (text.isascii() and text.isdecimal()):
+            raise UserError(key=name, expected="a whole number, set by torchrun", got=repr(text))
+        if text is not None:
+            numbers[name.lower()] = int(text)
+    return Place(**numbers)
+
+
+def leave_stray_team() -> str | None:
+    """Take torchrun's variables out of the environment unless all are there, and possible.
+
+    A shell or a cluster that sets some of them would make the others wait for processes that
+    nobody starts, or leave pictures to them. Returns a warning, or None where nothing changes.
+    """
+    found = {name: os.environ[name] for name in _PLACE if name in os.environ}
+    try:
+        is_whole = all(os.environ.get(name) for name in (*_PLACE, *_ADDRESS))
+        if not found or (is_whole and place().is_possible):
+            return None
+        is_one = place() == Place()
+    except UserError:
+        is_one = False
+    for name in found:
+        del os.environ[name]
+    if is_one:
+        return None
+    values = ", ".join(f"{name}={value!r}" for name, value in found.items())
+    return (
+        f"{values} in the environment is ignored, and this is one process alone: torchrun sets "
+        f"{', '.join((*_PLACE, *_ADDRESS))} together, with numbers that fit each other"
+    )
+
+
+# ---- The command line ----------------------------------------------------------------------------
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -72,7 +140,8 @@ def command_line(main: Callable[[], int | None]) -> None:
     # Before torch loads GNU OpenMP. Its threads wait busily, by default for so long that two
     # programs that share the cores keep each other from working; a longer wait gains about 2 %.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    is_main = os.environ.get("RANK", "0") == "0"
+    stray = leave_stray_team()
+    is_main = place().rank == 0
 
     def show(text: object, *_: object, **__: object) -> None:
         if is_main:
@@ -81,6 +150,8 @@ def command_line(main: Callable[[], int | None]) -> None:
     out, err = _Outliving(sys.stdout), _Outliving(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         warnings.showwarning = show
+        if stray:
+            warnings.warn(stray, stacklevel=2)
         try:
             status = main()
         except UserError as error:
@@ -95,19 +166,31 @@ def command_line(main: Callable[[], int | None]) -> None:
                 tqdm.write(line, file=sys.stderr)
             status = 130
         out.flush()
+    atexit.register(end_at_once_on_ctrl_c)  # the interpreter tidies up for a while
     sys.exit(status)
+
+
+# ---- Signals -------------------------------------------------------------------------------------
+
+
+# A terminal's Ctrl-C reaches processes and torchrun, which passes it on: the same one once more.
+_ECHO = 2.0  # seconds
 
 
 class Interrupts:
     """Ctrl-C, SIGTERM and a closed terminal, put off to where the program may end.
 
     Within the ``with`` block a first signal is only noted, and ``check()`` raises
-    KeyboardInterrupt for it; a second one acts at once. Signals that this process was started to
-    ignore (nohup, a shell's &) stay ignored. In a thread other than the main one it does nothing.
+    KeyboardInterrupt for it, or ``has_arrived`` says so; a second one acts at once. Signals that
+    this process was started to ignore (nohup, a shell's &) stay ignored. In a thread other than
+    the main one it does nothing. ``notice`` is what the first signal prints.
     """
 
+    def __init__(self, notice: str = "") -> None:
+        self._notice = notice
+
     def __enter__(self) -> "Interrupts":
-        self._arrived, self._earlier = False, {}
+        self.has_arrived, self._earlier, self._first = False, {}, 0.0
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)):
                 if number and signal.getsignal(number) is not signal.SIG_IGN:
@@ -119,11 +202,19 @@ class Interrupts:
             signal.signal(number, handler)
         self._earlier = {}
 
-    def _note(self, *_: object) -> None:
-        self._arrived = True
-        self.__exit__()
+    def _note(self, number: int, _: object) -> None:
+        if not self.has_arrived:
+            self.has_arrived, self._first = True, time.monotonic()
+            if self._notice:
+                with contextlib.suppress(OSError):
+                    os.write(2, f"\n{self._notice}\n".encode())
+            if place().world_size == 1:
+                self.__exit__()
+        elif time.monotonic() - self._first > _ECHO:
+            self.__exit__()
+            os.kill(os.getpid(), number)
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if a signal has arrived."""
-        if self._arrived:
+        if self.has_arrived:
             raise KeyboardInterrupt

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from guided_diffusion.cli import place
 from guided_diffusion.errors import UserError
 
 Value = TypeVar("Value")
@@ -17,17 +18,22 @@ Value = TypeVar("Value")
 
 def rank() -> int:
     """Return this process's number among all of torchrun's, 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
+    return place().rank
 
 
 def world_size() -> int:
     """Return how many processes torchrun started on all machines, 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return place().world_size
 
 
 def local_rank() -> int:
     """Return this process's number on its own machine, which is also its GPU's."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return place().local_rank
+
+
+def local_world_size() -> int:
+    """Return how many processes torchrun started on this machine, 1 without torchrun."""
+    return place().local_world_size
 
 
 def is_main() -> bool:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from guided_diffusion import dist_util
+from guided_diffusion import cli, dist_util
 from guided_diffusion.dist_util import get_device
 from guided_diffusion.errors import UserError
 
@@ -48,3 +48,56 @@ def test_ranks_come_from_torchrun(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert (dist_util.rank(), dist_util.world_size(), dist_util.is_main()) == (3, 4, False)
+
+
+def team(**changes):
+    whole = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    return whole | {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"} | changes
+
+
+NAMES = tuple(team())
+
+
+def place_with(monkeypatch, variables):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return cli.leave_stray_team(), cli.place()
+
+
+def test_the_whole_set_is_a_team(monkeypatch):
+    assert place_with(monkeypatch, team()) == (None, cli.Place(1, 4, 1, 2))
+    assert dist_util.local_world_size() == 2
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        *({"RANK": text} for text in ("1", "9", "", "abc", "-1", "\u0661", "1.0")),
+        *({"WORLD_SIZE": text} for text in ("0", "2", "")),
+        *({"LOCAL_WORLD_SIZE": "0"}, {"LOCAL_RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "2"}),
+        *(team(RANK="4"), team(WORLD_SIZE="1"), team(LOCAL_RANK="2"), team(LOCAL_WORLD_SIZE="9")),
+        *(team(MASTER_ADDR=""), team(MASTER_PORT=""), team(RANK="one")),
+    ],
+    ids=str,
+)
+def test_anything_else_is_one_process_with_a_warning(monkeypatch, variables):
+    warning, place = place_with(monkeypatch, variables)
+    assert place == cli.Place()
+    name, value = next(
+        (n, v) for n, v in variables.items() if n not in ("MASTER_ADDR", "MASTER_PORT")
+    )
+    assert f"{name}={value!r}" in warning
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} & os.environ.keys()
+
+
+@pytest.mark.parametrize("variables", [{}, {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}])
+def test_one_process_that_says_so_is_no_news(monkeypatch, variables):
+    assert place_with(monkeypatch, variables) == (None, cli.Place())
+
+
+def test_a_number_that_is_none_is_one_line(monkeypatch):
+    monkeypatch.setenv("RANK", "abc")
+    with pytest.raises(UserError, match=r"RANK: expected a whole number, .*found 'abc'"):
+        dist_util.rank()

@@ -8,7 +8,6 @@ from PIL import Image
 from guided_diffusion.config.keys import TrainConf
 from guided_diffusion.config.schema import conf_from_dict
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
-from guided_diffusion.training.loop import load_images
 from guided_diffusion.training.trainer import Trainer, seeded
 
 TINY = """
@@ -61,7 +60,7 @@ def make_trainer(conf):
     with seeded(conf.seed):
         model = create_model(conf)
     diffusion = create_gaussian_diffusion(conf)
-    return Trainer(conf, model, diffusion, load_images(conf), torch.device("cpu"))
+    return Trainer(conf, model, diffusion, torch.device("cpu"))
 
 
 def sample_diffusion(conf):

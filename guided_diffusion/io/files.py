@@ -7,6 +7,7 @@ import os
 import platform
 import secrets
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from guided_diffusion.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # ---- whole files -------------------------------------------------------------------------------
 
@@ -182,6 +188,96 @@ def _is_other_alive(process: int) -> bool:
     except OSError:
         return True
     return True
+
+
+# ---- one run a folder --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep ``folder`` for this process while the block runs; the folder is made if need be.
+
+    The system releases the lock when the process ends, in whatever way. Raises ``UserError``
+    that names the other process and its host where one has the folder, and as ``check_folder``.
+    On Windows, and on file systems without locks, a warning says that nothing is guarded. A
+    folder that was made for the lock and is still empty at the end is removed.
+    """
+    there, lock = check_folder(folder), Path(folder).absolute() / ".lock"
+    handle = _take_lock(lock)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()  # while the lock is held: it cannot be another process's file
+        _release(handle)
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
+            for made in lock.parents:
+                if made == there.absolute():
+                    break
+                made.rmdir()
+
+
+def _take_lock(lock: Path) -> int:
+    """Return the descriptor of the lock file, locked and with this process's name in it."""
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another process has just removed its empty folder
+            continue
+        except OSError as error:
+            problem = f"results cannot be written there: {error.strerror}"
+            raise UserError(problem, path=lock.parent) from error
+        _held.add(handle)
+        if _is_refused(handle):
+            owner = os.read(handle, 300).decode("utf-8", "replace") or "another process"
+            _release(handle)
+            problem = f"{owner} is at work there; wait for its end, or choose another folder"
+            raise UserError(problem, path=lock.parent)
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(handle), lock.stat()):
+                os.truncate(handle, 0)
+                os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
+                return handle
+        _release(handle)  # its owner removed the file before its end
+
+
+def _is_refused(handle: int) -> bool:
+    """Lock an open file; return whether another process has it, and warn if nobody can."""
+    try:
+        if fcntl is None:
+            raise OSError("Windows")
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        warnings.warn(
+            "this system has no locks: nothing stops a second run into the same folder",
+            stacklevel=4,
+        )
+    return False
+
+
+# A process that is forked from this one shares its locks. It must not keep them when this one is
+# killed.
+_held: set[int] = set()
+
+
+def _release(handle: int) -> None:
+    _held.discard(handle)
+    os.close(handle)
+
+
+def _release_all() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_all)
+
+
+# ---- checkpoints -------------------------------------------------------------------------------
 
 
 def write_checkpoint(path: str | os.PathLike, state: object) -> None:

@@ -70,7 +70,8 @@ def run(plan: Plan, inpainter: Inpainter, team: Team) -> Summary:
     where nothing more can be written, and KeyboardInterrupt after Ctrl-C, both with a way to go on.
     """
     if team.is_main:
-        for folder in {*result_folders(plan.conf).values(), plan.conf.log_dir}:
+        log_dir = plan.conf.log_dir
+        for folder in {*result_folders(plan.conf).values(), log_dir, f"{log_dir}/process"}:
             remove_leftovers(folder)
         write_record(plan, "started", Summary())
     start = time.perf_counter()

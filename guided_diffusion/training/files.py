@@ -5,6 +5,7 @@ and ``opt001000.pt`` after 1,000 steps.
 """
 
 import dataclasses
+import functools
 import hashlib
 import re
 import shutil
@@ -21,10 +22,17 @@ from guided_diffusion.config.schema import conf_to_dict, shown
 from guided_diffusion.dist_util import is_main, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.image_datasets import TrainingImages, list_images
+from guided_diffusion.image_datasets import TrainingImages, list_images, names_below
 from guided_diffusion.io.checkpoints import check_fits, load_state_dict, write_weights
-from guided_diffusion.io.files import check_folder, refuse_inside, remove_leftovers
+from guided_diffusion.io.files import (
+    check_folder,
+    refuse_inside,
+    remove_leftovers,
+    write_checkpoint,
+    write_text_atomic,
+)
 from guided_diffusion.models.conversion import initial_state_dict
+from guided_diffusion.training.trainer import Trainer
 from guided_diffusion.unet import UNetModel
 
 # What a resumed training may change: how far it goes, how fast and how visibly; not what it learns.
@@ -33,6 +41,8 @@ FREE_KEYS = (
     *("log_interval", "save_interval", "sample_interval", "sample_mask", "sample_count"),
     *("sample_respacing", "device", "compile", "microbatch", "use_checkpoint"),
 )
+
+_NAMED = 5  # so many pictures are named, and the others counted
 
 
 # ---- Names ---------------------------------------------------------------------------------------
@@ -78,12 +88,13 @@ def load_opt(path: Path, mmap: bool = True) -> dict:
     raise UserError("is not an optimizer's file of this program", path=path)
 
 
-def run_settings(conf: TrainConf, paths: Sequence[str]) -> dict[str, object]:
+def run_settings(conf: TrainConf, names: Sequence[str]) -> dict[str, object]:
     """Return what has to stay the same for a training to be resumed: keys, and the pictures."""
     kept = {name: v for name, v in conf_to_dict(conf).items() if name not in FREE_KEYS}
-    names = "\0".join(path.removeprefix(conf.data_dir) for path in paths)
-    digest = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    return {**kept, "data_dir": f"{len(paths)} pictures (list {digest})"}
+    # The published form of the list begins each name with a slash, as paths below a folder do.
+    text = "\0".join(f"/{name}" for name in names)
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return {**kept, "data_dir": f"{len(names)} pictures (list {digest})"}
 
 
 def check_disk(conf: TrainConf, parameters: int) -> None:
@@ -99,6 +110,11 @@ def check_disk(conf: TrainConf, parameters: int) -> None:
             expected=f"{needed / 1e6:,.0f} MB free",
             got=f"{free / 1e6:,.0f} MB",
         )
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with an escape for what UTF-8 or YAML lacks: file names may be any bytes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def test_yaml(
@@ -129,8 +145,55 @@ def test_yaml(
     if len(images.held_out):
         notes.append("gt_path has the training's pictures too; see held_out.txt for the others.")
     notes += [f"cond_y: {number} is {name}" for number, name in enumerate(images.class_names)]
-    lines = "".join(f"# {' '.join(note.split())}\n" for note in notes)
+    lines = "".join(f"# {printable(' '.join(note.split()))}\n" for note in notes)
     return lines + yaml.safe_dump(test, sort_keys=False, allow_unicode=True)
+
+
+# ---- Saving and loading --------------------------------------------------------------------------
+
+
+def save(trainer: Trainer, images: TrainingImages) -> None:
+    """Write the set of checkpoints of this step, and the YAML that tests it.
+
+    The optimizer's file comes last: where it exists, the set is complete.
+    """
+    conf, step = trainer.conf, trainer.step
+    check_disk(conf, sum(p.numel() for p in trainer.parameters))
+    path = functools.partial(checkpoint_path, conf, step=step)
+    write_checkpoint(path("model"), _state_dict(trainer, trainer.parameters))
+    for rate, averages in trainer.emas.items():
+        write_checkpoint(path(f"ema_{rate}_"), _state_dict(trainer, averages))
+    test = test_yaml(conf, trainer.diffusion, images, step)
+    write_text_atomic(Path(conf.out_dir) / "test.yml", test)
+    state = {
+        "step": step,
+        "settings": run_settings(conf, images.names),
+        "pictures": images.names,
+        "optimizer": trainer.optimizer.state_dict(),
+        "sampler": trainer.sampler.state_dict() if trainer.sampler else {},
+    }
+    write_checkpoint(path("opt"), state)
+
+
+def _state_dict(trainer: Trainer, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name parameters as the network's ``state_dict`` does, in memory of their own."""
+    plain = (value.detach().cpu().contiguous() for value in values)
+    return dict(zip(trainer.names, plain, strict=True))
+
+
+def load(trainer: Trainer, step: int) -> None:
+    """Let ``trainer`` go on from the set of checkpoints of ``step``."""
+    path = functools.partial(checkpoint_path, trainer.conf, step=step)
+    state = load_opt(path("opt"), mmap=False)
+    trainer.model.load_state_dict(load_state_dict(path("model")))
+    for rate, averages in trainer.emas.items():
+        saved = load_state_dict(path(f"ema_{rate}_"))
+        for name, average in zip(trainer.names, averages, strict=True):
+            average.copy_(saved[name])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    if trainer.sampler:
+        trainer.sampler.load_state_dict(state["sampler"])
+    trainer.step = step
 
 
 def export(conf: TrainConf, path: str) -> str:
@@ -152,6 +215,29 @@ def load_initial(model: UNetModel, path: str) -> None:
     state = initial_state_dict(path, new_attention_order=order)
     check_fits(path, state, shapes_of(model.state_dict()), key="init_from")
     model.load_state_dict(state)
+
+
+def check_set(conf: TrainConf, model: UNetModel, step: int) -> None:
+    """Raise UserError naming the file of the set of ``step`` that is not this network's."""
+    wanted = shapes_of(model.state_dict())
+    for kind in ("model", *(f"ema_{rate}_" for rate in conf.ema_rates)):
+        path = checkpoint_path(conf, kind, step)
+        check_fits(path, load_state_dict(path), wanted)
+    path = checkpoint_path(conf, "opt", step)
+    if not _is_optimizer_of(load_opt(path), list(wanted.values()), step):
+        raise UserError(f"is not the optimizer's file of step {step} of this network", path=path)
+
+
+def _is_optimizer_of(state: dict, shapes: list[tuple[int, ...]], step: int) -> bool:
+    try:
+        [group] = state["optimizer"]["param_groups"]
+        moments = state["optimizer"]["state"]
+        numbers = group["params"] if moments else []  # before the first step there are none
+        pairs = [(moments[i]["exp_avg"].shape, moments[i]["exp_avg_sq"].shape) for i in numbers]
+        fits = pairs == [(shape, shape) for shape in shapes[: len(pairs)]]
+        return state["step"] == step and len(group["params"]) == len(shapes) and fits
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
 
 
 # ---- Checks --------------------------------------------------------------------------------------
@@ -196,20 +282,33 @@ def _check_resume(conf: TrainConf, newest: int, resume: bool) -> None:
             path=conf.out_dir,
         )
     path = checkpoint_path(conf, "opt", newest)
-    then = load_opt(path)["settings"]
-    now = run_settings(
-        conf, list_images(conf.data_dir, key="data_dir", all_formats=conf.all_formats)
-    )
+    state = load_opt(path)
+    paths = list_images(conf.data_dir, key="data_dir", all_formats=conf.all_formats)
+    names = names_below(conf.data_dir, paths)
+    then, now = state["settings"], run_settings(conf, names)
     changed = [name for name in now if name in then and then[name] != now[name]]
     if changed:
+        told = _changed_pictures(state.get("pictures"), names) if "data_dir" in changed else ""
         raise UserError(
-            "cannot be resumed with other settings; put them back, or start anew in another "
+            f"cannot be resumed with other settings{told}; put them back, or start anew in another "
             "out_dir, with init_from",
             path=path,
             key=" and ".join(changed),
             expected=", ".join(shown(then[name]) for name in changed),
             got=", ".join(shown(now[name]) for name in changed),
         )
+
+
+def _changed_pictures(then: Sequence[str] | None, now: Sequence[str]) -> str:
+    """Say which pictures are missing or new; nothing where the file does not have their names."""
+    if then is None:
+        return ""
+    told = []
+    for word, names in (("missing", set(then) - set(now)), ("new", set(now) - set(then))):
+        few = sorted(names)[:_NAMED]
+        rest = f" and {len(names) - len(few)} more" if len(names) > len(few) else ""
+        told += [f"{word}: {', '.join(map(printable, few))}{rest}"] if names else []
+    return f" ({'; '.join(told)})"
 
 
 def check_classes(conf: TrainConf, images: TrainingImages) -> None:

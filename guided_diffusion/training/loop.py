@@ -3,103 +3,116 @@
 import contextlib
 import datetime
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from guided_diffusion.cli import Interrupts
 from guided_diffusion.config.keys import TrainConf
-from guided_diffusion.dist_util import is_main, world_size
+from guided_diffusion.dist_util import is_main, is_out_of_memory, world_size
+from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import TrainingImages
 from guided_diffusion.io.files import write_text_atomic
-from guided_diffusion.training.files import check_classes
+from guided_diffusion.script_util import create_gaussian_diffusion, create_model
+from guided_diffusion.training import files
+from guided_diffusion.training.pictures import batches, load_images
 from guided_diffusion.training.report import (
-    Observer,
+    Evaluator,
+    LossWindow,
     Row,
     append_log,
     read_log,
     restart_log,
     write_loss_plot,
 )
-from guided_diffusion.training.timesteps import CUT, batch_indices, generator
-from guided_diffusion.training.trainer import Tensor, Trainer, compiles, share
+from guided_diffusion.training.trainer import Trainer, compiles, learning_rate, seeded
 
 # ---- Processes -----------------------------------------------------------------------------------
 
 
+# How the backends and the store begin to say that a process is gone, each in its own exception.
+_LOST = ("gloo", "nccl", "connection", "broken pipe", "store", "timed out")
+_GRACE = 60  # seconds for the step and its checkpoint when torchrun is gone
+
+
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group(conf: TrainConf, device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun started, GPUs by NCCL; nothing for one alone.
 
-    The others wait for the first while it saves and makes pictures, hence their patience.
+    The others wait for the first while it saves and makes pictures, hence their patience. Raises
+    UserError where torchrun or another process is gone.
     """
     if world_size() == 1:
         yield
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=3))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    orphaned = _watch_parent()
     try:
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=3))
         yield
+    except KeyboardInterrupt:
+        if orphaned.is_set() and is_main():
+            raise UserError(f"torchrun has ended; {files.last_saved(conf)}") from None
+        raise
+    except (RuntimeError, ValueError) as error:
+        lost = any(word in str(error).lower() for word in _LOST)
+        if isinstance(error, UserError) or is_out_of_memory(error) or not lost:
+            raise
+        problem = "no connection to the other processes; the same command with --resume goes on"
+        raise UserError(f"{problem}; {files.last_saved(conf)}") from error
     finally:
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
-# ---- Pictures ------------------------------------------------------------------------------------
+def _watch_parent() -> threading.Event:
+    """Interrupt this process when torchrun is gone; return what is set then.
 
-
-def load_images(conf: TrainConf) -> TrainingImages:
-    """Read all pictures, of which as many stay in memory as ``cache_gb`` holds."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    images = TrainingImages(
-        conf.data_dir,
-        conf.image_size,
-        class_cond=conf.class_cond,
-        random_crop=conf.random_crop,
-        random_flip=conf.random_flip,
-        holdout=conf.holdout,
-        cache_bytes=int(conf.cache_gb * 2**30 / processes),
-        depth=conf.depth,
-        all_formats=conf.all_formats,
-        show_progress=is_main(),
-    )
-    check_classes(conf, images)
-    return images
-
-
-def batches(
-    images: TrainingImages, conf: TrainConf, steps: range
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield this process's part of each step's batch, the next one being read meanwhile.
-
-    Pictures are uint8 (n, 3, S, S), labels int64 (n,) or None.
+    Without torchrun nobody would end the others when one of them fails. A process that waits for
+    one that is gone cannot be interrupted, and is ended after a while.
     """
-    mine = share(conf.batch_size)
+    parent, orphaned = os.getppid(), threading.Event()
 
-    def read(step: int) -> tuple[Tensor, Tensor | None]:
-        chosen = batch_indices(len(images.train), step, conf.batch_size, conf.seed)[mine]
-        rng = generator(conf.seed, CUT, step)
-        rng.random((mine.start, 4))  # the cuts of the processes before this one
-        return images.batch(images.train[chosen], rng)
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        orphaned.set()
+        is_noted = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # by ``Interrupts``
+        os.kill(os.getpid(), signal.SIGTERM if is_noted else signal.SIGINT)
+        time.sleep(_GRACE)
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nerror: torchrun has ended, and the other processes do not answer\n")
+        os._exit(1)
 
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(read, steps.start)
-        for step in steps:
-            batch = ahead.result()
-            if step + 1 in steps:
-                ahead = reader.submit(read, step + 1)
-            yield batch
+    threading.Thread(target=watch, daemon=True).start()
+    return orphaned
+
+
+def any_process(here: bool) -> bool:
+    """Return whether ``here`` is true in any process; all of them call this.
+
+    It goes over the CPUs, so that no process waits for its GPU.
+    """
+    if world_size() == 1:
+        return here
+    flag = torch.tensor(int(here))
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
 
 
 # ---- The loop ------------------------------------------------------------------------------------
 
 
-def describe(trainer: Trainer) -> str:
+def describe(trainer: Trainer, images: TrainingImages) -> str:
     """Return what is being trained, on what and how, in one line."""
-    conf, device, images = trainer.conf, trainer.device, trainer.images
+    conf, device = trainer.conf, trainer.device
     millions = sum(p.numel() for p in trainer.parameters) / 1e6
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     tf32 = "on" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "off"
@@ -112,16 +125,50 @@ def describe(trainer: Trainer) -> str:
     )
 
 
-def train(trainer: Trainer, sample_diffusion: GaussianDiffusion) -> None:
+def build_and_train(conf: TrainConf, device: torch.device, start: int) -> None:
+    """Build the network, read the pictures, and train from step ``start``.
+
+    Raises as ``train``, and UserError where files do not fit the network, a picture is bad, or
+    memory is too small.
+    """
+    diffusion = create_gaussian_diffusion(conf)
+    sample_diffusion = create_gaussian_diffusion(conf, "sample_respacing")
+    try:
+        with seeded(conf.seed):
+            model = create_model(conf)
+        if start:
+            files.check_set(conf, model, start)
+        elif conf.init_from:
+            files.load_initial(model, conf.init_from)
+        files.check_disk(conf, sum(p.numel() for p in model.parameters()))
+        images = load_images(conf)
+        with process_group(conf, device):
+            trainer = Trainer(conf, model, diffusion, device)
+            if start:
+                files.load(trainer, start)
+            train(trainer, images, sample_diffusion)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        own = conf.batch_size // world_size() if conf.microbatch == -1 else conf.microbatch
+        raise UserError(
+            f"out of memory with {own} pictures at once; lower it, or write use_checkpoint: true, "
+            f"and go on with --resume; {files.last_saved(conf)}",
+            key="microbatch",
+        ) from error
+
+
+def train(trainer: Trainer, images: TrainingImages, sample_diffusion: GaussianDiffusion) -> None:
     """Train to the end, with log, checkpoints and pictures at their intervals.
 
-    Raises TrainingStoppedError as ``Trainer.collect``, and UserError where the disk is full.
+    After Ctrl-C the step is finished and saved, and KeyboardInterrupt raised. Raises
+    TrainingStoppedError as ``LossWindow.row``, and UserError where the disk is full.
     """
-    conf, images, folder = trainer.conf, trainer.images, Path(trainer.conf.out_dir)
-    observer = None
+    conf = trainer.conf
+    evaluator = None
     if is_main():
-        print(describe(trainer), flush=True)
-        observer = Observer(
+        print(describe(trainer, images), flush=True)
+        evaluator = Evaluator(
             conf,
             images,
             trainer.diffusion,
@@ -130,41 +177,54 @@ def train(trainer: Trainer, sample_diffusion: GaussianDiffusion) -> None:
             trainer.device,
             trainer.part,
         )
-        restart_log(folder / "log.csv", trainer.step)
-        held_out = "".join(f"{images.paths[i]}\n" for i in images.held_out)
-        readable = held_out.encode("utf-8", "replace").decode()  # names may be any bytes
-        write_text_atomic(folder / "held_out.txt", readable)
+        _begin_files(trainer, images)
     steps = range(trainer.step, conf.iterations)
+    window = LossWindow(conf, trainer.diffusion.num_timesteps)
     pause = 0.2 if sys.stderr.isatty() else 30  # a log file does not want a line each time
-    with tqdm(
-        total=conf.iterations, initial=trainer.step, mininterval=pause, disable=not is_main()
-    ) as bar:
-        trainer.restart_window()
+    notice = "interrupted: this step will be saved; a second Ctrl-C ends at once"
+    with (
+        Interrupts(notice if is_main() else "") as interrupts,
+        tqdm(
+            total=conf.iterations, initial=trainer.step, mininterval=pause, disable=not is_main()
+        ) as bar,
+    ):
         for batch in batches(images, conf, steps):
-            trainer.train_step(*batch)
+            window.add(*trainer.train_step(*batch))
             bar.update()
+            stops = any_process(interrupts.has_arrived)
             is_last = trainer.step == conf.iterations
-            saves = is_last or trainer.step % conf.save_interval == 0
+            saves = stops or is_last or trainer.step % conf.save_interval == 0
             shows = conf.sample_interval and (is_last or trainer.step % conf.sample_interval == 0)
             if saves or shows or trainer.step % conf.log_interval == 0:
-                row = trainer.collect()
+                row = window.row(trainer.step, learning_rate(conf, trainer.step - 1))
                 speed = f"{row['images_per_s']:.1f}"
                 bar.set_postfix({"loss": f"{row['loss']:.4f}", "images/s": speed})
-                if observer:
-                    _record(trainer, observer, row, saves, bool(shows))
-                trainer.restart_window()
+                if evaluator:
+                    _record(trainer, evaluator, row, saves, bool(shows) and not stops)
+                window.restart()
+            if stops:
+                raise KeyboardInterrupt(files.last_saved(conf) if is_main() else "")
 
 
-def _record(trainer: Trainer, observer: Observer, row: Row, saves: bool, shows: bool) -> None:
+def _begin_files(trainer: Trainer, images: TrainingImages) -> None:
+    """Cut the log back to where the training goes on, and list the pictures that are held out."""
+    folder = Path(trainer.conf.out_dir)
+    restart_log(folder / "log.csv", trainer.step)
+    held_out = "".join(f"{images.paths[i]}\n" for i in images.held_out)
+    readable = held_out.encode("utf-8", "replace").decode()  # names may be any bytes
+    write_text_atomic(folder / "held_out.txt", readable)
+
+
+def _record(trainer: Trainer, evaluator: Evaluator, row: Row, saves: bool, shows: bool) -> None:
     """Write what is due after a step; the log comes first, for it is cut back when resumed."""
     folder, step = Path(trainer.conf.out_dir), trainer.step
     if saves or shows:
-        row |= observer.held_out_losses()
+        row |= evaluator.held_out_losses()
     append_log(folder / "log.csv", row)
     if saves:
-        trainer.save()
+        files.save(trainer, evaluator.images)
     if shows:
         write_loss_plot(folder / "loss.png", read_log(folder / "log.csv"))
     if shows and trainer.conf.sample_count:
-        observer.write_samples(folder / f"samples_{step:06d}.png")
-        observer.write_inpaintings(folder / f"inpainted_{step:06d}.png")
+        evaluator.write_samples(folder / f"samples_{step:06d}.png")
+        evaluator.write_inpaintings(folder / f"inpainted_{step:06d}.png")

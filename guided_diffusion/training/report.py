@@ -1,9 +1,11 @@
 """What a person sees of a training: a log, a plot of the loss, and pictures at intervals."""
 
 import collections
-import csv
+import contextlib
 import functools
 import math
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +27,10 @@ from guided_diffusion.io.images import (
 from guided_diffusion.io.sheets import OverviewRow, montage, write_overview
 from guided_diffusion.masks import make_mask
 from guided_diffusion.scheduler import get_schedule_jump
+from guided_diffusion.training.files import last_saved
 from guided_diffusion.training.losses import training_losses
 from guided_diffusion.training.timesteps import HELD_OUT, SHOW, draw_noise, generator
+from guided_diffusion.training.trainer import TrainingStoppedError, gather
 
 Tensor = torch.Tensor
 Row = dict[str, float]  # one line of the log; NaN or absent where there is nothing to say
@@ -43,15 +47,26 @@ COLUMNS = (
 
 
 def read_log(path: Path) -> list[Row]:
-    """Return the log's rows; a last line that was cut off is left out."""
-    if not path.exists():
+    """Return the log's rows; lines that are damaged or cut off are left out."""
+    return [row for row in _read_lines(path) if row is not None]
+
+
+def _read_lines(path: Path) -> list[Row | None]:
+    """Return the row of each line but the first, which has the names; None for a damaged one."""
+    if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as stream:
-        lines = [line for line in csv.reader(stream) if len(line) == len(COLUMNS)]
-    return [
-        {name: float(value or "nan") for name, value in zip(COLUMNS, line, strict=True)}
-        for line in lines[1:]
-    ]
+    lines = path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
+    return [_read_line(line) for line in lines[1:]]
+
+
+def _read_line(line: str) -> Row | None:
+    values = line.split(",")
+    if len(values) != len(COLUMNS) or not line.endswith("\n"):
+        return None
+    try:
+        return {name: float(v.strip() or "nan") for name, v in zip(COLUMNS, values, strict=True)}
+    except ValueError:
+        return None
 
 
 def _csv_line(row: Row) -> str:
@@ -60,9 +75,21 @@ def _csv_line(row: Row) -> str:
 
 
 def restart_log(path: Path, step: int) -> None:
-    """Write the log anew with its rows up to ``step``: later ones will be trained again."""
-    rows = [row for row in read_log(path) if row["step"] <= step]
-    write_text_atomic(path, ",".join(COLUMNS) + "\n" + "".join(map(_csv_line, rows)))
+    """Write the log anew with its rows up to ``step``: later ones will be trained again.
+
+    Damaged lines are left out, and what is no file gets another name, each with a warning.
+    """
+    if path.exists() and not path.is_file():
+        aside = next(p for n in range(1, 10**6) if not (p := Path(f"{path}.{n}")).exists())
+        with contextlib.suppress(OSError):  # then writing says what is wrong
+            path.rename(aside)
+            warnings.warn(f"{path}: is not a file; it is {aside} now", stacklevel=2)
+    rows = _read_lines(path)
+    spoilt = sum(row is None for row in rows[:-1])  # a kill may well cut the last one
+    if spoilt:
+        warnings.warn(f"{path}: {spoilt} damaged lines of the log are left out", stacklevel=2)
+    kept = [row for row in rows if row is not None and row["step"] <= step]
+    write_text_atomic(path, ",".join(COLUMNS) + "\n" + "".join(map(_csv_line, kept)))
 
 
 def append_log(path: Path, row: Row) -> None:
@@ -97,10 +124,64 @@ def write_loss_plot(path: Path, rows: list[Row]) -> None:
         figure.savefig(temporary, format="png", dpi=100)
 
 
+# ---- The losses of some steps --------------------------------------------------------------------
+
+
+class LossWindow:
+    """The losses of the steps since the last row of the log, left on the device until then."""
+
+    def __init__(self, conf: TrainConf, num_timesteps: int) -> None:
+        self.conf, self.num_timesteps = conf, num_timesteps
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin the next row; what happened since the last step is not its time."""
+        self._steps: list[tuple[Tensor, Tensor]] = []
+        self._start = time.perf_counter()
+
+    def add(self, losses: Tensor, norm: Tensor) -> None:
+        """Note what ``Trainer.train_step`` returned."""
+        self._steps.append((losses, norm))
+
+    def row(self, step: int, lr: float) -> Row:
+        """Return the log's row after ``step`` steps, over all processes; all of them call this.
+
+        Raises TrainingStoppedError where a loss or gradient was not finite.
+        """
+        losses, norms = (torch.stack(values) for values in zip(*self._steps, strict=True))
+        table = gather(losses, dim=1).cpu().numpy().astype(np.float64)  # (steps, batch, 5)
+        norms = norms.cpu().numpy()
+        seconds = time.perf_counter() - self._start
+        bad = ~(np.isfinite(table[:, :, 2]).all(axis=1) & np.isfinite(norms))
+        if bad.any():
+            raise TrainingStoppedError(
+                f"the loss or its gradient is not finite in step "
+                f"{step - len(table) + 1 + bad.argmax()}; "
+                f"{last_saved(self.conf)}; try a lower lr, or grad_clip: 1"
+            )
+        t, weight, loss, mse, vb = table.reshape(-1, 5).T
+        row = {
+            "step": step,
+            "images": step * self.conf.batch_size,
+            "lr": lr,
+            "loss": (weight * loss).mean(),
+            "mse": (weight * mse).mean(),
+            "vb": (weight * vb).mean(),
+            "grad_norm": norms.mean(),
+            "images_per_s": len(t) / seconds,
+        }
+        quartile = (t * QUARTILES // self.num_timesteps).astype(int)
+        for q in range(QUARTILES):
+            here = quartile == q
+            mean = np.average(loss[here], weights=weight[here]) if here.any() else math.nan
+            row[f"loss_q{q}"] = float(mean)
+        return row
+
+
 # ---- What it has learnt --------------------------------------------------------------------------
 
 
-class Observer:
+class Evaluator:
     """Looks at what a network has learnt, always at the same pictures, times and noise.
 
     ``predictor`` gives, for labels (n,) or None, the function (x, timesteps) → output to look at.
@@ -134,9 +215,6 @@ class Observer:
         labels = self.images.labels
         return None if labels is None else torch.from_numpy(labels[indices]).to(self.device)
 
-    def _parts(self, count: int) -> list[slice]:
-        return [slice(i, i + self.part) for i in range(0, count, self.part)]
-
     @torch.no_grad()
     def held_out_losses(self) -> Row:
         """Return the mean held-out loss, in all and by quartile of the times."""
@@ -149,7 +227,7 @@ class Observer:
             t = torch.from_numpy(places.astype(np.int64)).to(self.device)
             seeds = rng.integers(2**32, size=count)
             losses = []
-            for part in self._parts(count):
+            for part in _parts(count, self.part):
                 x = self._clean(self.held_out[part])
                 predict = self.predictor(self._labels(self.held_out[part]))
                 noise = draw_noise(seeds[part], x.shape[1:], self.device)
@@ -193,7 +271,7 @@ class Observer:
         times = get_schedule_jump(
             steps, jump_length=max(1, steps // 5), jump_n_sample=jump_n_sample
         )
-        for part in self._parts(len(gt)):
+        for part in _parts(len(gt), self.part):
             source = torch.Generator(self.device).manual_seed(self.conf.seed + part.start)
             draw = functools.partial(
                 torch.randn, gt[part].shape, generator=source, device=self.device
@@ -203,6 +281,10 @@ class Observer:
             [last] = collections.deque(walk, maxlen=1)
             results.append(to_uint8(last.x))
         return np.concatenate(results)
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    return [slice(i, i + size) for i in range(0, count, size)]
 
 
 def _spread(indices: np.ndarray, count: int) -> np.ndarray:

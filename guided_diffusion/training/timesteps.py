@@ -80,6 +80,14 @@ class LossSecondMomentSampler:
             self.losses[time_, self.seen[time_] % self.losses.shape[1]] = loss
             self.seen[time_] += 1
 
+    def watch(self, rows: np.ndarray) -> None:
+        """Note the losses of a step: rows (n, 5) of ``Trainer.train_step``, of all processes.
+
+        What is not finite is left out; it stops the training at the next row of the log.
+        """
+        finite = rows[np.isfinite(rows[:, 2])]
+        self.update(finite[:, 0].astype(np.int64), finite[:, 2])
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that a resumed training needs."""
         return {"losses": torch.from_numpy(self.losses), "seen": torch.from_numpy(self.seen)}

@@ -1,17 +1,13 @@
-"""TRAIN: the step, what it changes, and the loop that repeats it.
+"""TRAIN: the step, and what it changes.
 
-The hybrid objective is Improved DDPM's (Nichol & Dhariwal 2021, section 3; gaussian_diffusion.py
-has it). resample.py says what a step sees, train_files.py what is kept, train_report.py what a
-person sees of it.
+losses.py has the objective, timesteps.py says which times and noise a step sees, files.py what is
+kept, report.py what a person sees of it, and loop.py repeats the step.
 """
 
 import contextlib
 import copy
-import functools
 import math
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,19 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from guided_diffusion.config.keys import TrainConf
 from guided_diffusion.dist_util import rank, world_size
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.image_datasets import TrainingImages
-from guided_diffusion.io.checkpoints import load_state_dict
-from guided_diffusion.io.files import write_checkpoint, write_text_atomic
-from guided_diffusion.training.files import (
-    check_disk,
-    checkpoint_path,
-    last_saved,
-    load_opt,
-    run_settings,
-    test_yaml,
-)
 from guided_diffusion.training.losses import training_losses
-from guided_diffusion.training.report import QUARTILES, Row
 from guided_diffusion.training.timesteps import (
     DROPOUT,
     NOISE,
@@ -51,6 +35,9 @@ class TrainingStoppedError(Exception):
     """The training cannot go on, through no mistake in its inputs; told in one line."""
 
 
+# ---- Processes that share a batch ----------------------------------------------------------------
+
+
 def gather(values: Tensor, dim: int) -> Tensor:
     """Join every process's ``values`` along ``dim``, in the order of their ranks."""
     if world_size() == 1:
@@ -66,14 +53,7 @@ def share(batch_size: int) -> slice:
     return slice(rank() * own, (rank() + 1) * own)
 
 
-# ---- The step ------------------------------------------------------------------------------------
-
-
-def learning_rate(conf: TrainConf, step: int) -> float:
-    """Return the learning rate of ``step``: warm-up, the plain rate, and a linear way down."""
-    warm = (step + 1) / conf.warmup_steps if conf.warmup_steps else 1.0
-    left = (conf.iterations - step) / conf.lr_anneal_steps if conf.lr_anneal_steps else 1.0
-    return conf.lr * min(1.0, warm, max(0.0, left))
+# ---- The network ---------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -89,11 +69,43 @@ def compiles(conf: TrainConf, device: torch.device) -> bool:
     return device.type == "cuda" if conf.compile == "auto" else bool(conf.compile)
 
 
+def shared_between_processes(model: UNetModel, device: torch.device) -> torch.nn.Module:
+    """Return ``model``, with its gradients averaged over all processes where there are several."""
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+# ---- The step ------------------------------------------------------------------------------------
+
+
+def learning_rate(conf: TrainConf, step: int) -> float:
+    """Return the learning rate of ``step``: warm-up, the plain rate, and a linear way down."""
+    warm = (step + 1) / conf.warmup_steps if conf.warmup_steps else 1.0
+    left = (conf.iterations - step) / conf.lr_anneal_steps if conf.lr_anneal_steps else 1.0
+    return conf.lr * min(1.0, warm, max(0.0, left))
+
+
+def without_exchange(shared: torch.nn.Module, stay: bool) -> contextlib.AbstractContextManager:
+    """Keep gradients in this process while ``stay``: the last part of a batch exchanges them."""
+    exchanges = isinstance(shared, DistributedDataParallel)
+    return shared.no_sync() if exchanges and stay else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def move_averages(emas: dict[float, list[Tensor]], parameters: list[Tensor], step: int) -> None:
+    """Move the averages towards the weights after ``step`` steps, faster at first than at rate."""
+    for rate, averages in emas.items():
+        reached = min(rate, (1 + step) / (10 + step))
+        torch._foreach_lerp_(averages, parameters, 1 - reached)
+
+
 class Trainer:
     """Everything that a step changes, and the step itself.
 
     ``step`` counts the steps done. ``emas`` maps a rate to the averaged parameters, in the order
-    of ``names``. ``network`` is ``model``, compiled and shared between processes as need be.
+    of ``names``. ``shared`` is ``model`` between processes, and ``network`` the same, compiled
+    where that is wanted; both have the parameters of ``model``.
     """
 
     def __init__(
@@ -101,20 +113,18 @@ class Trainer:
         conf: TrainConf,
         model: UNetModel,
         diffusion: GaussianDiffusion,
-        images: TrainingImages,
         device: torch.device,
     ) -> None:
-        self.conf, self.diffusion, self.images, self.device = conf, diffusion, images, device
-        self.settings = run_settings(conf, images.paths)
+        self.conf, self.diffusion, self.device = conf, diffusion, device
         self.bf16 = conf.precision == "bfloat16" and device.type == "cuda"
         # Stated and not left to torch, whose own defaults differ between matrices and convolutions.
         torch.backends.cuda.matmul.allow_tf32 = conf.precision != "float32"
         torch.backends.cudnn.allow_tf32 = conf.precision != "float32"
         self.model = model.to(device, memory_format=torch.channels_last).train()
-        self.network = torch.compile(self.model) if compiles(conf, device) else self.model
-        if world_size() > 1:
-            devices = [device] if device.type == "cuda" else None
-            self.network = DistributedDataParallel(self.network, device_ids=devices)
+        self.shared = shared_between_processes(self.model, device)
+        # Compiled last: so the compiler sees where gradients are exchanged and lets the exchange
+        # of some overlap with the computation of others.
+        self.network = torch.compile(self.shared) if compiles(conf, device) else self.shared
         # The network without weights of its own, to be called with averages.
         self._frame = copy.deepcopy(self.model).to("meta").eval()
         self.names = [name for name, _ in self.model.named_parameters()]
@@ -128,8 +138,6 @@ class Trainer:
             self.sampler = LossSecondMomentSampler(diffusion.num_timesteps)
         self.step = 0
         self.part = conf.microbatch if conf.microbatch != -1 else conf.batch_size // world_size()
-        self._window: list[tuple[Tensor, Tensor]] = []  # (n, 5) losses, norm; since the last row
-        self._window_start = time.perf_counter()
 
     def _predictor(self, network: Callable, y: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
         """Return (x, timesteps) → float32 output of ``network`` in this training's arithmetic."""
@@ -151,22 +159,20 @@ class Trainer:
 
         return self._predictor(network, y)
 
-    def train_step(self, images: Tensor, labels: Tensor | None) -> None:
-        """Learn from this process's part of the next batch (uint8 (n, 3, S, S), labels (n,))."""
-        conf, device, mine = self.conf, self.device, share(self.conf.batch_size)
+    def train_step(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Learn from this process's part of the next batch (uint8 (n, 3, S, S), labels (n,)).
+
+        Return float32 (n, 5) with each picture's time, weight, loss, mse and vb (NaN where the
+        objective lacks it), and the norm of the gradient. Neither is waited for on a GPU.
+        """
+        conf, device = self.conf, self.device
         if conf.dropout:
             torch.manual_seed(
                 int(generator(conf.seed, DROPOUT, self.step).integers(2**32)) + rank()
             )
         x = (images.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         y = None if labels is None else labels.to(device)
-        steps = self.diffusion.num_timesteps
-        chances = self.sampler.probabilities() if self.sampler else np.full(steps, 1 / steps)
-        draws = draw_times(chances, conf.batch_size, generator(conf.seed, TIME, self.step))
-        t, weights = (torch.from_numpy(values[mine]).to(device) for values in draws)
-        seeds = generator(conf.seed, NOISE, self.step).integers(2**32, size=conf.batch_size)
-        noise = draw_noise(seeds[mine], x.shape[1:], device)
-
+        t, weights, noise = self._draw(x.shape[1:])
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(conf, self.step)
         self.optimizer.zero_grad()
@@ -174,7 +180,7 @@ class Trainer:
         parts = [slice(i, i + self.part) for i in range(0, len(x), self.part)]
         for part in parts:
             predict = self._predictor(self.network, None if y is None else y[part])
-            with self._gradients_stay_here(part != parts[-1]):
+            with without_exchange(self.shared, part != parts[-1]):
                 terms = training_losses(self.diffusion, predict, x[part], t[part], noise[part])
                 (terms["loss"] * weights[part]).sum().div(len(x)).backward()
             nothing = torch.full_like(terms["loss"], math.nan)
@@ -183,100 +189,16 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, conf.grad_clip or math.inf)
         self.optimizer.step()
         self.step += 1
-        self._average()
-        self._window.append((torch.cat(losses), norm))
+        move_averages(self.emas, self.parameters, self.step)
         if self.sampler:
-            everyone = gather(self._window[-1][0], dim=0).cpu().numpy()
-            finite = everyone[np.isfinite(everyone[:, 2])]  # collect() stops for the others
-            self.sampler.update(finite[:, 0].astype(np.int64), finite[:, 2])
+            self.sampler.watch(gather(torch.cat(losses), dim=0).cpu().numpy())
+        return torch.cat(losses), norm
 
-    def _gradients_stay_here(self, stay: bool) -> contextlib.AbstractContextManager:
-        """Leave the exchange of gradients between processes to the last part of a batch."""
-        shared = isinstance(self.network, DistributedDataParallel)
-        return self.network.no_sync() if shared and stay else contextlib.nullcontext()
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        """Move the averages towards the new weights, faster at first than at their rates."""
-        for rate, averages in self.emas.items():
-            reached = min(rate, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(averages, self.parameters, 1 - reached)
-
-    def collect(self) -> Row:
-        """Return the log's row over the steps since the last one; all processes call this.
-
-        Raises TrainingStoppedError where a loss or gradient was not finite.
-        """
-        losses, norms = (torch.stack(values) for values in zip(*self._window, strict=True))
-        table = gather(losses, dim=1).cpu().numpy().astype(np.float64)  # (steps, batch, 5)
-        norms = norms.cpu().numpy()
-        seconds = time.perf_counter() - self._window_start
-        first = self.step - len(table) + 1
-        bad = ~(np.isfinite(table[:, :, 2]).all(axis=1) & np.isfinite(norms))
-        if bad.any():
-            raise TrainingStoppedError(
-                f"the loss or its gradient is not finite in step {first + bad.argmax()}; "
-                f"{last_saved(self.conf)}; try a lower lr, or grad_clip: 1"
-            )
-        t, weight, loss, mse, vb = table.reshape(-1, 5).T
-        row = {
-            "step": self.step,
-            "images": self.step * self.conf.batch_size,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "loss": (weight * loss).mean(),
-            "mse": (weight * mse).mean(),
-            "vb": (weight * vb).mean(),
-            "grad_norm": norms.mean(),
-            "images_per_s": len(t) / seconds,
-        }
-        quartile = (t * QUARTILES // self.diffusion.num_timesteps).astype(int)
-        for q in range(QUARTILES):
-            here = quartile == q
-            mean = np.average(loss[here], weights=weight[here]) if here.any() else math.nan
-            row[f"loss_q{q}"] = float(mean)
-        return row
-
-    def restart_window(self) -> None:
-        """Begin the next row of the log; what happened since the last step is not its time."""
-        self._window, self._window_start = [], time.perf_counter()
-
-    # --- its files -------------------------------------------------------------------------------
-
-    def save(self) -> None:
-        """Write the set of checkpoints of this step, and the YAML that tests it.
-
-        The optimizer's file comes last: where it exists, the set is complete.
-        """
-        check_disk(self.conf, sum(p.numel() for p in self.parameters))
-        path = functools.partial(checkpoint_path, self.conf, step=self.step)
-        write_checkpoint(path("model"), self._state_dict(self.parameters))
-        for rate, averages in self.emas.items():
-            write_checkpoint(path(f"ema_{rate}_"), self._state_dict(averages))
-        test = test_yaml(self.conf, self.diffusion, self.images, self.step)
-        write_text_atomic(Path(self.conf.out_dir) / "test.yml", test)
-        state = {
-            "step": self.step,
-            "settings": self.settings,
-            "optimizer": self.optimizer.state_dict(),
-            "sampler": self.sampler.state_dict() if self.sampler else {},
-        }
-        write_checkpoint(path("opt"), state)
-
-    def _state_dict(self, values: list[Tensor]) -> dict[str, Tensor]:
-        """Name parameters as the network's ``state_dict`` does, in memory of their own."""
-        plain = (value.detach().cpu().contiguous() for value in values)
-        return dict(zip(self.names, plain, strict=True))
-
-    def load(self, step: int) -> None:
-        """Go on from the set of checkpoints of ``step``."""
-        path = functools.partial(checkpoint_path, self.conf, step=step)
-        state = load_opt(path("opt"), mmap=False)
-        self.model.load_state_dict(load_state_dict(path("model")))
-        for rate, averages in self.emas.items():
-            saved = load_state_dict(path(f"ema_{rate}_"))
-            for name, average in zip(self.names, averages, strict=True):
-                average.copy_(saved[name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.sampler:
-            self.sampler.load_state_dict(state["sampler"])
-        self.step = step
+    def _draw(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw this process's times (n,), weights (n,) and noise (n, *shape) of the next step."""
+        conf, mine, steps = self.conf, share(self.conf.batch_size), self.diffusion.num_timesteps
+        chances = self.sampler.probabilities() if self.sampler else np.full(steps, 1 / steps)
+        draws = draw_times(chances, conf.batch_size, generator(conf.seed, TIME, self.step))
+        t, weights = (torch.from_numpy(values[mine]).to(self.device) for values in draws)
+        seeds = generator(conf.seed, NOISE, self.step).integers(2**32, size=conf.batch_size)
+        return t, weights, draw_noise(seeds[mine], shape, self.device)

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -574,6 +576,26 @@ def test_looking_for_lost_images_reads_nothing_back_in_a_step(here, tmp_path, mo
 )
 def test_out_of_memory_is_recognised(error, expected):
     assert dist_util.is_out_of_memory(error) is expected
+
+
+def test_a_second_run_into_the_same_log_folder_is_refused(here, tmp_path):
+    options = write_run(tmp_path, 1)
+    with files.locked(LOG):
+        ended = here(*options)
+    assert ended.status == 2
+    assert re.search(rf"{LOG}: process {os.getpid()} on .* is at work there", ended.err)
+    assert here(*options).status == 0
+
+
+def test_leftovers_of_kills_go_from_every_folder(here, tmp_path):
+    options = write_run(tmp_path, 1)
+    folders = [Path(LOG), Path(LOG, "process"), Path(LOG, "inpainted")]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".0123456789abcdef.tmp").touch()
+        os.utime(folder / ".0123456789abcdef.tmp", (0, 0))
+    assert here(*options).status == 0
+    assert [path for folder in folders for path in folder.glob(".*")] == []
 
 
 def test_interrupts_are_put_off_once_and_ignored_ones_stay_ignored():

@@ -15,9 +15,12 @@ from PIL import Image
 from train_cases import tiny_conf, tiny_tree, write_pictures
 
 import train
+from guided_diffusion.cli import command_line
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.files import locked
 from guided_diffusion.training.files import checkpoint_path, newest_step
 from guided_diffusion.training.report import read_log
+from guided_diffusion.training.trainer import Trainer
 
 ROOT = Path(train.__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -201,6 +204,96 @@ def test_a_loss_that_is_not_finite_stops_with_status_1_and_one_line(tmp_path, ca
     assert f"the last checkpoint is of step {step}" in lines[0]
 
 
+@pytest.mark.parametrize("module", ["tqdm", "torch"])
+@pytest.mark.parametrize("program", ["train.py", "test.py"])
+def test_ctrl_c_while_modules_are_imported_ends_with_130_and_one_line(tmp_path, program, module):
+    conf = write_conf(tmp_path) if program == "train.py" else ROOT / "confs" / "demo.yml"
+    (tmp_path / f"{module}.py").write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(5)\n"
+        "except BaseException:\n"  # as some modules do
+        "    pass\n"
+    )
+    result = subprocess.run(
+        [sys.executable, ROOT / program, "--conf_path", conf], capture_output=True, text=True,
+        env=ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, cwd=ROOT,
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (130, "interrupted\n")
+
+
+def test_ctrl_c_saves_the_step_and_the_training_goes_on_as_if_it_had_not_been(
+    tmp_path, monkeypatch, capfd
+):
+    conf = write_conf(tmp_path, iterations=8, save_interval=50, cache_gb=0, dropout=0.2)
+    original = Trainer.train_step
+
+    def train_step(trainer, *batch):
+        if trainer.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(trainer, *batch)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    with pytest.raises(SystemExit) as end:
+        command_line(lambda: train.main(["--conf_path", conf]))
+    assert end.value.code == 130
+    told = capfd.readouterr().err
+    assert "a second Ctrl-C ends at once" in told
+    assert "interrupted: the last checkpoint is of step 5" in told
+    monkeypatch.undo()
+    assert train.main(["--conf_path", conf, "--resume"]) == 0
+    other = ["--set", f"out_dir={tmp_path / 'whole'}"]
+    assert train.main(["--conf_path", conf, *other]) == 0
+    ends = (tiny_conf(tmp_path), tiny_conf(tmp_path, out_dir=str(tmp_path / "whole")))
+    for one, two in zip(*(states(end, 8) for end in ends), strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_leaves_no_half_file(tmp_path, monkeypatch):
+    conf = write_conf(tmp_path, save_interval=2)
+    original = torch.save
+
+    def save(state, stream):
+        if "step" in state:  # the last of the set
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        original(state, stream)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(SystemExit) as end:
+        command_line(lambda: train.main(["--conf_path", conf]))
+    assert end.value.code == 130
+    assert newest_step(tiny_conf(tmp_path)) is None
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_second_training_into_the_same_folder_is_refused(tmp_path):
+    with (
+        locked(tmp_path / "out"),
+        pytest.raises(UserError, match=rf"out: process {os.getpid()} on .* is at work there"),
+    ):
+        train.main(["--conf_path", write_conf(tmp_path)])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["train_step", "__init__"])
+def test_out_of_memory_is_one_line_that_names_the_way_on(tmp_path, monkeypatch, place):
+    conf = write_conf(tmp_path, save_interval=2)
+    train.main(["--conf_path", conf, "--set", "iterations=2"])
+
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Trainer, place, full)
+    message = (
+        r"microbatch: out of memory with 4 pictures .*use_checkpoint: true, .*--resume; "
+        r"the last checkpoint is of step 2"
+    )
+    with pytest.raises(UserError, match=message):
+        train.main(["--conf_path", conf, "--resume"])
+
+
 # ---- what survives -------------------------------------------------------------------------------
 
 
@@ -255,3 +348,26 @@ def test_two_processes_learn_as_one(tmp_path):
             np.testing.assert_allclose(*values, rtol=1e-3, err_msg=name)
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {path.name for path in (tmp_path / "two").iterdir()}
+
+
+@pytest.mark.slow
+def test_an_orphaned_process_saves_and_says_so_in_one_line(tmp_path):
+    conf = write_conf(tmp_path, iterations=100_000, log_interval=1, save_interval=100_000)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    errors = tmp_path / "errors"
+    with errors.open("w") as stream:
+        process = subprocess.Popen(
+            [*torchrun, "--nproc_per_node", "2", str(ROOT / "train.py"), "--conf_path", conf],
+            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=stream,
+        )  # fmt: skip
+    log = tmp_path / "out" / "log.csv"
+    while not log.exists() or log.read_text().count("\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    process.stdout.read()  # until all processes have ended
+    lines = [line for line in errors.read_text().splitlines() if line.startswith("error: ")]
+    step = newest_step(tiny_conf(tmp_path))
+    assert lines == [f"error: torchrun has ended; the last checkpoint is of step {step}"]
+    assert "Traceback" not in errors.read_text()

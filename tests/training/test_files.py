@@ -22,7 +22,7 @@ from guided_diffusion.script_util import (
 )
 from guided_diffusion.training import files
 from guided_diffusion.training.files import check, checkpoint_path, newest_step
-from guided_diffusion.training.loop import batches
+from guided_diffusion.training.pictures import batches, load_images
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 def saved(conf, step=3):
     trainer = make_trainer(conf)
     trainer.step = step
-    trainer.save()
+    files.save(trainer, load_images(conf))
     return trainer
 
 
@@ -60,7 +60,7 @@ def test_the_optimizers_file_comes_last(tmp_path, monkeypatch):
     written = []
     original = write_checkpoint
     monkeypatch.setattr(
-        "guided_diffusion.training.trainer.write_checkpoint",
+        "guided_diffusion.training.files.write_checkpoint",
         lambda path, state: (written.append(Path(path).name[:3]), original(path, state)),
     )
     saved(tiny_conf(tmp_path))
@@ -168,6 +168,64 @@ def test_what_a_killed_training_left_is_removed_and_nothing_else(tmp_path):
     assert other.exists()
 
 
+@pytest.mark.parametrize("spelling", ["{}/", "{}/.", "{}/../pictures", "{}//"])
+def test_the_spelling_of_the_folder_is_not_the_folder(tmp_path, spelling):
+    conf = tiny_conf(tmp_path)
+    saved(conf)
+    assert (
+        check(tiny_conf(tmp_path, data_dir=spelling.format(conf.data_dir)), CPU, resume=True) == 3
+    )
+
+
+def test_missing_and_new_pictures_are_named(tmp_path):
+    saved(tiny_conf(tmp_path))
+    for number in range(7):
+        path = tmp_path / "pictures" / f"{number:02d}.png"
+        path.rename(path.with_name(f"new-{number}.png") if number == 6 else tmp_path / path.name)
+    message = r"missing: 00\.png, 01\.png, 02\.png, 03\.png, 04\.png and 2 more; new: new-6\.png\)"
+    with pytest.raises(UserError, match=message):
+        check(tiny_conf(tmp_path), CPU, resume=True)
+
+
+def test_a_training_of_before_pictures_had_names_is_resumed(tmp_path):
+    conf = tiny_conf(tmp_path)
+    saved(conf)
+    path = checkpoint_path(conf, "opt", 3)
+    state = torch.load(path)
+    del state["pictures"]
+    torch.save(state, path)
+    assert check(conf, CPU, resume=True) == 3
+    (tmp_path / "pictures" / "00.png").unlink()
+    with pytest.raises(UserError, match=r"settings; put .*expected '12 pictures .*found '11"):
+        check(conf, CPU, resume=True)
+
+
+@pytest.mark.parametrize("kind", ["model", "ema_0.9999_", "opt"])
+@pytest.mark.parametrize("changes", [{"num_channels": 64}, {"channel_mult": "1,1"}], ids=str)
+def test_files_of_another_network_are_refused(tmp_path, kind, changes):
+    conf = tiny_conf(tmp_path)
+    other = tiny_conf(tmp_path, out_dir=str(tmp_path / "other"), **changes)
+    for one in (conf, other):
+        trainer, images = make_trainer(one), load_images(one)
+        for batch in batches(images, one, range(3)):
+            trainer.train_step(*batch)
+        files.save(trainer, images)
+    model = create_model(conf)
+    files.check_set(conf, model, 3)
+    checkpoint_path(other, kind, 3).replace(checkpoint_path(conf, kind, 3))
+    with pytest.raises(UserError, match=rf"{kind}000003\.pt: is not .* of this network"):
+        files.check_set(conf, model, 3)
+
+
+def test_an_optimizer_of_another_step_is_refused(tmp_path):
+    conf = tiny_conf(tmp_path)
+    saved(conf, 3)
+    saved(conf, 6)
+    checkpoint_path(conf, "opt", 3).replace(checkpoint_path(conf, "opt", 6))
+    with pytest.raises(UserError, match="is not the optimizer's file of step 6"):
+        files.check_set(conf, create_model(conf), 6)
+
+
 # ---- checks --------------------------------------------------------------------------------------
 
 
@@ -187,9 +245,10 @@ def test_a_precision_for_gpus_is_told_on_a_cpu(tmp_path):
 def test_a_full_disk_is_found_before_it_is_full(tmp_path, monkeypatch):
     conf = tiny_conf(tmp_path)
     trainer = make_trainer(conf)
-    trainer.train_step(*next(batches(trainer.images, conf, range(1))))
+    images = load_images(conf)
+    trainer.train_step(*next(batches(images, conf, range(1))))
     trainer.step = 3
-    trainer.save()
+    files.save(trainer, images)
     parameters = sum(p.numel() for p in trainer.parameters)
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.pt"))
     Usage = collections.namedtuple("Usage", "total used free")
@@ -244,13 +303,28 @@ def test_the_yaml_names_the_classes(tmp_path):
     assert load_conf(tmp_path / "out" / "test.yml", InpaintConf).num_classes == 2
 
 
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes")
+def test_class_names_may_be_any_bytes(tmp_path):
+    folder = tmp_path / "classes"
+    names = [b"caf\xe9", b"bell\x07\x1b[31m", "line\u2028\x85".encode(), b"tab\t"]
+    for name in names:
+        write_pictures(folder / os.fsdecode(name), 1)
+    conf = tiny_conf(tmp_path, data_dir=str(folder), class_cond=True, num_classes=4, holdout=0)
+    saved(conf)
+    assert check(conf, CPU, resume=True) == 3
+    text = (tmp_path / "out" / "test.yml").read_text(encoding="utf-8")
+    assert "is caf\\udce9\n" in text
+    assert "is bell\\x07\\x1b[31m\n" in text
+    assert load_conf(tmp_path / "out" / "test.yml", InpaintConf).num_classes == 4
+
+
 def test_export_halves_the_newest_average(tmp_path):
     conf = tiny_conf(tmp_path, ema_rate="0.9,0.99")
     saved(conf, 3)
     trainer = make_trainer(conf)
     trainer.step = 6
     trainer.emas[0.9][0] += 1
-    trainer.save()
+    files.save(trainer, load_images(conf))
     said = files.export(conf, str(tmp_path / "small.pt"))
     state = load_state_dict(tmp_path / "small.pt")
     assert "ema_0.9_000006.pt" in said
@@ -272,11 +346,11 @@ def test_weights_to_start_from_have_to_fit(tmp_path):
     small, large = tiny_conf(tmp_path), tiny_conf(tmp_path, channel_mult="2")
     torch.save(create_model(small).state_dict(), tmp_path / "small.pt")
     model = create_model(small)
-    files.load_initial(model, str(tmp_path / "small.pt"))
+    files.load_weights(model, str(tmp_path / "small.pt"))
     expected = torch.load(tmp_path / "small.pt")
     assert torch.equal(model.time_embed[0].weight, expected["time_embed.0.weight"])
     with pytest.raises(UserError, match=r"small.pt: init_from: does not fit the network: .*size"):
-        files.load_initial(create_model(large), str(tmp_path / "small.pt"))
+        files.load_weights(create_model(large), str(tmp_path / "small.pt"), key="init_from")
 
 
 def test_half_precision_is_a_start_too(tmp_path):
@@ -284,7 +358,7 @@ def test_half_precision_is_a_start_too(tmp_path):
     state = {name: value.half() for name, value in create_model(conf).state_dict().items()}
     torch.save(state, tmp_path / "half.pt")
     model = create_model(conf)
-    files.load_initial(model, str(tmp_path / "half.pt"))
+    files.load_weights(model, str(tmp_path / "half.pt"))
     assert model.time_embed[0].weight.dtype == torch.float32
     assert torch.equal(model.time_embed[0].weight, state["time_embed.0.weight"].float())
 

@@ -1,6 +1,7 @@
 """The log, the plot and the pictures: of the right times, and always of the same things."""
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ from train_cases import sample_diffusion, tiny_conf
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import create_gaussian_diffusion
-from guided_diffusion.training.loop import load_images
+from guided_diffusion.training.pictures import load_images
 from guided_diffusion.training.report import (
     COLUMNS,
-    Observer,
+    Evaluator,
     append_log,
     read_log,
     restart_log,
@@ -44,7 +45,7 @@ def know_nothing(labels):
 
 def observe(conf, predictor, part=4):
     images, diffusion = load_images(conf), create_gaussian_diffusion(conf)
-    return Observer(
+    return Evaluator(
         conf, images, diffusion, sample_diffusion(conf), predictor, torch.device("cpu"), part
     )
 
@@ -81,6 +82,52 @@ def test_the_log_is_cut_back_to_the_step_from_which_a_training_goes_on(tmp_path)
         stream.write("5,0.1,0.")  # the power went here
     restart_log(path, 3)
     assert path.read_text().splitlines() == before[:4]
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        lambda lines: [*lines[:2], lines[2].replace(b"0.6666667", b"0.6e-"), *lines[3:]],
+        lambda lines: [*lines[:2], b"\xe4\xf6\xfc\n", *lines[2:]],
+        lambda lines: [*lines[:2], b"\0" * 50 + b"\n", *lines[2:]],
+        lambda lines: [*lines[:2], b'"' + lines[2], *lines[3:]],
+        lambda lines: ["Schritt,Bilder\n".encode("utf-16"), *lines[1:]],
+    ],
+    ids=["cut in a number", "Latin-1", "zeros", "a quote", "UTF-16"],
+)
+def test_a_spoilt_log_is_mended(tmp_path, spoilt):
+    path = tmp_path / "log.csv"
+    restart_log(path, 0)
+    for step in (1, 2, 3, 4):
+        append_log(path, {"step": step, "loss": step / 3})
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(spoilt(lines)))
+    assert {row["step"] for row in read_log(path)} >= {3, 4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        restart_log(path, 3)
+    after = path.read_bytes().splitlines(keepends=True)
+    assert set(after) <= set(lines)
+    assert lines[3] in after
+    assert lines[4] not in after
+
+
+def test_damaged_lines_are_counted(tmp_path):
+    path = tmp_path / "log.csv"
+    restart_log(path, 0)
+    append_log(path, {"step": 1, "loss": 0.5})
+    path.write_bytes(path.read_bytes() + b"\xff\nx,y\n" + path.read_bytes().splitlines(True)[1])
+    with pytest.warns(UserWarning, match=r"log\.csv: 2 damaged lines"):
+        restart_log(path, 3)
+
+
+def test_a_folder_in_the_place_of_the_log_is_put_aside(tmp_path):
+    (tmp_path / "log.csv" / "mine").mkdir(parents=True)
+    with pytest.warns(UserWarning, match=r"log\.csv: is not a file; it is .*log\.csv\.1 now"):
+        restart_log(tmp_path / "log.csv", 3)
+    append_log(tmp_path / "log.csv", {"step": 4})
+    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [4]
+    assert (tmp_path / "log.csv.1" / "mine").is_dir()
 
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
@@ -131,11 +178,11 @@ def test_each_quartile_has_its_own_times(tmp_path):
 
         return predict
 
-    observer = observe(conf, predictor, part=100)
-    observer.held_out_losses()
+    evaluator = observe(conf, predictor, part=100)
+    evaluator.held_out_losses()
     assert len(seen) == 4
     for q, times in enumerate(seen):
-        assert len(times) == len(observer.held_out)
+        assert len(times) == len(evaluator.held_out)
         assert ((times >= 250 * q) & (times < 250 * (q + 1))).all()
 
 
@@ -147,9 +194,9 @@ def test_the_held_out_loss_is_the_same_however_it_is_cut_up(tmp_path):
 
 
 def test_without_held_out_pictures_there_is_no_held_out_loss(tmp_path):
-    observer = observe(tiny_conf(tmp_path, holdout=0), know_nothing)
-    assert observer.held_out_losses() == {}
-    assert len(observer.shown) == 2
+    evaluator = observe(tiny_conf(tmp_path, holdout=0), know_nothing)
+    assert evaluator.held_out_losses() == {}
+    assert len(evaluator.shown) == 2
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -158,8 +205,8 @@ def test_without_held_out_pictures_there_is_no_held_out_loss(tmp_path):
 def test_samples_are_what_the_network_knows(tmp_path):
     gray_pictures(tmp_path / "pictures")
     conf = tiny_conf(tmp_path, sample_count=5, sample_respacing="20")
-    observer = observe(conf, know_everything(sample_diffusion(conf)))
-    observer.write_samples(tmp_path / "samples.png")
+    evaluator = observe(conf, know_everything(sample_diffusion(conf)))
+    evaluator.write_samples(tmp_path / "samples.png")
     pixels = np.asarray(Image.open(tmp_path / "samples.png"))
     assert pixels.shape == (2 * 128, 3 * 128, 3)
     assert (abs(pixels[:128].astype(int) - round((GRAY + 1) * 127.5)) <= 1).all()
@@ -169,8 +216,8 @@ def test_samples_are_what_the_network_knows(tmp_path):
 def test_inpaintings_show_hole_result_and_truth(tmp_path):
     gray_pictures(tmp_path / "pictures")
     conf = tiny_conf(tmp_path, sample_count=2, sample_mask="genhalf", sample_respacing="20")
-    observer = observe(conf, know_everything(sample_diffusion(conf)))
-    observer.write_inpaintings(tmp_path / "inpainted.png")
+    evaluator = observe(conf, know_everything(sample_diffusion(conf)))
+    evaluator.write_inpaintings(tmp_path / "inpainted.png")
     pixels = np.asarray(Image.open(tmp_path / "inpainted.png")).astype(int)
     level = round((GRAY + 1) * 127.5)
     assert (
@@ -182,9 +229,9 @@ def test_inpaintings_show_hole_result_and_truth(tmp_path):
 def test_pictures_are_the_same_every_time(tmp_path):
     conf = tiny_conf(tmp_path, sample_respacing="5")
     for name in ("a", "b"):
-        observer = observe(conf, know_nothing)
-        observer.write_samples(tmp_path / f"{name}.png")
-        observer.write_inpaintings(tmp_path / f"{name}i.png")
+        evaluator = observe(conf, know_nothing)
+        evaluator.write_samples(tmp_path / f"{name}.png")
+        evaluator.write_inpaintings(tmp_path / f"{name}i.png")
     for kind in ("", "i"):
         first, second = (Path(tmp_path, f"{name}{kind}.png").read_bytes() for name in "ab")
         assert first == second

@@ -11,10 +11,11 @@ from train_cases import make_trainer, sample_diffusion, tiny_conf, write_picture
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.images import load_crop
 from guided_diffusion.training import trainer
-from guided_diffusion.training.files import checkpoint_path, newest_step
-from guided_diffusion.training.loop import batches, load_images, train
+from guided_diffusion.training.files import checkpoint_path, load, newest_step
+from guided_diffusion.training.loop import train
 from guided_diffusion.training.losses import training_losses
-from guided_diffusion.training.report import Observer, read_log
+from guided_diffusion.training.pictures import batches, load_images
+from guided_diffusion.training.report import Evaluator, LossWindow, read_log
 from guided_diffusion.training.timesteps import draw_noise
 from guided_diffusion.training.trainer import TrainingStoppedError, learning_rate
 
@@ -22,14 +23,16 @@ from guided_diffusion.training.trainer import TrainingStoppedError, learning_rat
 def run(conf, start=None):
     trainer = make_trainer(conf)
     if start:
-        trainer.load(start)
-    train(trainer, sample_diffusion(conf))
+        load(trainer, start)
+    train(trainer, load_images(conf), sample_diffusion(conf))
     return trainer
 
 
-def steps(trainer, count):
-    for batch in batches(trainer.images, trainer.conf, range(trainer.step, trainer.step + count)):
-        trainer.train_step(*batch)
+def steps(trainer, count, window=None):
+    window = window or LossWindow(trainer.conf, trainer.diffusion.num_timesteps)
+    images = load_images(trainer.conf)
+    for batch in batches(images, trainer.conf, range(trainer.step, trainer.step + count)):
+        window.add(*trainer.train_step(*batch))
     return trainer
 
 
@@ -95,11 +98,13 @@ def test_what_saves_memory_does_not_change_what_is_learnt(tmp_path, changes):
 
 def test_gradients_are_cut_to_their_largest_norm(tmp_path):
     free = steps(make_trainer(tiny_conf(tmp_path)), 1)
-    cut = steps(make_trainer(tiny_conf(tmp_path, grad_clip=0.01)), 1)
+    conf = tiny_conf(tmp_path, grad_clip=0.01)
+    window = LossWindow(conf, 1000)
+    cut = steps(make_trainer(conf), 1, window)
     norm = gradients(free).norm().item()
     assert norm > 0.1
     assert math.isclose(gradients(cut).norm().item(), 0.01, rel_tol=1e-3)
-    assert math.isclose(cut.collect()["grad_norm"], norm, rel_tol=1e-5)
+    assert math.isclose(window.row(1, 0.1)["grad_norm"], norm, rel_tol=1e-5)
 
 
 def test_dropout_is_drawn_anew_in_every_step_and_repeatably(tmp_path):
@@ -123,7 +128,8 @@ def test_dropout_is_drawn_anew_in_every_step_and_repeatably(tmp_path):
 def test_every_objective_is_learnt(tmp_path, changes):
     trainer = make_trainer(tiny_conf(tmp_path, batch_size=8, lr=3e-3, **changes))
     rng = np.random.default_rng(0)
-    x = trainer.images.batch(trainer.images.train, rng)[0].float() / 127.5 - 1
+    images = load_images(trainer.conf)
+    x = images.batch(images.train, rng)[0].float() / 127.5 - 1
     x = x.repeat(10, 1, 1, 1)
     t = torch.linspace(0, 999, len(x)).long()
     noise = draw_noise(np.arange(len(x)), x.shape[1:])
@@ -138,10 +144,10 @@ def test_every_objective_is_learnt(tmp_path, changes):
 
 
 def test_the_row_weighs_losses_and_sorts_them_by_time(tmp_path):
-    trainer = make_trainer(tiny_conf(tmp_path))
+    window = LossWindow(tiny_conf(tmp_path), 1000)
     rows = torch.tensor([[0.0, 2.0, 1.0, 0.5, 0.5], [249, 1, 4, 4, 0], [999, 1, 3, 3, 0]])
-    trainer._window, trainer.step = [(rows, torch.tensor(1.0))], 1
-    row = trainer.collect()
+    window.add(rows, torch.tensor(1.0))
+    row = window.row(1, 0.1)
     assert math.isclose(row["loss"], (2 + 4 + 3) / 3)
     assert math.isclose(row["loss_q0"], (2 * 1 + 4) / 3)
     assert math.isnan(row["loss_q1"])
@@ -206,11 +212,11 @@ def test_interrupted_and_resumed_is_the_same_to_the_last_bit(tmp_path, changes):
     def train_step(*batch):
         if interrupted.step == 8:  # after the set of 6 and a log line that will be written again
             raise KeyboardInterrupt
-        original(*batch)
+        return original(*batch)
 
     interrupted.train_step = train_step
     with pytest.raises(KeyboardInterrupt):
-        train(interrupted, sample_diffusion(cut))
+        train(interrupted, load_images(cut), sample_diffusion(cut))
     assert newest_step(cut) == 6
     run(cut, start=6)
 
@@ -230,13 +236,13 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(tmp_
     conf = tiny_conf(tmp_path, iterations=9)
     run(tiny_conf(tmp_path, iterations=3))
     trainer = make_trainer(conf)
-    trainer.load(3)
+    load(trainer, 3)
     steps(trainer, 1)
     with torch.no_grad():
         trainer.parameters[0][0] = math.nan
     message = "not finite in step 5; the last checkpoint is of step 3"
     with pytest.raises(TrainingStoppedError, match=message):
-        train(trainer, sample_diffusion(conf))
+        train(trainer, load_images(conf), sample_diffusion(conf))
     assert newest_step(conf) == 3
     state = torch.load(checkpoint_path(conf, "model", 3))
     assert all(torch.isfinite(value).all() for value in state.values())
@@ -256,7 +262,7 @@ def test_the_sampler_with_a_memory_survives_until_the_stop(tmp_path):
     with torch.no_grad():
         trainer.parameters[0][0] = math.nan
     with pytest.raises(TrainingStoppedError, match="in step 13"):
-        train(trainer, sample_diffusion(conf))
+        train(trainer, load_images(conf), sample_diffusion(conf))
 
 
 @pytest.mark.parametrize(
@@ -266,6 +272,20 @@ def test_the_sampler_with_a_memory_survives_until_the_stop(tmp_path):
 def test_compiling_is_left_to_gpus_unless_asked_for(tmp_path, device, setting, expected):
     conf = tiny_conf(tmp_path, compile=setting)
     assert trainer.compiles(conf, torch.device(device)) is expected
+
+
+def test_gradients_are_exchanged_inside_of_what_is_compiled(tmp_path, monkeypatch):
+    class Shared(torch.nn.Module):
+        def __init__(self, module, device_ids=None):
+            super().__init__()
+            self.module, self.device_ids = module, device_ids
+
+    monkeypatch.setattr(trainer, "DistributedDataParallel", Shared)
+    monkeypatch.setattr(torch, "compile", lambda module: ("compiled", module))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made = make_trainer(tiny_conf(tmp_path, compile=True))
+    assert made.network == ("compiled", made.shared)
+    assert made.shared.module is made.model
 
 
 # ---- does it learn -------------------------------------------------------------------------------
@@ -294,13 +314,13 @@ def test_sixteen_pictures_are_learnt_by_heart(tmp_path):
     rows = read_log(tmp_path / "out" / "log.csv")
     assert rows[-1]["loss"] < 0.1 * rows[0]["loss"]
 
-    images = trainer.images
-    observer = Observer(
+    images = load_images(conf)
+    evaluator = Evaluator(
         conf, images, trainer.diffusion, sample_diffusion(conf), trainer.ema_predictor,
         trainer.device, trainer.part,
     )  # fmt: skip
     nothing = torch.zeros(32, 3, 8, 8)
-    samples = observer._repaint(nothing, nothing, None, jump_n_sample=1) / 255.0
+    samples = evaluator._repaint(nothing, nothing, None, jump_n_sample=1) / 255.0
     pictures = np.stack([load_crop(path, 8) for path in images.paths]) / 255.0
     distances = ((samples[:, None] - pictures[None]) ** 2).mean(axis=(2, 3, 4))
     apart = ((pictures[:, None] - pictures[None]) ** 2).mean(axis=(2, 3, 4))
