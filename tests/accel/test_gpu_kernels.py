@@ -15,8 +15,8 @@ from kernel_cases import affine_of, convolution, error, group_norm, pointwise, r
 from torch import nn
 from torch.nn import functional as F
 
-import guided_diffusion.accel
 from guided_diffusion.accel import fused_unet, gpu_kernels, graphs, layout
+from guided_diffusion.accel.accelerate import Checked
 from guided_diffusion.config.keys import InpaintConf, load_conf
 from guided_diffusion.run.inpainter import Inpainter
 from guided_diffusion.scheduler import get_schedule_jump
@@ -261,44 +261,40 @@ def test_a_whole_network(kernels, changes, dtype, most):
     network = unet(dtype, **changes)
     reference = unet(torch.float32, **changes)(X, T, Y)
     with torch.inference_mode():
-        layout.lay_out(network, CPU)
+        network.to(memory_format=torch.channels_last)
         output = fused_unet.FusedUNet(kernels, network)(X, T, Y)
     assert output.dtype is torch.float32
     assert output.is_contiguous()
     assert error(output, reference) < most
 
 
-def test_kernels_are_tried_before_they_are_used(monkeypatch):
+@pytest.mark.parametrize("fault", ["moments", "eps", "exception"])
+def test_faults_of_the_programs_are_found_at_the_first_call(monkeypatch, fault):
+    """The last chunk of a large map does not count, the epsilon is another, a launch fails."""
     stand_in(monkeypatch)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert fused_unet.load_gpu_kernels(CPU, torch.float32)
-    for broken, message in (
-        (lambda *_, **__: None, "was wrong by"),
-        (lambda *_, **__: 1 / 0, "division by zero"),
-    ):
-        monkeypatch.setattr(StandIn, "_apply_affine", staticmethod(broken))
-        with pytest.warns(UserWarning, match=f"no Triton kernels.*{message}") as caught:
-            assert fused_unet.load_gpu_kernels(CPU, torch.float32) is None
+    network = unet(torch.float32, image_size=64, model_channels=64)
+    x = random(3, 3, 64, 64)
+    if fault == "moments":
+        plain = StandIn._moments
+
+        def planted(*arguments, **options):
+            plain(*arguments, **options)
+            arguments[6][:, -1] = 0
+
+        monkeypatch.setattr(StandIn, "_moments", staticmethod(planted))
+    elif fault == "eps":
+        write = StandIn._write
+        monkeypatch.setattr(StandIn, "_write", staticmethod(lambda *a: write(*a[:-2], 1e-3, a[-1])))
+    else:
+        monkeypatch.setattr(StandIn, "_add", staticmethod(lambda *_, **__: 1 / 0))
+    fast = graphs.FixedBatch(fused_unet.FusedUNet(gpu_kernels.GpuKernels(), network))
+    run = Checked(fast, network, network)
+    with torch.inference_mode():
+        expected = network(x, T, Y)
+        with pytest.warns(UserWarning, match="division by zero|is wrong by") as caught:
+            assert error(run(x, T, Y), expected) < 1e-5
         assert len(caught) == 1
-
-
-def test_full_memory_while_trying_is_told_as_such(monkeypatch):
-    def full(*_, **__):
-        raise torch.cuda.OutOfMemoryError
-
-    stand_in(monkeypatch)
-    monkeypatch.setattr(StandIn, "_add", staticmethod(full))
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        fused_unet.load_gpu_kernels(CPU, torch.float32)
-
-
-def test_without_triton_one_warning(monkeypatch):
-    monkeypatch.setitem(sys.modules, "guided_diffusion.accel.gpu_programs", None)
-    monkeypatch.delattr(guided_diffusion.accel, "gpu_programs", raising=False)
-    with pytest.warns(UserWarning, match="no Triton kernels, going on without") as caught:
-        assert fused_unet.load_gpu_kernels(CPU, torch.float32) is None
-    assert len(caught) == 1
+        assert torch.equal(run(x, T, Y), expected)
 
 
 # ---- On a GPU ------------------------------------------------------------------------------------
@@ -319,10 +315,8 @@ def test_a_gpu_computes_the_same(precision, most, recorded):
     try:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            kernels = fused_unet.load_gpu_kernels(GPU, network.dtype)
-            run = graphs.Accelerated(
-                fused_unet.FusedUNet(kernels, network), network, recorded=recorded
-            )
+            fast = fused_unet.FusedUNet(gpu_kernels.GpuKernels(), network)
+            run = Checked(graphs.FixedBatch(fast, recorded=recorded), network, network)
             inputs = [tensor.to(GPU) for tensor in (X, T, Y)]
             for count in (3, 1, 3):  # recorded, filled up, replayed
                 output = run(*(tensor[:count] for tensor in inputs))
@@ -336,7 +330,7 @@ def test_a_gpu_computes_the_same(precision, most, recorded):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and -m gpu")
-@pytest.mark.parametrize("compile", ["auto", False])
+@pytest.mark.parametrize("compile", ["auto", True, False])
 def test_a_walk_waits_for_nothing_and_brings_nothing_to_the_gpu(compile):
     conf = load_conf(ROOT / "confs/demo.yml", InpaintConf)
     own = {"model_path": str(ROOT / conf.model_path), "device": "cuda", "compile": compile}
