@@ -4,8 +4,6 @@ Everywhere a stand-in takes the place of the Triton programs, so that all around
 """
 
 import dataclasses
-import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 from kernel_cases import affine_of, convolution, error, group_norm, pointwise, random
 from torch import nn
-from torch.nn import functional as F
+from triton_stand_in import StandIn
 
 from guided_diffusion.accel import fused_unet, gpu_kernels, graphs, layout
 from guided_diffusion.accel.accelerate import Checked
@@ -24,106 +22,14 @@ from guided_diffusion.unet import TrunkConfig, UNetModel, attend
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"  # has to be there before Triton is imported
 try:
     from guided_diffusion.accel import gpu_programs
 except ImportError:
     gpu_programs = None
 
 
-class StandIn:
-    """The Triton programs in PyTorch, called in the same way."""
-
-    def __getattr__(self, name):
-        class Launch:
-            def __getitem__(_, grid):
-                return getattr(StandIn, f"_{name}")
-
-        return Launch()
-
-    @staticmethod
-    def _joined(x0, x1, c0, c1):
-        assert c1 in (0, x1.shape[3])
-        return (x0 if not c1 else torch.cat([x0, x1], dim=3)).float()
-
-    @staticmethod
-    def _moments(x0, x1, c0, c1, pixels, chunks, out, BP, BC):
-        x = StandIn._joined(x0, x1, c0, c1).flatten(1, 2)
-        for i in range(chunks):
-            part = x[:, i * BP : (i + 1) * BP]
-            out[:, i, 0] = part.mean(1)
-            out[:, i, 1] = (part - part.mean(1, keepdim=True)).square().sum(1)
-
-    @staticmethod
-    def _write(x, weight, bias, added, gain, offset, scale, shift, EPS, GROUPS):
-        """From x (N, rows, C, numbers a row), whose last two are means and squares."""
-        counts, means, squares = x
-        if added is not None:
-            means = means + added[:, None]
-        channels = means.shape[2]
-        counts = counts[:, None].expand(means.shape[1:])
-        grouped = [part.unflatten(-1, (GROUPS, -1)) for part in (counts, means, squares)]
-        counts, means, squares = grouped
-        total = counts.sum((0, 2))
-        mean = (counts * means).sum((1, 3)) / total
-        squares = squares + counts * (means - mean[:, None, :, None]) ** 2
-        rstd = (squares.sum((1, 3)) / total + EPS).rsqrt()
-        own_scale = rstd.repeat_interleave(channels // GROUPS, 1) * weight
-        own_shift = bias - mean.repeat_interleave(channels // GROUPS, 1) * own_scale
-        if gain is not None:
-            own_scale, own_shift = own_scale * (1 + gain), own_shift * (1 + gain) + offset
-        if added is not None:
-            own_shift = own_shift + own_scale * added
-        scale.copy_(own_scale)
-        shift.copy_(own_shift)
-
-    @staticmethod
-    def _affine_of_moments(
-        moments, pixels, chunks, total, weight, bias, added, added_stride, gain, offset,
-        gain_stride, scale, shift, *, PER_CHUNK, EPS, ADDED, GAIN, GROUPS, BP, BC,
-    ):  # fmt: skip
-        counts = torch.full((chunks,), float(PER_CHUNK))
-        counts[-1] = pixels - (chunks - 1) * PER_CHUNK
-        x = counts, moments[:, :, 0], moments[:, :, 1]
-        StandIn._write(x, weight, bias, added, gain, offset, scale, shift, EPS, GROUPS)
-
-    @staticmethod
-    def _affine_of_small(
-        x0, x1, c0, c1, pixels, weight, bias, added, added_stride, gain, offset, gain_stride,
-        scale, shift, *, EPS, ADDED, GAIN, GROUPS, SIZE, BP, BC, ALIGN, num_warps,
-    ):  # fmt: skip
-        assert pixels <= BP
-        assert BC >= SIZE
-        assert num_warps in (4, 8, 16)
-        x = StandIn._joined(x0, x1, c0, c1).flatten(1, 2)
-        x = torch.ones(pixels), x, torch.zeros_like(x)
-        StandIn._write(x, weight, bias, added, gain, offset, scale, shift, EPS, GROUPS)
-
-    @staticmethod
-    def _apply_affine(
-        x0, x1, c0, c1, height, width, scale, shift, out, *, AFFINE, SILU, RESIZE, BP, BC
-    ):
-        x = StandIn._joined(x0, x1, c0, c1)
-        if AFFINE:
-            x = x * scale[:, None, None] + shift[:, None, None]
-        x = F.silu(x) if SILU else x
-        x = x.permute(0, 3, 1, 2)
-        if RESIZE:
-            x = F.interpolate(x, scale_factor=2) if RESIZE > 0 else F.avg_pool2d(x, 2)
-        out.copy_(x.permute(0, 2, 3, 1))
-
-    @staticmethod
-    def _add(h, bias, residual, out, height, width, total, *, BIAS, RESIDUAL, DOUBLED, BP, BC):
-        x = h.float()
-        if BIAS:
-            x = x + bias.float()
-        if RESIDUAL:
-            own = residual.float()
-            if DOUBLED:
-                own = own.repeat_interleave(2, 1).repeat_interleave(2, 2)
-            x = x + own
-        out.copy_(x)
+INTERPRETER = pytest.param("interpreter", marks=pytest.mark.slow)
+LONG = pytest.mark.parametrize("kernels", ["stand-in", INTERPRETER], indirect=True)
 
 
 @pytest.fixture(params=["stand-in", "interpreter"])
@@ -152,6 +58,7 @@ def normalised(channels):
     return norm
 
 
+@LONG
 @pytest.mark.parametrize("size", [(8, 8), (19, 35), (70, 66)])
 @pytest.mark.parametrize("widths", [(64,), (32, 96), (256, 128)])
 def test_normalisation(kernels, size, widths):
@@ -178,6 +85,7 @@ def test_normalisation_in_halves_of_one_tensor(kernels):
     assert error(output, group_norm(maps, norm, gain=gain, offset=offset)) < 3e-6
 
 
+@LONG
 @pytest.mark.parametrize("resize", [-1, 0, 1])
 @pytest.mark.parametrize("has_affine", [False, True])
 @pytest.mark.parametrize("widths", [(32,), (32, 96)])
@@ -246,6 +154,7 @@ def unet(dtype, **changes):
 X, T, Y = random(3, 3, 16, 16), torch.tensor([5, 100, 900]), torch.tensor([4, 0, 2])
 
 
+@LONG
 @pytest.mark.parametrize(
     ("changes", "dtype", "most"),
     [
