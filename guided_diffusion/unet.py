@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from guided_diffusion.nn import (
     GroupNorm32,
-    UpConv2d,
     downsample,
     silu,
     timestep_embedding,
@@ -60,11 +59,11 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = UpConv2d(channels, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) → (N, C, 2H, 2W)."""
-        return self.conv(x)
+        return self.conv(upsample(x))
 
 
 class ResBlock(nn.Module):
@@ -74,14 +73,8 @@ class ResBlock(nn.Module):
         self, cfg: TrunkConfig, channels: int, out_channels: int, resize: str | None = None
     ) -> None:
         super().__init__()
-        self.resize = {"up": upsample, "down": downsample, None: nn.Identity()}[resize]
-        # On the way up the convolution itself doubles the size.
-        self.shrink = downsample if resize == "down" else nn.Identity()
-        conv = (
-            UpConv2d(channels, out_channels)
-            if resize == "up"
-            else nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.h_upd = self.x_upd = {"up": upsample, "down": downsample, None: nn.Identity()}[resize]
+        conv = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.use_checkpoint = cfg.use_checkpoint
         self.use_scale_shift_norm = cfg.use_scale_shift_norm
         emb_channels = 2 * out_channels if cfg.use_scale_shift_norm else out_channels
@@ -111,7 +104,7 @@ class ResBlock(nn.Module):
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
         norm, _, conv = self.in_layers
-        h = conv(self.shrink(silu(norm(x))))  # (N, out, H', W')
+        h = conv(self.h_upd(silu(norm(x))))  # (N, out, H', W')
         emb = self.emb_layers(emb).type(h.dtype)[:, :, None, None]  # (N, out or 2·out, 1, 1)
         norm, _, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:
@@ -120,7 +113,7 @@ class ResBlock(nn.Module):
         else:
             h = norm(h + emb)
         h = conv(dropout(silu(h)))
-        return _add(h, self.skip_connection(self.resize(x)))
+        return _add(h, self.skip_connection(self.x_upd(x)))
 
 
 def _add(own: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,13 @@ def test_few_see_configurations():
     assert {module.split(".")[0] for module in seeing} <= SEES_CONFIGURATIONS
 
 
+def test_accel_has_one_door():
+    """What is fast is checked there; another way in would go unchecked."""
+    outside = {module for module in MODULES if not module.startswith("accel.")}
+    used = {other for module in outside for other in imports_of(module)}
+    assert {other for other in used if other.startswith("accel.")} == {"accel.accelerate"}
+
+
 def test_contributing_names_every_module():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert [name for name in FLOOR if f"`{name}" not in text] == []

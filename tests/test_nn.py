@@ -4,12 +4,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from guided_diffusion.nn import (
     GroupNorm32,
-    UpConv2d,
-    _chunks,
     downsample,
     timestep_embedding,
     upsample,
@@ -75,56 +72,10 @@ def test_group_norm_computes_in_float32(dtype):
     torch.testing.assert_close(got, norm(x.float()).to(dtype), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("offset", [0.0, 100.0])
-@pytest.mark.parametrize("chunks", [2, 8])
-def test_normalising_in_chunks(chunks, offset):
-    norm = GroupNorm32(64).requires_grad_(requires_grad=False)
-    norm.weight.normal_()
-    norm.bias.normal_()
-    x = (torch.randn(2, 64, 8, 4) + offset).to(memory_format=torch.channels_last)
-    exact = F.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double())
-    plain, other = ((y.double() - exact).abs().max() for y in (norm(x), norm.in_chunks(x, chunks)))
-    assert other <= max(3 * plain, 2e-6)
-    assert norm.in_chunks(x.bfloat16(), chunks).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("shape", "chunks"),
-    [((1, 256, 256, 256), 256), ((8, 256, 256, 256), 32), ((1, 1024, 8, 8), 1), ((1, 32, 9, 9), 1)],
-)
-def test_chunks_divide_the_pixels(shape, chunks):
-    x = torch.empty(shape, device="meta", memory_format=torch.channels_last)
-    assert _chunks(x) == chunks
-    assert shape[2] * shape[3] % _chunks(x) == 0
-    assert _chunks(torch.empty(shape, device="meta")) == 1  # another layout
-    assert _chunks(torch.empty(shape[:3], device="meta")) == 1
-
-
 def test_zero_module():
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 4))
     assert zero_module(module) is module
     assert all((parameter == 0).all() for parameter in module.parameters())
-
-
-@pytest.mark.parametrize("size", [(1, 1), (4, 6), (7, 3)])
-@pytest.mark.parametrize("channels", [(3, 5), (8, 8)])
-def test_folding_a_convolution_after_a_doubling(size, channels):
-    conv = UpConv2d(*channels)
-    x = torch.randn(2, channels[0], *size).to(memory_format=torch.channels_last)
-    expected = F.conv2d(upsample(x).double(), conv.weight.double(), conv.bias.double(), padding=1)
-    torch.testing.assert_close(conv(x).double(), expected, rtol=0, atol=2e-6)
-    conv.fold()
-    conv.weight.data.zero_()  # no longer used
-    folded = conv(x)
-    torch.testing.assert_close(folded.double(), expected, rtol=0, atol=2e-6)
-    assert folded.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_folding_does_not_show_in_a_checkpoint():
-    conv = UpConv2d(4, 4)
-    before = set(conv.state_dict())
-    conv.fold()
-    assert set(conv.state_dict()) == before == {"weight", "bias"}
 
 
 def test_resizing_by_hand():

@@ -1,23 +1,31 @@
-"""THE DOOR of this room: a network goes in, a callable that computes the same comes out, faster."""
+"""THE DOOR of this room: a network goes in, a callable that computes the same comes out, faster.
 
-from collections.abc import Callable
+Nothing that is fast is trusted unseen. Kernels, compiled code and CUDA graphs differ from machine
+to machine, so what they compute is compared with PyTorch's own operations wherever they run.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from guided_diffusion.accel.cpu_kernels import Kernels
-from guided_diffusion.accel.fused_unet import (
-    FusedUNet,
-    fuse_convolutions,
-    load_gpu_kernels,
-    load_kernels,
-)
-from guided_diffusion.accel.graphs import Accelerated, is_compiled
-from guided_diffusion.accel.layout import lay_out
-from guided_diffusion.accel.memory import keep_freed_memory
-from guided_diffusion.unet import EncoderUNetModel, UNetEncoder, UNetModel
+from guided_diffusion.accel import cpu_kernels
+from guided_diffusion.accel.build import KernelError
+from guided_diffusion.accel.fused_unet import FusedUNet, with_fused_convolutions
+from guided_diffusion.accel.gpu_kernels import GpuKernels
+from guided_diffusion.accel.graphs import FixedBatch, with_compiled_blocks
+from guided_diffusion.accel.layout import lay_out, set_arithmetic
+from guided_diffusion.accel.memory import CallMemory, forget_pages, keep_freed_memory
+from guided_diffusion.dist_util import is_out_of_memory
+from guided_diffusion.unet import EmbedSequential, EncoderUNetModel, UNetEncoder, UNetModel
 
-Network = Callable[..., Tensor]
+__all__ = ["CallMemory", "accelerate", "accelerate_gradient", "prepare", "set_arithmetic"]
+Network = Callable[..., Tensor]  # of (x, timesteps[, y]), each (N, ...)
+_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TF32_TOLERANCE = 1e-2
 
 
 def prepare(device: torch.device) -> None:
@@ -27,47 +35,160 @@ def prepare(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = True  # all calls have the same shapes
 
 
-def accelerate(model: nn.Module, device: torch.device, compile: bool | str, calls: int) -> Network:
-    """Return what computes ``model`` fastest: (x, timesteps[, y]) → output, to rounding.
+def accelerate(model: nn.Module, device: torch.device, compile: bool | str) -> Network:
+    """Return what computes ``model`` fast: (x, timesteps[, y]) → output, to rounding.
 
-    ``compile`` is the YAML key; ``calls`` is how often a walk calls the network. There are kernels
-    for ``UNetModel`` alone.
+    ``compile`` is the YAML key. There are kernels for ``UNetModel`` alone.
     """
-    if not isinstance(model, UNetModel):
-        return _accelerated(model, model, device, compile, calls)
     if (kernels := _cpu_kernels(model, device, compile)) is not None:
-        return FusedUNet(kernels, model)
-    if device.type == "cuda" and compile == "auto":
-        gpu_kernels = load_gpu_kernels(device, model.dtype)
-        if gpu_kernels:
-            lay_out(model, device)
-            return Accelerated(FusedUNet(gpu_kernels, model), model, recorded=True)
-    return _accelerated(model, model, device, compile, calls)
+        return Checked(FusedUNet(kernels, model), model, model)
+    lay_out(model, device, at_once=compile is True)
+    if compile is not True:
+        return model
+    if device.type == "cuda" and (gpu_kernels := _gpu_kernels(model)) is not None:
+        return Checked(FixedBatch(FusedUNet(gpu_kernels, model), recorded=True), model, model)
+    return Checked(_compiled(with_compiled_blocks(model, device), device), model, model)
 
 
 def accelerate_gradient(
-    gradient: Network,
+    gradient: Callable[..., Tensor],
     classifier: EncoderUNetModel,
     device: torch.device,
     compile: bool | str,
-    calls: int,
 ) -> Network:
-    """Return what computes ``gradient``, a function through ``classifier``, fastest."""
+    """Return what computes ``gradient`` of ``classifier`` fast: (x, timesteps, y) → output.
+
+    ``gradient`` takes the classifier before its other inputs.
+    """
+    plain = partial(gradient, classifier)
     if (kernels := _cpu_kernels(classifier, device, compile)) is not None:
-        fuse_convolutions(kernels, classifier)
-        return gradient
-    return _accelerated(gradient, classifier, device, compile, calls)
+        fast = partial(gradient, with_fused_convolutions(kernels, classifier))
+        return Checked(fast, plain, classifier)
+    lay_out(classifier, device, at_once=compile is True)
+    if compile is not True:
+        return plain
+    fast = partial(gradient, with_compiled_blocks(classifier, device))
+    return Checked(_compiled(fast, device), plain, classifier)
 
 
-def _cpu_kernels(network: UNetEncoder, device: torch.device, compile: bool | str) -> Kernels | None:
-    is_fused = device.type == "cpu" and compile is not False and network.dtype == torch.float32
-    return load_kernels() if is_fused else None
+def _cpu_kernels(
+    network: nn.Module, device: torch.device, compile: bool | str
+) -> cpu_kernels.Kernels | None:
+    """Return the CPU's kernels where they are wanted; None, with a warning, if there are none."""
+    is_ours = isinstance(network, UNetEncoder) and network.dtype == torch.float32
+    if device.type != "cpu" or compile is False or not is_ours:
+        return None
+    try:
+        return cpu_kernels.load()
+    except KernelError as error:
+        warnings.warn(f"compile: no C++ kernels, going on without: {error}", stacklevel=4)
+        return None
 
 
-def _accelerated(
-    function: Network, network: UNetEncoder, device: torch.device, compile: bool | str, calls: int
-) -> Network:
-    compiled = is_compiled(compile, device, calls)
-    lay_out(network, device, at_once=compiled)
-    recorded = device.type == "cuda" and compile is not False
-    return Accelerated(function, network, compiled=compiled, recorded=recorded)
+def _gpu_kernels(network: nn.Module) -> GpuKernels | None:
+    """Return a GPU's kernels, or None, with a warning, where Triton cannot be imported."""
+    if not isinstance(network, UNetModel):
+        return None
+    try:
+        return GpuKernels()
+    except Exception as error:  # of an installation that is broken, too
+        text = f"compile: no Triton kernels, going on without: {_first_line(error)}"
+        warnings.warn(text, stacklevel=4)
+        return None
+
+
+def _compiled(fast: Network, device: torch.device) -> FixedBatch:
+    return FixedBatch(fast, compiled=True, recorded=device.type == "cuda")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+# ---- The check -----------------------------------------------------------------------------------
+
+
+class Checked:
+    """``fast``, whose first output of each batch size has to be what ``plain`` computes.
+
+    Where it is not, or where ``fast`` fails, one warning says so, and from there on every output is
+    that of ``plain``. Running out of memory stays that. ``network`` is the one that ``plain``
+    calls.
+    """
+
+    def __init__(self, fast: Network, plain: Network, network: nn.Module) -> None:
+        self._fast: Network | None = fast
+        self._plain, self._network = plain, network
+        self._checked: set[torch.Size] = set()  # shapes of ``x``
+
+    def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return what ``plain`` returns for ``x`` (N, 3, S, S), ``timesteps`` and ``y`` (N,)."""
+        inputs = [x, timesteps, *([] if y is None else [y])]
+        if self._fast is None:
+            return self._plain(*inputs)
+        try:
+            output = self._fast(*inputs)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            expected = self._plain(*inputs)  # raises, too, where the inputs are what is wrong
+            return self._give_up(f"does not work: {_first_line(error)}", expected)
+        if x.shape in self._checked:
+            return output
+        expected = self._expected(inputs)
+        error, tolerance = _largest_error(output, expected), _tolerance(self._network, x.device)
+        if not error <= tolerance:  # NaN is no error of 0
+            problem = f"is wrong by {error:.2g} of the largest value at batch size {len(x)}"
+            return self._give_up(problem, expected)
+        self._checked.add(x.shape)
+        return output
+
+    def _expected(self, inputs: list[Tensor]) -> Tensor:
+        """Return what ``plain`` computes, image by image, so that it takes little memory."""
+        with _forgetting_pages(self._network):
+            images = zip(*(tensor.split(1) for tensor in inputs), strict=True)
+            return torch.cat([self._plain(*image) for image in images])
+
+    def _give_up(self, problem: str, expected: Tensor) -> Tensor:
+        self._fast = None
+        text = f"compile: the fast network {problem}; going on with PyTorch's own operations"
+        warnings.warn(text, stacklevel=4)
+        return expected
+
+
+def _largest_error(output: Tensor, expected: Tensor) -> float:
+    """Return the largest error over the largest value; only where ``expected`` is finite."""
+    if output.shape != expected.shape:
+        return float("inf")
+    is_finite = expected.isfinite()
+    error = torch.where(is_finite, output - expected, 0).abs().max().item()
+    largest = torch.where(is_finite, expected, 0).abs().max().item()
+    return error / largest if error and largest else error
+
+
+def _tolerance(network: nn.Module, device: torch.device) -> float:
+    """Return the error that is rounding, in the arithmetic of ``network`` on ``device``."""
+    switches = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    if network.dtype == torch.float32 and device.type == "cuda" and any(switches):
+        return _TF32_TOLERANCE
+    return _TOLERANCES[network.dtype]
+
+
+@contextlib.contextmanager
+def _forgetting_pages(network: nn.Module) -> Iterator[None]:
+    """Let a mapped checkpoint's weights leave memory again after each block.
+
+    The fast network has packed copies of them: 2 GB would be there twice.
+    """
+    handles = [
+        block.register_forward_hook(lambda block, *_: forget_pages(*block.parameters()))
+        for block in network.modules()
+        if isinstance(block, EmbedSequential)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        forget_pages(*network.parameters())

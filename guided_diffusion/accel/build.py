@@ -23,6 +23,7 @@ _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-math-errno"]
 _COMPILERS = ("g++", "clang++", "c++")
 _CACHE = os.path.expanduser("~/.cache/repaint")  # noqa: PTH111 - pathlib's fails without a home
 _TIMEOUT = 300  # s; it takes about one
+_BUILDING = "building"  # what names of folders begin with in which a build is under way
 
 
 class KernelError(Exception):
@@ -32,8 +33,9 @@ class KernelError(Exception):
 def load_library(opened: Callable[[ctypes.CDLL], Library]) -> Library:
     """Return what ``opened`` makes of the library, built at the first use; raises KernelError.
 
-    Built libraries are kept where Inductor's code is: in TORCHINDUCTOR_CACHE_DIR, or
-    ~/.cache/repaint. ``opened`` raises AttributeError where a library is another one.
+    Built libraries are kept where Inductor's code is, in TORCHINDUCTOR_CACHE_DIR or
+    ~/.cache/repaint, unless others may write there. ``opened`` raises AttributeError where a
+    library is another one.
     """
     problem = None
     for compiler in _compilers():
@@ -63,6 +65,7 @@ def _built(compiler: list[str], opened: Callable[[ctypes.CDLL], Library]) -> Lib
     # A folder that is full or allows no programs leaves the temporary one.
     if (folder := _cache_folder()) is not None:
         with contextlib.suppress(OSError, AttributeError, KernelError):
+            _remove_leftovers(folder)
             whole = [path for path in folder.glob(f"{name}-*.so") if _is_whole(path)]
             return opened(ctypes.CDLL(str(whole[0] if whole else _build(compiler, folder, name))))
     with tempfile.TemporaryDirectory() as private:
@@ -70,11 +73,27 @@ def _built(compiler: list[str], opened: Callable[[ctypes.CDLL], Library]) -> Lib
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether a file is as it was built; one that was cut short would crash the process."""
+    """Whether a file is as it was built, and nobody else can change it.
+
+    One that was cut short would crash the process; one from somebody else could do anything.
+    """
     try:
-        return library.stem.endswith(f"-{_digest(library.read_bytes())}")
+        is_same = library.stem.endswith(f"-{_digest(library.read_bytes())}")
+        return is_same and _is_own(library)
     except OSError:
         return False
+
+
+def _is_own(path: Path, *, leads_there: bool = False) -> bool:
+    """Whether only this user and root may write to ``path`` itself; raises OSError.
+
+    A folder that ``leads_there`` may have the sticky bit instead, as /tmp has: nobody can replace
+    in it what is another's.
+    """
+    status = path.lstat()
+    others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    is_safe = not others_write or (leads_there and status.st_mode & stat.S_ISVTX)
+    return bool(is_safe) and status.st_uid in (0, os.geteuid()) and not path.is_symlink()
 
 
 def _digest(data: bytes) -> str:
@@ -82,17 +101,35 @@ def _digest(data: bytes) -> str:
 
 
 def _cache_folder() -> Path | None:
-    """Return the folder of compiled code, or None where it is not this user's alone to write."""
+    """Return the folder of compiled code, or None where others may write on the way to it."""
     folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _CACHE)
     try:
         if not folder.is_absolute():  # a user without a home
             return None
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        is_own = status.st_uid == os.geteuid() and not status.st_mode & stat.S_IWOTH
+        folder = folder.resolve()
+        for missing in [path for path in (*reversed(folder.parents), folder) if not path.exists()]:
+            missing.mkdir(mode=0o700, exist_ok=True)
+        is_own = all(_is_own(parent, leads_there=True) for parent in folder.parents)
+        is_own = is_own and _is_own(folder)
     except (OSError, AttributeError):  # of a system without users, too
         return None
     return folder if is_own else None
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the folders of builds on this machine whose process was killed."""
+    for path in folder.glob(f"{_BUILDING}-{platform.node()}-*-*"):
+        number = path.name.split("-")[-2]
+        if number.isdecimal() and not _is_running(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # else it is another user's
+    return True
 
 
 def _fingerprint(compiler: list[str]) -> str:
@@ -109,7 +146,8 @@ def _fingerprint(compiler: list[str]) -> str:
 
 def _build(compiler: list[str], folder: Path, name: str) -> Path:
     """Compile to a temporary name and rename: other processes may do the same at this moment."""
-    with tempfile.TemporaryDirectory(dir=folder) as private:
+    prefix = f"{_BUILDING}-{platform.node()}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=prefix) as private:
         linked, compiled = f"{private}/kernels.so", []
         for source in (_FOLDER / name for name in _SOURCES if name.endswith(".cpp")):
             compiled.append(f"{private}/{source.stem}.o")
@@ -125,6 +163,7 @@ def _build(compiler: list[str], folder: Path, name: str) -> Path:
                 problem = error
         else:
             raise KernelError(str(problem))
+        Path(linked).chmod(0o700)  # whatever the umask: see _is_own
         return Path(linked).replace(folder / f"{name}-{_digest(Path(linked).read_bytes())}.so")
 
 

@@ -4,27 +4,23 @@ Computes what ``UNetModel.forward`` does, to rounding. Feature maps are (N, H, W
 are the parts of the embedding that the residual blocks take, in the order of the blocks.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guided_diffusion.accel.build import KernelError
-from guided_diffusion.accel.cpu_kernels import Affine, Kernels, Packed, load
+from guided_diffusion.accel.cpu_kernels import Affine, Kernels, Packed
 from guided_diffusion.accel.gpu_kernels import GpuKernels
-from guided_diffusion.accel.memory import file_mappings, forget_pages
-from guided_diffusion.dist_util import is_out_of_memory
-from guided_diffusion.nn import UpConv2d, downsample
+from guided_diffusion.accel.layout import swap_modules, twin
+from guided_diffusion.accel.memory import forget_pages
+from guided_diffusion.nn import downsample, upsample
 from guided_diffusion.unet import (
     AttentionBlock,
     Downsample,
     EmbedSequential,
     ResBlock,
-    TrunkConfig,
     UNetEncoder,
     UNetModel,
     Upsample,
@@ -35,63 +31,11 @@ AnyKernels = Kernels | GpuKernels
 Layer = Callable[[list[Tensor], Iterator[Tensor]], Tensor]
 
 
-def load_kernels() -> Kernels | None:
-    """Return the CPU's kernels, or None, with a warning, where they cannot be built."""
-    try:
-        return load()
-    except KernelError as error:
-        warnings.warn(f"compile: no C++ kernels, going on without: {error}", stacklevel=3)
-        return None
-
-
-@torch.inference_mode()
-def load_gpu_kernels(device: torch.device, dtype: torch.dtype) -> GpuKernels | None:
-    """Return a GPU's kernels, or None, with a warning, where they do not compute as they should.
-
-    What is installed is tried on a small network whose trunk has the type ``dtype``.
-    """
-    cfg = TrunkConfig(
-        image_size=128, model_channels=64, channel_mult=(1, 2), num_res_blocks=1,
-        attention_resolutions=(), num_head_channels=64,
-    )  # fmt: skip
-    try:
-        kernels = GpuKernels()
-        error = _largest_error(kernels, cfg, device, dtype)
-        if not error < 0.05:
-            raise KernelError(f"a network's output was wrong by {error:.2g}")
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        text = f"compile: no Triton kernels, going on without: {lines[0][:200]}"
-        warnings.warn(text, stacklevel=3)
-        return None
-    return kernels
-
-
-def _largest_error(
-    kernels: GpuKernels, cfg: TrunkConfig, device: torch.device, dtype: torch.dtype
-) -> float:
-    """Return by how much of the largest value a random network's output is wrong."""
-    generator = torch.Generator().manual_seed(0)
-    model = UNetModel(cfg, 6)
-    for parameter in model.parameters():
-        spread = 1 / max(1, parameter[0].numel()) ** 0.5
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
-    model.convert_trunk(dtype)
-    model.eval().to(device, memory_format=torch.channels_last)
-    model.memory_format = torch.channels_last
-    x = torch.randn(1, 3, cfg.image_size, cfg.image_size, generator=generator).to(device)
-    t = torch.full((1,), 500, device=device)
-    expected = model(x, t)
-    return ((FusedUNet(kernels, model)(x, t) - expected).abs().max() / expected.abs().max()).item()
-
-
 class Conv3x3:
     """A 3×3 convolution whose weights are packed at the first call."""
 
-    def __init__(self, kernels: AnyKernels, conv: nn.Conv2d, mapped: list[range]) -> None:
-        self._kernels, self._conv, self._mapped = kernels, conv, mapped
+    def __init__(self, kernels: AnyKernels, conv: nn.Conv2d) -> None:
+        self._kernels, self._conv = kernels, conv
         self._weight: Packed | Tensor | None = None
         self._transposed: Packed | Tensor | None = None  # the weights of ``gradient``
 
@@ -107,7 +51,7 @@ class Conv3x3:
         """As ``Kernels.convolve``."""
         if self._weight is None:
             self._weight = self._kernels.pack_weights(self._conv.weight)
-            forget_pages(self._conv.weight, self._mapped)
+            forget_pages(self._conv.weight)
         bias = self._conv.bias if has_bias else None
         options = {"affine": affine, "resize": resize, "residual": residual, "out": out}
         return self._kernels.convolve(maps, self._weight, bias, **options)
@@ -117,17 +61,15 @@ class Conv3x3:
         weight = self._conv.weight
         if self._transposed is None:
             self._transposed = self._kernels.pack_weights(weight.flip(2, 3).transpose(0, 1))
-            forget_pages(weight, self._mapped)
+            forget_pages(weight)
         return self._kernels.convolve([grad], self._transposed)
 
 
 class Conv1x1:
     """A convolution of single pixels, 1-D or 2-D, whose weights are packed at the first call."""
 
-    def __init__(
-        self, kernels: AnyKernels, conv: nn.Conv1d | nn.Conv2d, mapped: list[range]
-    ) -> None:
-        self._kernels, self._conv, self._mapped = kernels, conv, mapped
+    def __init__(self, kernels: AnyKernels, conv: nn.Conv1d | nn.Conv2d) -> None:
+        self._kernels, self._conv = kernels, conv
         self._weight: Packed | Tensor | None = None
 
     def __call__(
@@ -137,7 +79,7 @@ class Conv1x1:
         if self._weight is None:
             weight = self._conv.weight
             self._weight = self._kernels.pack_weights(weight.view(*weight.shape[:2], 1, 1))
-            forget_pages(weight, self._mapped)
+            forget_pages(weight)
         return self._kernels.pointwise(
             maps, self._weight, self._conv.bias, affine=affine, residual=residual
         )
@@ -146,14 +88,13 @@ class Conv1x1:
 class FusedResBlock:
     """``ResBlock`` of one map or two joined ones."""
 
-    def __init__(self, kernels: AnyKernels, block: ResBlock, mapped: list[range]) -> None:
+    def __init__(self, kernels: AnyKernels, block: ResBlock) -> None:
         self._kernels, self._block = kernels, block
         skip = block.skip_connection
-        self._conv_skip = Conv1x1(kernels, skip, mapped) if isinstance(skip, nn.Conv2d) else None
-        is_up, is_down = isinstance(block.in_layers[2], UpConv2d), block.resize is downsample
-        self._resize = int(is_up) - int(is_down)
-        self._conv_in = Conv3x3(kernels, block.in_layers[2], mapped)
-        self._conv_out = Conv3x3(kernels, block.out_layers[3], mapped)
+        self._conv_skip = Conv1x1(kernels, skip) if isinstance(skip, nn.Conv2d) else None
+        self._resize = int(block.h_upd is upsample) - int(block.h_upd is downsample)
+        self._conv_in = Conv3x3(kernels, block.in_layers[2])
+        self._conv_out = Conv3x3(kernels, block.out_layers[3])
 
     def __call__(self, maps: list[Tensor], embs: Iterator[Tensor]) -> Tensor:
         """One or two (N, H, W, C) → (N, H', W', out)."""
@@ -184,10 +125,10 @@ class FusedResBlock:
 class FusedAttention:
     """``AttentionBlock``."""
 
-    def __init__(self, kernels: AnyKernels, block: AttentionBlock, mapped: list[range]) -> None:
+    def __init__(self, kernels: AnyKernels, block: AttentionBlock) -> None:
         self._kernels, self._block = kernels, block
-        self._qkv = Conv1x1(kernels, block.qkv, mapped)
-        self._proj_out = Conv1x1(kernels, block.proj_out, mapped)
+        self._qkv = Conv1x1(kernels, block.qkv)
+        self._proj_out = Conv1x1(kernels, block.proj_out)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, H, W, C) → (N, H, W, C)."""
@@ -202,18 +143,19 @@ class FusedUNet:
 
     def __init__(self, kernels: AnyKernels, model: UNetModel) -> None:
         self._model, self._kernels = model, kernels
-        self._mapped = file_mappings()
         self._projections: list[nn.Linear] = []  # of the embedding, a residual block's each
         self._joined: tuple[Tensor, Tensor] | None = None  # their weights and biases
         self._input_blocks = [self._fused(block) for block in model.input_blocks[1:]]
         self._middle_block = self._fused(model.middle_block)
         self._output_blocks = [self._fused(block) for block in model.output_blocks]
-        self._conv_out = Conv3x3(kernels, model.out[2], self._mapped)
+        self._conv_out = Conv3x3(kernels, model.out[2])
 
     def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """``UNetModel.forward``."""
         model = self._model
-        if timesteps.stride() == (0,):  # one time for all: one embedding
+        # One time for all images is embedded once, so that no result depends on the batch. A CUDA
+        # graph reads its times from a buffer, where they are no longer known to be one.
+        if x.device.type == "cpu" and timesteps.stride() == (0,):
             timesteps = timesteps[:1]
         emb = model.embed_time(timesteps)
         if model.label_emb is not None:
@@ -248,12 +190,12 @@ class FusedUNet:
     def _fused_layer(self, layer: nn.Module) -> Layer:
         if isinstance(layer, ResBlock):
             self._projections.append(layer.emb_layers[1])
-            return FusedResBlock(self._kernels, layer, self._mapped)
+            return FusedResBlock(self._kernels, layer)
         if isinstance(layer, AttentionBlock):
-            attention = FusedAttention(self._kernels, layer, self._mapped)
+            attention = FusedAttention(self._kernels, layer)
             return lambda maps, embs: attention(*maps)
         if isinstance(layer, Upsample):
-            conv = Conv3x3(self._kernels, layer.conv, self._mapped)
+            conv = Conv3x3(self._kernels, layer.conv)
             return lambda maps, embs: conv(*maps, resize=1)
         if isinstance(layer, Downsample):
             return lambda maps, embs: _downsampled(layer, *maps)
@@ -273,22 +215,34 @@ def _run(layers: list[Layer], maps: list[Tensor], embs: Iterator[Tensor]) -> Ten
 # ---- With a gradient -----------------------------------------------------------------------------
 
 
-def fuse_convolutions(kernels: Kernels, network: UNetEncoder) -> None:
-    """Let the kernels do the 3×3 convolutions of a network through which gradients pass.
+def with_fused_convolutions(kernels: Kernels, network: UNetEncoder) -> UNetEncoder:
+    """Return a twin of a network whose 3×3 convolutions are the kernels', also in a gradient.
 
     On a CPU, float32, gradients at its inputs only: its parameters may not change from here on.
     """
+    network = twin(network)
     network.memory_format = torch.channels_last
-    mapped = file_mappings()
-    for conv in network.modules():
-        is_conv = isinstance(conv, nn.Conv2d) and conv.in_channels > 3  # the picture's are too few
-        if is_conv and (conv.kernel_size, conv.stride) == ((3, 3), (1, 1)):
-            conv.forward = partial(_convolve, Conv3x3(kernels, conv, mapped))
+    swap_modules(network, nn.Conv2d, lambda conv: _fused_convolution(kernels, conv))
+    return network
 
 
-def _convolve(conv: Conv3x3, x: Tensor) -> Tensor:
-    """(N, C, H, W) → (N, out, H, W), both channels_last."""
-    return _Convolution.apply(x, conv)
+def _fused_convolution(kernels: Kernels, conv: nn.Conv2d) -> nn.Module:
+    """Return a convolution by the kernels, or ``conv`` itself where they have none for it."""
+    has_kernel = (conv.kernel_size, conv.stride) == ((3, 3), (1, 1))
+    # The picture's own three channels are too few.
+    return FusedConv2d(kernels, conv) if has_kernel and conv.in_channels > 3 else conv
+
+
+class FusedConv2d(nn.Module):
+    """A 3×3 convolution by the kernels through which a gradient passes."""
+
+    def __init__(self, kernels: Kernels, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self._conv = Conv3x3(kernels, conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, out, H, W), both channels_last."""
+        return _Convolution.apply(x, self._conv)
 
 
 class _Convolution(torch.autograd.Function):

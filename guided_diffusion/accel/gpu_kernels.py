@@ -1,4 +1,4 @@
-"""What ``kernels.Kernels`` computes, on a GPU: convolutions by cuDNN, all around them in Triton.
+"""What ``cpu_kernels.Kernels`` computes, on a GPU: convolutions by cuDNN, the rest in Triton.
 
 Feature maps are (N, H, W, C), contiguous, of the weights' type or float32, with C a multiple of 32.
 Normalisation reads a map once for its moments (Chan et al. 1983), and once as it is applied with
@@ -6,9 +6,8 @@ SiLU, resizing and joining; a convolution's bias goes into the normalisation beh
 with the residual. No call waits for the device, so that all of them can be recorded.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,17 +22,15 @@ _GROUP = 16384  # a group of at most so many is one program's
 
 
 class GpuKernels:
-    """The same functions as ``kernels.Kernels`` has for networks."""
+    """The same functions as ``cpu_kernels.Kernels`` has for networks."""
 
     def __init__(self) -> None:
-        from guided_diffusion import triton_kernels  # fails where there is no Triton
+        from guided_diffusion.accel import gpu_programs  # fails where there is no Triton
 
-        self._programs: Any = triton_kernels
+        self._programs: Any = gpu_programs
 
     def pack_weights(self, weight: Tensor) -> Tensor:
         """Return a convolution's ``weight`` with the channels of a tap side by side."""
-        if weight.shape[2:] == (1, 1):
-            return weight.contiguous()
         return weight.contiguous(memory_format=torch.channels_last)
 
     def convolve(
@@ -47,10 +44,9 @@ class GpuKernels:
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """As ``kernels.Kernels.convolve``; computes in the weights' type."""
+        """As ``cpu_kernels.Kernels.convolve``; computes in the weights' type."""
         x = self._applied(maps, affine, weight.dtype, silu=affine is not None, resize=resize)
-        h = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=1).permute(0, 2, 3, 1)
-        return self._sum(h.contiguous(), bias, residual, out)
+        return self._sum(_convolved(x, weight, padding=1), bias, residual, out)
 
     def pointwise(
         self,
@@ -61,20 +57,12 @@ class GpuKernels:
         affine: Affine | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """As ``kernels.Kernels.pointwise``."""
-        if affine:
-            maps = [self._applied(maps, affine, weight.dtype)]
-        parts = weight[:, :, 0, 0].split([part.shape[3] for part in maps], dim=1)
-        first, *others = (part.flatten(0, 2) for part in maps)  # of two dimensions cuBLAS adds bias
-        with _products_as_convolutions():
-            h = F.linear(first, parts[0], bias if residual is None else None)
-            for part, own in zip(others, parts[1:], strict=True):
-                h.addmm_(part, own.t())
-        h = h.unflatten(0, maps[0].shape[:3])
-        return h if residual is None else self._sum(h, bias, residual, h)
+        """As ``cpu_kernels.Kernels.pointwise``."""
+        h = _convolved(self._applied(maps, affine, weight.dtype), weight)
+        return self._sum(h, bias, residual)
 
     def attend(self, qkv: Tensor, num_heads: int, new_order: bool) -> Tensor:
-        """As ``kernels.Kernels.attend``."""
+        """As ``cpu_kernels.Kernels.attend``."""
         h = attend(qkv.flatten(1, 2).transpose(1, 2), num_heads, new_order)
         return h.transpose(1, 2).unflatten(1, qkv.shape[1:3])
 
@@ -87,7 +75,7 @@ class GpuKernels:
         gain: Tensor | None = None,
         offset: Tensor | None = None,
     ) -> Affine:
-        """As ``kernels.Kernels.group_norm``; scale and shift are float32."""
+        """As ``cpu_kernels.Kernels.group_norm``; scale and shift are float32."""
         x = _Maps(maps)
         scale, shift = torch.empty(2, x.count, x.total, device=x.device).unbind()
         size = x.total // norm.num_groups
@@ -147,7 +135,11 @@ class GpuKernels:
         return out
 
     def _sum(
-        self, h: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None
+        self,
+        h: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Return h + bias + residual, written to ``out`` or over ``h``."""
         if bias is None and residual is None:
@@ -194,12 +186,7 @@ def _power_above(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-@contextlib.contextmanager
-def _products_as_convolutions() -> Iterator[None]:
-    """Multiply matrices in the arithmetic of convolutions, as these products are some."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+def _convolved(x: Tensor, weight: Tensor, padding: int = 0) -> Tensor:
+    """Convolve (N, H, W, C) by cuDNN, which reads and writes that layout: (N, H, W, out)."""
+    h = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=padding)
+    return h.permute(0, 2, 3, 1).contiguous()

@@ -1,14 +1,20 @@
-"""Arithmetic and memory layout of the networks."""
+"""Arithmetic and memory layout of the networks, and modules that take the place of others."""
 
+import copy
 import warnings
 from collections.abc import Callable
+from itertools import product
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from guided_diffusion.accel.memory import file_mappings, forget_pages
-from guided_diffusion.nn import UpConv2d
-from guided_diffusion.unet import UNetEncoder
+from guided_diffusion.accel.memory import forget_pages
+from guided_diffusion.nn import upsample
+from guided_diffusion.unet import ResBlock, UNetEncoder, Upsample
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def set_arithmetic(precision: str | None, use_fp16: bool, device: torch.device) -> torch.dtype:
@@ -30,9 +36,9 @@ def set_arithmetic(precision: str | None, use_fp16: bool, device: torch.device) 
 def lay_out(network: UNetEncoder, device: torch.device, *, at_once: bool = True) -> None:
     """Put the channels of a pixel side by side in memory, as convolutions read them.
 
-    On a CPU convolutions after a doubling are folded, too. There, unless ``at_once``, a
-    convolution's weights wait for its first call, so that loading 2 GB delays no one. Either way
-    there is never more than one copy of them in memory.
+    On a CPU, convolutions of doubled maps are folded as well. There, unless ``at_once``, the
+    weights of a convolution are copied at its first call, so that loading 2 GB delays no one. The
+    copied pages of a mapped checkpoint leave memory.
     """
     if device.type not in ("cpu", "cuda"):
         return
@@ -40,13 +46,70 @@ def lay_out(network: UNetEncoder, device: torch.device, *, at_once: bool = True)
     if device.type == "cuda":
         network.to(memory_format=torch.channels_last)
         return
-    mapped = file_mappings()
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+    swap_modules(network, Upsample, lambda module: FoldedConv2d(module.conv))
+    for block in network.modules():
+        if isinstance(block, ResBlock) and block.h_upd is upsample:
+            block.h_upd, block.in_layers[2] = nn.Identity(), FoldedConv2d(block.in_layers[2])
+    for conv in network.modules():
+        if isinstance(conv, nn.Conv2d | FoldedConv2d):
+            prepare = _fold if isinstance(conv, FoldedConv2d) else _lay_out_weights
             if at_once:
-                _lay_out_weights(module, mapped)
+                prepare(conv)
             else:
-                _at_first_call(module, lambda conv: _lay_out_weights(conv, mapped))
+                _at_first_call(conv, prepare)
+
+
+def swap_modules(
+    network: nn.Module, kind: type[Module], replacement: Callable[[Module], nn.Module]
+) -> None:
+    """Put ``replacement(module)`` in the place of every module of a kind."""
+    for parent in list(network.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, kind):
+                setattr(parent, name, replacement(module))
+
+
+def twin(network: Module) -> Module:
+    """Return a copy of all modules that shares parameters and buffers with ``network``.
+
+    What is compiled or swapped in one of them leaves the other as it is.
+    """
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    return copy.deepcopy(network, shared)
+
+
+class FoldedConv2d(nn.Module):
+    """A 3×3 convolution of the feature map doubled in height and width, made from the map itself.
+
+    It computes the same, to rounding, with 4/9 of the multiplications. In the doubled map every
+    pixel is there twice in a row, so that an output pixel sees only 2×2 different ones. Their
+    weights are added up beforehand, for each of the four places over an input pixel.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.register_buffer("folded", None, persistent=False)  # (4·out, channels, 2, 2)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Add up the weights, which may not change from here on."""
+        # Along either side: at an even place (w0, w1 + w2) over pixels i - 1 and i, at an odd place
+        # (w0 + w1, w2) over i and i + 1.
+        sums = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+        folded = torch.einsum("pyh,qxw,oihw->pqoiyx", sums, sums, self.weight.float())
+        folded = folded.flatten(0, 2).type(self.weight.dtype)
+        self.folded = folded.contiguous(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, out, 2H, 2W), channels_last."""
+        height, width = x.shape[2:]
+        parts = F.conv2d(x, self.folded, self.bias.repeat(4), padding=1).chunk(4, dim=1)
+        shape = (len(x), len(self.bias), 2 * height, 2 * width)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        for (row, column), part in zip(product((0, 1), repeat=2), parts, strict=True):
+            out[:, :, row::2, column::2] = part[:, :, row : row + height, column : column + width]
+        return out
 
 
 def _at_first_call(module: nn.Module, prepare: Callable[[nn.Module], None]) -> None:
@@ -57,12 +120,15 @@ def _at_first_call(module: nn.Module, prepare: Callable[[nn.Module], None]) -> N
     handle = module.register_forward_pre_hook(once)
 
 
-def _lay_out_weights(conv: nn.Conv2d, mapped: list[range]) -> None:
+def _fold(conv: FoldedConv2d) -> None:
+    with torch.inference_mode(False):  # a gradient may have to pass through the weights
+        conv.fold()
+    forget_pages(conv.weight)
+
+
+def _lay_out_weights(conv: nn.Conv2d) -> None:
     weight = conv.weight
-    with torch.inference_mode(False):  # a gradient may have to pass through them
-        if isinstance(conv, UpConv2d):
-            conv.fold()
-        else:
-            laid_out = weight.contiguous(memory_format=torch.channels_last)
-            conv.weight = nn.Parameter(laid_out, requires_grad=weight.requires_grad)
-    forget_pages(weight, mapped)
+    with torch.inference_mode(False):  # as in _fold
+        laid_out = weight.contiguous(memory_format=torch.channels_last)
+        conv.weight = nn.Parameter(laid_out, requires_grad=weight.requires_grad)
+    forget_pages(weight)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+_LOOK_BYTES = 2**16  # a smaller tensor is not worth a look at the process's mappings
+
 
 def file_mappings() -> list[range]:
     """Return the addresses where this process has files mapped; none where no one can tell."""
@@ -22,15 +24,18 @@ def file_mappings() -> list[range]:
     return mappings
 
 
-def forget_pages(tensor: torch.Tensor, mapped: list[range]) -> None:
-    """Give memory back if it is ``mapped``; who reads the tensor again reads the file again."""
-    if not any(tensor.data_ptr() in addresses for addresses in mapped):
-        return
-    page, dont_need = os.sysconf("SC_PAGE_SIZE"), 4  # the latter's name is in sys/mman.h
-    start = -(-tensor.data_ptr() // page) * page
-    end = (tensor.data_ptr() + tensor.nbytes) // page * page
-    if start < end:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), dont_need)
+def forget_pages(*tensors: torch.Tensor) -> None:
+    """Let tensors that are mapped from a file leave memory; a later read takes them from there."""
+    tensors = [one for one in tensors if one.device.type == "cpu" and one.nbytes >= _LOOK_BYTES]
+    mapped = file_mappings() if tensors else []  # of this moment: other memory would lose its data
+    for tensor in tensors:
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        if any(start in addresses for addresses in mapped):
+            page, dont_need = os.sysconf("SC_PAGE_SIZE"), 4  # MADV_DONTNEED
+            start, end = -(-start // page) * page, end // page * page
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(start), ctypes.c_size_t(end - start), dont_need
+            )
 
 
 def keep_freed_memory() -> None:
@@ -52,37 +57,45 @@ def keep_freed_memory() -> None:
 class CallMemory:
     """What a call of the network takes of a device's memory beside the weights, and what is left.
 
-    Measured at its first call on a GPU; on a CPU, under Linux, at the second, because at the first
-    one weights are packed.
+    Measured at the second call: at the first one, weights are packed and the fast network is
+    checked. On a CPU it takes Linux to tell.
     """
 
     def __init__(self, device: torch.device, weights: int) -> None:
         self._device, self._weights = device, weights  # bytes
         self._before: int | None = None  # bytes of the process before the second call
-        self._is_told = True  # on a CPU, by the system
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)  # loading is not what a call takes
+        self._is_told = True  # by the system
 
     def after_call(self) -> tuple[int, int] | None:
         """Return bytes taken at once and bytes that are free without them; None: not known yet."""
-        if self._device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self._device)
-            free += torch.cuda.memory_reserved(self._device) - self._weights
-            return max(1, torch.cuda.max_memory_allocated(self._device) - self._weights), free
         if not self._is_told:
             return None
         try:
-            if self._before is not None:
+            if self._before is None:
+                self._before = self._start()
+                return None
+            if self._device.type == "cuda":  # reserved: a replayed CUDA graph allocates nothing
+                free, _ = torch.cuda.mem_get_info(self._device)
+                free += torch.cuda.memory_reserved(self._device)
+                peak = torch.cuda.max_memory_reserved(self._device)
+            else:
                 peak = bytes_of("/proc/self/status", "VmHWM")
-                free = bytes_of("/proc/meminfo", "MemAvailable")
-                return max(1, peak - self._before), free + peak - self._before
-            with contextlib.suppress(AttributeError):  # another C library than glibc
-                ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
-            self._before = bytes_of("/proc/self/status", "VmRSS")
+                free = bytes_of("/proc/meminfo", "MemAvailable") + peak
         except (OSError, LookupError):  # another system than Linux, or it does not tell
             self._is_told = False  # so that no further call pays for asking
-        return None
+            return None
+        return max(1, peak - self._before), free - self._before
+
+    def _start(self) -> int:
+        """Return the bytes that stay between calls; the peak is measured from here on."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return self._weights
+        with contextlib.suppress(AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return bytes_of("/proc/self/status", "VmRSS")
 
 
 def bytes_of(path: str, name: str) -> int:

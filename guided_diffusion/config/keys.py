@@ -320,9 +320,11 @@ class InpaintConf(ModelConf):
                                 "less exact; absent: float16 with use_fp16, else PyTorch's "
                                 "default, which is float32, and TF32 for convolutions on GPUs.",
                                 choices=("float32", "tf32", "float16", "bfloat16"))
-    compile: bool | str = key("auto", "How calls of the network are made fast: auto, by kernels of "
-                              "its own, built in seconds at the first run; true, on a GPU by "
-                              "torch.compile, which takes longer; false, not beyond PyTorch.",
+    compile: bool | str = key("auto", "How calls of the network are made fast: auto, on a CPU by "
+                              "kernels of its own, built in seconds at the first run, on a GPU "
+                              "by PyTorch's own operations; true, on a GPU by Triton, CUDA "
+                              "graphs or torch.compile, which wait for measurement; false, "
+                              "not beyond PyTorch.",
                               choices=("auto", True, False))
     paste_known: bool = key(False, "Paste the known pixels unchanged into the result.")
     invert_mask: bool = key(False, "The masks are the other way round: white is to generate.")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from guided_diffusion.accel.memory import CallMemory
+from guided_diffusion.accel.accelerate import CallMemory
 from guided_diffusion.cli import Interrupts
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.dist_util import Team, is_main, is_out_of_memory

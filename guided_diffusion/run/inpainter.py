@@ -7,13 +7,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from guided_diffusion.accel.accelerate import accelerate, accelerate_gradient, prepare
-from guided_diffusion.accel.layout import set_arithmetic
+from guided_diffusion.accel.accelerate import (
+    accelerate,
+    accelerate_gradient,
+    prepare,
+    set_arithmetic,
+)
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.dist_util import get_device
 from guided_diffusion.gaussian_diffusion import Step
 from guided_diffusion.run.windows import Windows
-from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import create_gaussian_diffusion, load_classifier, load_model
 
 
@@ -28,21 +31,19 @@ class Inpainter:
         self.device = get_device(conf.device)
         prepare(self.device)
         self.diffusion = create_gaussian_diffusion(conf)
-        calls, _ = count_steps(times)
         self.model = load_model(conf, self.device)
         self.model.convert_trunk(set_arithmetic(conf.precision, conf.use_fp16, self.device))
-        self.network = accelerate(self.model, self.device, conf.compile, calls)
+        self.network = accelerate(self.model, self.device, conf.compile)
         self.classifier = self.gradient = None
         if conf.guided:
             self.classifier = load_classifier(conf, self.device)
             dtype = set_arithmetic(conf.precision, conf.classifier_use_fp16, self.device)
             self.classifier.convert_trunk(dtype)
             self.gradient = accelerate_gradient(
-                partial(classifier_gradient, self.classifier, scale=conf.classifier_scale),
+                partial(classifier_gradient, scale=conf.classifier_scale),
                 self.classifier,
                 self.device,
                 conf.compile,
-                calls,
             )
 
     @property

@@ -4,8 +4,11 @@ import ctypes
 import functools
 import os
 import platform
+import signal
 import stat
 import subprocess
+import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -517,12 +520,18 @@ def test_a_cache_that_is_no_folder(monkeypatch, tmp_path):
     assert works(cpu_kernels.load.__wrapped__())
 
 
-@pytest.mark.parametrize("kind", ["open to all", "relative", "no programs"])
+@pytest.mark.parametrize(
+    "kind", ["open to all", "open to a group", "open on the way", "relative", "no programs"]
+)
 def test_a_folder_that_does_not_serve_is_left_alone(build, monkeypatch, tmp_path, kind):
     load, folder = build
     folder.mkdir()
     if kind == "open to all":
         folder.chmod(0o777)
+    elif kind == "open to a group":
+        folder.chmod(0o770)
+    elif kind == "open on the way":
+        tmp_path.chmod(0o770)
     elif kind == "relative":
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "cache")
         monkeypatch.chdir(tmp_path)
@@ -537,6 +546,64 @@ def test_a_folder_that_does_not_serve_is_left_alone(build, monkeypatch, tmp_path
         monkeypatch.setattr(ctypes, "CDLL", refuse)
     assert works(load())
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["open to a group", "a link", "somebody else's", "of the folder"])
+def test_a_library_that_others_may_change_is_not_loaded(build, monkeypatch, tmp_path, kind):
+    load, folder = build
+    load()
+    (library,) = folder.iterdir()
+    if kind == "open to a group":
+        library.chmod(0o770)
+    elif kind == "a link":
+        library.rename(tmp_path / library.name)
+        library.symlink_to(tmp_path / library.name)
+    elif os.geteuid() != 0:
+        pytest.skip("needs root")
+    else:
+        os.chown(library if kind == "somebody else's" else folder, 12345, 12345)
+    opened, open_library = [], ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: opened.append(path) or open_library(path))
+    assert works(load())
+    if kind == "of the folder":
+        assert not any(str(folder) in path for path in opened)
+    else:  # built anew in its place
+        assert building._is_whole(library)
+
+
+def test_a_umask_that_opens_files_to_a_group(build):
+    before = os.umask(0o002)
+    try:
+        load, folder = build
+        load()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert all(building._is_whole(path) for path in folder.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX")
+def test_a_build_that_is_killed_leaves_nothing_for_good(build, monkeypatch, tmp_path):
+    load, folder = build
+    (command, *_), *_ = building._compilers()
+    script = f"""case "$*" in *--version*) exec {command} --version;; esac; sleep 60"""
+    environment = {**os.environ, "CXX": compiler_script(tmp_path / "cxx", script)}
+    program = "from guided_diffusion.accel import cpu_kernels; cpu_kernels.load()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, start_new_session=True
+    )
+    while not (folder.exists() and any(folder.iterdir())):
+        assert process.poll() is None
+        time.sleep(0.05)
+    own = folder / f"building-{platform.node()}-{os.getpid()}-x"  # one that is under way
+    own.mkdir()
+    load()
+    assert len(list(folder.iterdir())) == 3  # nor is the other touched while it runs
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    load()
+    assert sorted(path.suffix for path in folder.iterdir()) == ["", ".so"]
+    assert own.exists()
 
 
 def test_no_folder_at_all(monkeypatch):

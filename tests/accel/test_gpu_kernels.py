@@ -4,8 +4,6 @@ Everywhere a stand-in takes the place of the Triton programs, so that all around
 """
 
 import dataclasses
-import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,10 +11,10 @@ import pytest
 import torch
 from kernel_cases import affine_of, convolution, error, group_norm, pointwise, random
 from torch import nn
-from torch.nn import functional as F
+from triton_stand_in import StandIn
 
-import guided_diffusion.accel
 from guided_diffusion.accel import fused_unet, gpu_kernels, graphs, layout
+from guided_diffusion.accel.accelerate import Checked
 from guided_diffusion.config.keys import InpaintConf, load_conf
 from guided_diffusion.run.inpainter import Inpainter
 from guided_diffusion.scheduler import get_schedule_jump
@@ -24,106 +22,14 @@ from guided_diffusion.unet import TrunkConfig, UNetModel, attend
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"  # has to be there before Triton is imported
 try:
     from guided_diffusion.accel import gpu_programs
 except ImportError:
     gpu_programs = None
 
 
-class StandIn:
-    """The Triton programs in PyTorch, called in the same way."""
-
-    def __getattr__(self, name):
-        class Launch:
-            def __getitem__(_, grid):
-                return getattr(StandIn, f"_{name}")
-
-        return Launch()
-
-    @staticmethod
-    def _joined(x0, x1, c0, c1):
-        assert c1 in (0, x1.shape[3])
-        return (x0 if not c1 else torch.cat([x0, x1], dim=3)).float()
-
-    @staticmethod
-    def _moments(x0, x1, c0, c1, pixels, chunks, out, BP, BC):
-        x = StandIn._joined(x0, x1, c0, c1).flatten(1, 2)
-        for i in range(chunks):
-            part = x[:, i * BP : (i + 1) * BP]
-            out[:, i, 0] = part.mean(1)
-            out[:, i, 1] = (part - part.mean(1, keepdim=True)).square().sum(1)
-
-    @staticmethod
-    def _write(x, weight, bias, added, gain, offset, scale, shift, EPS, GROUPS):
-        """From x (N, rows, C, numbers a row), whose last two are means and squares."""
-        counts, means, squares = x
-        if added is not None:
-            means = means + added[:, None]
-        channels = means.shape[2]
-        counts = counts[:, None].expand(means.shape[1:])
-        grouped = [part.unflatten(-1, (GROUPS, -1)) for part in (counts, means, squares)]
-        counts, means, squares = grouped
-        total = counts.sum((0, 2))
-        mean = (counts * means).sum((1, 3)) / total
-        squares = squares + counts * (means - mean[:, None, :, None]) ** 2
-        rstd = (squares.sum((1, 3)) / total + EPS).rsqrt()
-        own_scale = rstd.repeat_interleave(channels // GROUPS, 1) * weight
-        own_shift = bias - mean.repeat_interleave(channels // GROUPS, 1) * own_scale
-        if gain is not None:
-            own_scale, own_shift = own_scale * (1 + gain), own_shift * (1 + gain) + offset
-        if added is not None:
-            own_shift = own_shift + own_scale * added
-        scale.copy_(own_scale)
-        shift.copy_(own_shift)
-
-    @staticmethod
-    def _affine_of_moments(
-        moments, pixels, chunks, total, weight, bias, added, added_stride, gain, offset,
-        gain_stride, scale, shift, *, PER_CHUNK, EPS, ADDED, GAIN, GROUPS, BP, BC,
-    ):  # fmt: skip
-        counts = torch.full((chunks,), float(PER_CHUNK))
-        counts[-1] = pixels - (chunks - 1) * PER_CHUNK
-        x = counts, moments[:, :, 0], moments[:, :, 1]
-        StandIn._write(x, weight, bias, added, gain, offset, scale, shift, EPS, GROUPS)
-
-    @staticmethod
-    def _affine_of_small(
-        x0, x1, c0, c1, pixels, weight, bias, added, added_stride, gain, offset, gain_stride,
-        scale, shift, *, EPS, ADDED, GAIN, GROUPS, SIZE, BP, BC, ALIGN, num_warps,
-    ):  # fmt: skip
-        assert pixels <= BP
-        assert BC >= SIZE
-        assert num_warps in (4, 8, 16)
-        x = StandIn._joined(x0, x1, c0, c1).flatten(1, 2)
-        x = torch.ones(pixels), x, torch.zeros_like(x)
-        StandIn._write(x, weight, bias, added, gain, offset, scale, shift, EPS, GROUPS)
-
-    @staticmethod
-    def _apply_affine(
-        x0, x1, c0, c1, height, width, scale, shift, out, *, AFFINE, SILU, RESIZE, BP, BC
-    ):
-        x = StandIn._joined(x0, x1, c0, c1)
-        if AFFINE:
-            x = x * scale[:, None, None] + shift[:, None, None]
-        x = F.silu(x) if SILU else x
-        x = x.permute(0, 3, 1, 2)
-        if RESIZE:
-            x = F.interpolate(x, scale_factor=2) if RESIZE > 0 else F.avg_pool2d(x, 2)
-        out.copy_(x.permute(0, 2, 3, 1))
-
-    @staticmethod
-    def _add(h, bias, residual, out, height, width, total, *, BIAS, RESIDUAL, DOUBLED, BP, BC):
-        x = h.float()
-        if BIAS:
-            x = x + bias.float()
-        if RESIDUAL:
-            own = residual.float()
-            if DOUBLED:
-                own = own.repeat_interleave(2, 1).repeat_interleave(2, 2)
-            x = x + own
-        out.copy_(x)
+INTERPRETER = pytest.param("interpreter", marks=pytest.mark.slow)
+LONG = pytest.mark.parametrize("kernels", ["stand-in", INTERPRETER], indirect=True)
 
 
 @pytest.fixture(params=["stand-in", "interpreter"])
@@ -152,6 +58,7 @@ def normalised(channels):
     return norm
 
 
+@LONG
 @pytest.mark.parametrize("size", [(8, 8), (19, 35), (70, 66)])
 @pytest.mark.parametrize("widths", [(64,), (32, 96), (256, 128)])
 def test_normalisation(kernels, size, widths):
@@ -178,6 +85,7 @@ def test_normalisation_in_halves_of_one_tensor(kernels):
     assert error(output, group_norm(maps, norm, gain=gain, offset=offset)) < 3e-6
 
 
+@LONG
 @pytest.mark.parametrize("resize", [-1, 0, 1])
 @pytest.mark.parametrize("has_affine", [False, True])
 @pytest.mark.parametrize("widths", [(32,), (32, 96)])
@@ -246,6 +154,7 @@ def unet(dtype, **changes):
 X, T, Y = random(3, 3, 16, 16), torch.tensor([5, 100, 900]), torch.tensor([4, 0, 2])
 
 
+@LONG
 @pytest.mark.parametrize(
     ("changes", "dtype", "most"),
     [
@@ -261,44 +170,40 @@ def test_a_whole_network(kernels, changes, dtype, most):
     network = unet(dtype, **changes)
     reference = unet(torch.float32, **changes)(X, T, Y)
     with torch.inference_mode():
-        layout.lay_out(network, CPU)
+        network.to(memory_format=torch.channels_last)
         output = fused_unet.FusedUNet(kernels, network)(X, T, Y)
     assert output.dtype is torch.float32
     assert output.is_contiguous()
     assert error(output, reference) < most
 
 
-def test_kernels_are_tried_before_they_are_used(monkeypatch):
+@pytest.mark.parametrize("fault", ["moments", "eps", "exception"])
+def test_faults_of_the_programs_are_found_at_the_first_call(monkeypatch, fault):
+    """The last chunk of a large map does not count, the epsilon is another, a launch fails."""
     stand_in(monkeypatch)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert fused_unet.load_gpu_kernels(CPU, torch.float32)
-    for broken, message in (
-        (lambda *_, **__: None, "was wrong by"),
-        (lambda *_, **__: 1 / 0, "division by zero"),
-    ):
-        monkeypatch.setattr(StandIn, "_apply_affine", staticmethod(broken))
-        with pytest.warns(UserWarning, match=f"no Triton kernels.*{message}") as caught:
-            assert fused_unet.load_gpu_kernels(CPU, torch.float32) is None
+    network = unet(torch.float32, image_size=64, model_channels=64)
+    x = random(3, 3, 64, 64)
+    if fault == "moments":
+        plain = StandIn._moments
+
+        def planted(*arguments, **options):
+            plain(*arguments, **options)
+            arguments[6][:, -1] = 0
+
+        monkeypatch.setattr(StandIn, "_moments", staticmethod(planted))
+    elif fault == "eps":
+        write = StandIn._write
+        monkeypatch.setattr(StandIn, "_write", staticmethod(lambda *a: write(*a[:-2], 1e-3, a[-1])))
+    else:
+        monkeypatch.setattr(StandIn, "_add", staticmethod(lambda *_, **__: 1 / 0))
+    fast = graphs.FixedBatch(fused_unet.FusedUNet(gpu_kernels.GpuKernels(), network))
+    run = Checked(fast, network, network)
+    with torch.inference_mode():
+        expected = network(x, T, Y)
+        with pytest.warns(UserWarning, match="division by zero|is wrong by") as caught:
+            assert error(run(x, T, Y), expected) < 1e-5
         assert len(caught) == 1
-
-
-def test_full_memory_while_trying_is_told_as_such(monkeypatch):
-    def full(*_, **__):
-        raise torch.cuda.OutOfMemoryError
-
-    stand_in(monkeypatch)
-    monkeypatch.setattr(StandIn, "_add", staticmethod(full))
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        fused_unet.load_gpu_kernels(CPU, torch.float32)
-
-
-def test_without_triton_one_warning(monkeypatch):
-    monkeypatch.setitem(sys.modules, "guided_diffusion.accel.gpu_programs", None)
-    monkeypatch.delattr(guided_diffusion.accel, "gpu_programs", raising=False)
-    with pytest.warns(UserWarning, match="no Triton kernels, going on without") as caught:
-        assert fused_unet.load_gpu_kernels(CPU, torch.float32) is None
-    assert len(caught) == 1
+        assert torch.equal(run(x, T, Y), expected)
 
 
 # ---- On a GPU ------------------------------------------------------------------------------------
@@ -319,10 +224,8 @@ def test_a_gpu_computes_the_same(precision, most, recorded):
     try:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            kernels = fused_unet.load_gpu_kernels(GPU, network.dtype)
-            run = graphs.Accelerated(
-                fused_unet.FusedUNet(kernels, network), network, recorded=recorded
-            )
+            fast = fused_unet.FusedUNet(gpu_kernels.GpuKernels(), network)
+            run = Checked(graphs.FixedBatch(fast, recorded=recorded), network, network)
             inputs = [tensor.to(GPU) for tensor in (X, T, Y)]
             for count in (3, 1, 3):  # recorded, filled up, replayed
                 output = run(*(tensor[:count] for tensor in inputs))
@@ -336,7 +239,7 @@ def test_a_gpu_computes_the_same(precision, most, recorded):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and -m gpu")
-@pytest.mark.parametrize("compile", ["auto", False])
+@pytest.mark.parametrize("compile", ["auto", True, False])
 def test_a_walk_waits_for_nothing_and_brings_nothing_to_the_gpu(compile):
     conf = load_conf(ROOT / "confs/demo.yml", InpaintConf)
     own = {"model_path": str(ROOT / conf.model_path), "device": "cuda", "compile": compile}

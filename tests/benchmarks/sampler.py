@@ -58,7 +58,7 @@ from guided_diffusion.config.keys import DataConf, InpaintConf, load_conf
 from guided_diffusion.dist_util import get_device
 from guided_diffusion.io.files import check_folder, write_text_atomic
 from guided_diffusion.run.inpainter import Inpainter, noise_source
-from guided_diffusion.scheduler import count_steps, get_schedule_jump
+from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import (
     create_classifier,
     create_gaussian_diffusion,
@@ -283,9 +283,7 @@ class Benchmark:
         compile = {"compiled": True, "eager": False, None: "auto"}[way]
         is_half = precision == "float16"
         changes = {"precision": precision, "compile": compile, "classifier_use_fp16": is_half}
-        # ``auto`` may judge by the walk's length; what is measured is a long one.
-        times = get_schedule_jump(t_T=250)
-        inpainter = Inpainter(dataclasses.replace(self.conf, **changes), times)
+        inpainter = Inpainter(dataclasses.replace(self.conf, **changes), self.times)
         if self.conf.guided:
             return inpainter.gradient, inpainter.classifier.dtype
         return inpainter.network, inpainter.model.dtype
@@ -295,8 +293,9 @@ class Benchmark:
 
         A recording is made anew: what it holds is not allocated again in later calls.
         """
-        if getattr(mode.network, "_recording", None) is not None:
-            mode.network._recording = None
+        fast = getattr(mode.network, "_fast", None)
+        if getattr(fast, "_runner", None) is not None:
+            fast._runner = None
         self._reset_peak()
         self.call(mode)
 

@@ -1,0 +1,357 @@
+"""The door: what is fast is compared with PyTorch's own operations before it is trusted."""
+
+import contextlib
+import copy
+import dataclasses
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from guided_diffusion.accel import accelerate as door
+from guided_diffusion.accel import build, cpu_kernels, fused_unet, gpu_kernels, graphs
+from guided_diffusion.accel.accelerate import Checked, accelerate, accelerate_gradient
+from guided_diffusion.run.inpainter import classifier_gradient
+from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+SMALL = TrunkConfig(32, 32, (1, 2), 1, (16,), num_heads=4, num_head_channels=32)
+X = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+T, Y = torch.tensor([500]).expand(3), torch.tensor([1, 3, 0])
+
+
+def randomised(network):
+    generator = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    return network.eval().requires_grad_(False)
+
+
+def unet():
+    return randomised(UNetModel(SMALL, 6, num_classes=5))
+
+
+def classifier():
+    return randomised(EncoderUNetModel(SMALL, 7, "attention"))
+
+
+def relative(output, reference):
+    return ((output - reference).abs().max() / reference.abs().max()).item()
+
+
+@contextlib.contextmanager
+def silence():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.fixture
+def kernels():
+    try:
+        return cpu_kernels.load()
+    except build.KernelError as error:
+        pytest.skip(str(error))
+
+
+# ---- Faults in the kernels -----------------------------------------------------------------------
+
+
+def one_scale(kernels, monkeypatch):
+    """Every image is normalised as the first one."""
+    group_norm = kernels.group_norm
+
+    def planted(maps, norm, **conditions):
+        return tuple(part[:1].repeat(len(part), 1) for part in group_norm(maps, norm, **conditions))
+
+    monkeypatch.setattr(kernels, "group_norm", planted)
+
+
+def lost_moments(kernels, monkeypatch):
+    """The last rows of a map do not count in its moments."""
+    group_norm = kernels.group_norm
+
+    def planted(maps, norm, **conditions):
+        return group_norm([part[:, :-1].contiguous() for part in maps], norm, **conditions)
+
+    monkeypatch.setattr(kernels, "group_norm", planted)
+
+
+def wrong_eps(kernels, monkeypatch):
+    group_norm = kernels.group_norm
+
+    def planted(maps, norm, **conditions):
+        norm = copy.copy(norm)
+        norm.eps = 1e-3
+        return group_norm(maps, norm, **conditions)
+
+    monkeypatch.setattr(kernels, "group_norm", planted)
+
+
+def bfloat16_maps(kernels, monkeypatch):
+    """What is called float32 is rounded to bfloat16 between the layers."""
+    convolve = kernels.convolve
+
+    def planted(*arguments, **options):
+        return convolve(*arguments, **options).bfloat16().float()
+
+    monkeypatch.setattr(kernels, "convolve", planted)
+
+
+def not_a_number(kernels, monkeypatch):
+    convolve = kernels.convolve
+
+    def planted(*arguments, **options):
+        output = convolve(*arguments, **options)
+        output[-1, -1, -1, -1] = torch.nan
+        return output
+
+    monkeypatch.setattr(kernels, "convolve", planted)
+
+
+def exception(kernels, monkeypatch):
+    def planted(*_, **__):
+        raise ValueError("not at this shape\nand a long story")
+
+    monkeypatch.setattr(kernels, "convolve", planted)
+
+
+FAULTS = [one_scale, lost_moments, wrong_eps, bfloat16_maps, not_a_number, exception]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_costs_one_warning_and_the_output_is_the_plain_networks(
+    fault, kernels, monkeypatch
+):
+    model = unet()
+    expected = model(X, T, Y)
+    fault(kernels, monkeypatch)
+    network = accelerate(model, CPU, "auto")
+    words = "not at this shape;" if fault is exception else "is wrong by .* at batch size 3;"
+    with torch.inference_mode():
+        with pytest.warns(UserWarning, match=f"compile: the fast network .*{words}") as caught:
+            first = network(X, T, Y)
+        assert len(caught) == 1
+        monkeypatch.undo()  # too late: it is not trusted any more
+        with silence():
+            second = network(X, T, Y)
+    for output in (first, second):
+        assert relative(output, expected) < 1e-6  # and not the kernels', which round otherwise
+    assert torch.equal(second, expected)
+
+
+@pytest.mark.parametrize("fault", [bfloat16_maps, exception])
+def test_a_fault_in_a_gradient(fault, kernels, monkeypatch):
+    gradient = partial(classifier_gradient, scale=2.0)
+    network = classifier()
+    expected = gradient(network, X, T, Y)
+    fault(kernels, monkeypatch)
+    run = accelerate_gradient(gradient, network, CPU, "auto")
+    with torch.inference_mode():
+        with pytest.warns(UserWarning, match="compile: the fast network") as caught:
+            outputs = [run(X, T, Y), run(X, T, Y)]
+        assert len(caught) == 1
+    assert relative(outputs[0], expected) < 1e-4  # image by image, which rounds otherwise
+    assert torch.equal(outputs[1], expected)
+
+
+def test_without_a_fault_the_kernels_output_is_used(kernels):
+    for plain, run, inputs in (
+        (model := unet(), accelerate(model, CPU, "auto"), (X, T, Y)),
+        (
+            partial(classifier_gradient, own := classifier(), scale=2.0),
+            accelerate_gradient(partial(classifier_gradient, scale=2.0), own, CPU, "auto"),
+            (X, T, Y),
+        ),
+    ):
+        with torch.inference_mode(), silence():
+            outputs = [run(*inputs) for _ in range(2)]
+            expected = plain(*inputs)
+        assert torch.equal(*outputs)
+        assert not torch.equal(outputs[0], expected)
+        assert relative(outputs[0], expected) < 1e-4
+
+
+# ---- The check itself ----------------------------------------------------------------------------
+
+
+class Calls:
+    """A function that notes the batch sizes it is called with."""
+
+    def __init__(self, function):
+        self.function, self.sizes = function, []
+
+    def __call__(self, x, *others):
+        self.sizes.append(len(x))
+        return self.function(x, *others)
+
+
+def checked(fast, plain, dtype=torch.float32):
+    network = unet()
+    network.dtype = dtype
+    return Checked(fast, plain, network)
+
+
+def test_each_batch_size_is_checked_once():
+    fast, plain = Calls(lambda x, t: 2 * x), Calls(lambda x, t: 2 * x)
+    run = checked(fast, plain)
+    for count in (3, 3, 2, 3, 2, 1):
+        run(X[:count], T[:count])
+    assert fast.sizes == [3, 3, 2, 3, 2, 1]
+    assert sum(plain.sizes) == 3 + 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)]
+)
+def test_what_is_rounding_and_what_is_not(dtype, most):
+    x = torch.zeros(1, 3, 8, 8)
+    x[0, 0, 0, 0] = -4.0
+    for share, wrong in ((0.9, False), (1.1, True)):
+        run = checked(lambda x, t: x + 4 * share * most, lambda x, t: x, dtype)  # noqa: B023
+        with pytest.warns(UserWarning) if wrong else silence():
+            run(x, T[:1])
+
+
+def test_tf32_is_allowed_for_on_a_gpu_alone(monkeypatch):
+    network = unet()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert door._tolerance(network, GPU) == 1e-2
+    assert door._tolerance(network, CPU) == 1e-4
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert door._tolerance(network, GPU) == 1e-4
+
+
+def test_what_the_plain_network_cannot_compute_is_no_fault():
+    """Damaged weights make NaN in both, and the run tells of them in its own way."""
+    nothing = torch.full_like(X, torch.nan)
+    with silence():
+        checked(lambda x, t: nothing[: len(x)], lambda x, t: nothing[: len(x)])(X, T)
+        checked(lambda x, t: 0 * x, lambda x, t: 0 * x)(X, T)
+
+
+def test_an_error_of_both_networks_is_raised():
+    def wrong(*_):
+        raise ValueError("the network's own")
+
+    with silence(), pytest.raises(ValueError, match="the network's own"):
+        checked(wrong, wrong)(X, T)
+
+
+@pytest.mark.parametrize("fails", ["fast", "plain"])
+def test_full_memory_is_told_as_such(fails):
+    """The batch is halved on it, and the fast network tried again."""
+    room = False
+
+    def network(name):
+        def function(x, t):
+            if name == fails and not room:
+                raise torch.cuda.OutOfMemoryError
+            return x
+
+        return Calls(function)
+
+    fast = network("fast")
+    run = checked(fast, network("plain"))
+    with silence():
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            run(X, T)
+        room = True
+        run(X, T)
+    assert fast.sizes == [3, 3]
+
+
+def test_a_failure_later_on_goes_on_with_the_plain_network():
+    works = True
+
+    def fast(x, t):
+        if not works:
+            raise RuntimeError("no more")
+        return x
+
+    run = checked(fast, lambda x, t: x)
+    run(X, T)
+    works = False
+    with pytest.warns(UserWarning, match="does not work: no more; going on"):
+        assert torch.equal(run(X, T), X)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts pages in /proc")
+def test_the_check_leaves_no_second_copy_of_the_weights_in_memory(kernels, tmp_path):
+    model = randomised(UNetModel(dataclasses.replace(SMALL, model_channels=128), 6))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", mmap=True, weights_only=True)
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(False)
+    network = accelerate(model, CPU, "auto")
+
+    def resident():
+        text, total = Path("/proc/self/smaps").read_text(), 0
+        for entry in text.split("VmFlags")[:-1]:
+            if "model.pt" in entry:
+                total += int(entry.split("Rss:")[1].split()[0]) * 1024
+        return total
+
+    before = sum(parameter.nbytes for parameter in model.parameters())
+    with torch.inference_mode(), silence():
+        network(X, T)
+    assert before > 20e6
+    assert resident() < 0.3 * before  # all but the smallest ones
+    assert sum(p.sum() for p in model.parameters()).isfinite()  # reads the file again
+    assert resident() > 0.5 * before
+
+
+# ---- Which way is taken --------------------------------------------------------------------------
+
+
+def ways(monkeypatch, *, triton):
+    """Let a GPU be chosen for on this machine: nothing is called."""
+    monkeypatch.setattr(door, "lay_out", lambda *_, **__: None)
+
+    def init(self):
+        if not triton:
+            raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(gpu_kernels.GpuKernels, "__init__", init)
+
+
+@pytest.mark.parametrize("compile", ["auto", False])
+def test_a_gpu_uses_pytorchs_own_operations_unless_told_otherwise(compile, monkeypatch):
+    ways(monkeypatch, triton=True)
+    model, own = unet(), classifier()
+    with silence():
+        assert accelerate(model, GPU, compile) is model
+        run = accelerate_gradient(classifier_gradient, own, GPU, compile)
+    assert run.func is classifier_gradient
+    assert run.args == (own,)
+
+
+def test_a_gpu_that_is_to_compile_takes_triton_first(monkeypatch):
+    ways(monkeypatch, triton=True)
+    with silence():
+        network = accelerate(unet(), GPU, True)
+    assert isinstance(network, Checked)
+    assert isinstance(network._fast, graphs.FixedBatch)
+    assert isinstance(network._fast._function, fused_unet.FusedUNet)
+    assert network._fast._is_recorded
+    assert not network._fast._is_compiled
+
+
+def test_without_triton_one_warning_and_compiled_blocks(monkeypatch):
+    ways(monkeypatch, triton=False)
+    with pytest.warns(UserWarning, match="no Triton kernels, going on without: No mod") as caught:
+        network = accelerate(model := unet(), GPU, True)
+    assert [each.category for each in caught].count(UserWarning) == 1
+    fast = network._fast
+    assert fast._is_recorded
+    assert fast._is_compiled
+    assert isinstance(fast._function, UNetModel)
+    assert fast._function is not model
+    norms = [type(m) for m in fast._function.modules() if isinstance(m, nn.GroupNorm)]
+    assert set(norms) == {graphs.ChunkedGroupNorm32}
+    assert {id(p) for p in fast._function.parameters()} == {id(p) for p in model.parameters()}
+    assert not any(isinstance(m, graphs.ChunkedGroupNorm32) for m in model.modules())

@@ -1,0 +1,146 @@
+"""Weights in the order that convolutions read, folded convolutions, twins: all compute the same."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from guided_diffusion.accel import layout
+from guided_diffusion.nn import upsample
+from guided_diffusion.unet import TrunkConfig, UNetModel
+
+CPU = torch.device("cpu")
+SMALL = TrunkConfig(16, 32, (1, 2), 1, (8,), num_heads=4, num_head_channels=16)
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+T = torch.tensor([10, 700])
+Y = torch.tensor([1, 3])
+
+
+def unet(**changes):
+    network = UNetModel(TrunkConfig(**{**vars(SMALL), **changes}), 6, num_classes=5)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    return network.eval().requires_grad_(False)
+
+
+def relative(output, reference):
+    return ((output - reference).abs().max() / reference.abs().max()).item()
+
+
+@pytest.fixture
+def network():
+    return unet()
+
+
+@pytest.fixture
+def switches():
+    """Put torch's global switches back."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def laid_out(network):
+    """Which convolutions are ready, by name."""
+    ready = {}
+    for name, module in network.named_modules():
+        if isinstance(module, layout.FoldedConv2d):
+            ready[name] = module.folded is not None
+        elif isinstance(module, nn.Conv2d):
+            ready[name] = module.weight.is_contiguous(memory_format=torch.channels_last)
+    return ready
+
+
+@pytest.mark.parametrize("resblock_updown", [True, False])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_weights_are_laid_out_at_once_or_at_the_first_call(resblock_updown, at_once):
+    network = unet(resblock_updown=resblock_updown)
+    reference = network(X, T, Y)
+    layout.lay_out(network, CPU, at_once=at_once)
+    assert any(isinstance(m, layout.FoldedConv2d) for m in network.modules())
+    assert network.memory_format == torch.channels_last
+    assert all(laid_out(network).values()) == at_once
+    with torch.inference_mode():
+        first = network(X, T, Y)
+        assert relative(first, reference) < 1e-5
+        assert all(laid_out(network).values())
+        assert torch.equal(network(X, T, Y), first)
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_a_gradient_passes_through_weights_laid_out_in_inference_mode():
+    network = unet()
+    expected = torch.autograd.grad(network(x := X.clone().requires_grad_(), T, Y).sum(), x)[0]
+    layout.lay_out(network, CPU, at_once=False)
+    with torch.inference_mode():
+        network(X, T, Y)
+    assert relative(torch.autograd.grad(network(x, T, Y).sum(), x)[0], expected) < 1e-4
+
+
+def test_half_precision_stays_close(network):
+    reference = network(X, T, Y)
+    network.convert_trunk(torch.bfloat16)
+    layout.lay_out(network, CPU)
+    error = relative(network(X, T, Y), reference)
+    assert 1e-6 < error < 0.05
+
+
+def test_precision_sets_how_float32_is_multiplied(switches):
+    torch.backends.cudnn.allow_tf32 = True
+    assert layout.set_arithmetic("float32", False, CPU) == torch.float32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+    assert layout.set_arithmetic("tf32", False, CPU) == torch.float32
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
+    assert layout.set_arithmetic(None, False, CPU) == torch.float32
+    assert torch.backends.cuda.matmul.allow_tf32  # nothing said, nothing changed
+    assert layout.set_arithmetic("bfloat16", False, CPU) == torch.bfloat16
+    gpu = torch.device("cuda", 0)
+    assert layout.set_arithmetic(None, True, gpu) == torch.float16
+    assert layout.set_arithmetic("float16", False, gpu) == torch.float16
+
+
+@pytest.mark.parametrize("said", [("float16", False), (None, True)])
+def test_half_precision_on_a_cpu_is_said_and_not_done(said):
+    with pytest.warns(UserWarning, match="half precision is for GPUs"):
+        assert layout.set_arithmetic(*said, CPU) == torch.float32
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 6), (7, 3)])
+@pytest.mark.parametrize("channels", [(3, 5), (8, 8)])
+def test_folding_a_convolution_after_a_doubling(size, channels):
+    conv = nn.Conv2d(*channels, 3, padding=1)
+    x = torch.randn(2, channels[0], *size).to(memory_format=torch.channels_last)
+    expected = F.conv2d(upsample(x).double(), conv.weight.double(), conv.bias.double(), padding=1)
+    other = layout.FoldedConv2d(conv)
+    other.fold()
+    conv.weight.data.zero_()  # no longer used
+    folded = other(x)
+    torch.testing.assert_close(folded.double(), expected, rtol=0, atol=2e-6)
+    assert folded.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_folding_does_not_show_in_a_checkpoint():
+    conv = layout.FoldedConv2d(nn.Conv2d(4, 4, 3, padding=1))
+    conv.fold()
+    assert set(conv.state_dict()) == {"weight", "bias"}
+
+
+def test_a_twin_shares_all_numbers_and_no_module(network):
+    layout.lay_out(network, CPU)
+    twin = layout.twin(network)
+    for own, other in (
+        (network.parameters(), twin.parameters()),
+        (network.buffers(), twin.buffers()),
+    ):
+        assert [id(tensor) for tensor in own] == [id(tensor) for tensor in other]
+    assert not {id(m) for m in network.modules()} & {id(m) for m in twin.modules()}
+    before = network(X, T, Y)
+    assert torch.equal(twin(X, T, Y), before)
+    layout.swap_modules(twin, nn.Conv2d, lambda _: nn.Identity())
+    layout.swap_modules(
+        twin, nn.Conv2d, lambda conv: nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1)
+    )
+    assert torch.equal(network(X, T, Y), before)
