@@ -29,6 +29,7 @@ NETWORK_KEYS = (
 _HUB_NAME = re.compile(r"hf://(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?/?", re.ASCII)
 _MOST_JSON = 1 << 24  # bytes
 _MOST_STEPS = 1_000_000
+USUAL_STEPS = 250  # of a walk, where the YAML says nothing
 _LATENT = ("vae", "vqvae", "text_encoder", "tokenizer", "transformer", "prior", "movq", "bert")
 _OTHER_NOISE = re.compile(r"ScoreSde|KarrasVe|CMStochastic|VQDiffusion|FlowMatch|EDM|Amused")
 _WEIGHTS = "diffusion_pytorch_model"
@@ -148,10 +149,11 @@ def read_folder(name: str) -> ModelFolder:
         problem = "cannot be read: Is a directory without a network: expected model_index.json and "
         raise UserError(f"{problem}unet/config.json, or config.json of a UNet2DModel", path=name)
     scheduler_path = _scheduler_path(root, unet_folder)
-    unet = {**_UNET_DEFAULTS, **_json(unet_path)}
+    stated = _json(unet_path)
+    unet = {**_UNET_DEFAULTS, **stated}
     scheduler = {**_SCHEDULER_DEFAULTS, **(_json(scheduler_path) if scheduler_path else {})}
     folder = ModelFolder(name, unet_path, unet, scheduler_path, scheduler)
-    _check_unet(folder)
+    _check_unet(folder, stated)
     return folder
 
 
@@ -204,13 +206,12 @@ def _check_pipeline(path: Path) -> None:
         raise _wrong(path, "unet", "UNet2DModel", unet[-1])
 
 
-def _check_unet(folder: ModelFolder) -> None:
+def _check_unet(folder: ModelFolder, stated: Mapping[str, Any]) -> None:
     unet, path = folder.unet, folder.unet_path
-    kind = unet.get("_class_name", "UNet2DModel")
+    # A configuration without its class is still one of diffusers if it has the blocks.
+    kind = unet.get("_class_name", "UNet2DModel" if "block_out_channels" in stated else None)
     if kind != "UNet2DModel":
         raise _wrong(path, "_class_name", "UNet2DModel", kind)
-    if "_class_name" not in unet and "architectures" in unet:
-        raise _wrong(path, "architectures", "a UNet2DModel of diffusers", unet["architectures"])
     for key, allowed in (("in_channels", (3,)), ("out_channels", (3, 6))):
         if unet[key] not in allowed or isinstance(unet[key], bool):
             problem = "only 3-channel networks work on pictures"
@@ -458,7 +459,16 @@ def follow_folder(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     stated_side = tree.get("image_size")
     if "image_size" not in keys and isinstance(stated_side, int):
         check_side(folder, stated_side)
-    return {**tree, **keys}
+    return {**tree, **keys, **_short_walk(tree, len(folder.chain.betas))}
+
+
+def _short_walk(tree: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Return the keys of a walk over a whole chain of few steps, where none is stated."""
+    walk = tree.get("schedule_jump_params") or {}
+    is_stated = tree.get("timestep_respacing") is not None
+    if steps >= USUAL_STEPS or is_stated or not isinstance(walk, Mapping) or "t_T" in walk:
+        return {}
+    return {"timestep_respacing": str(steps), "schedule_jump_params": {**walk, "t_T": steps}}
 
 
 def _plain(value: object) -> object:

@@ -35,7 +35,7 @@ from guided_diffusion.io.files import atomic_path, write_checkpoint
 _IMPOSTORS = (
     (b"version https://git-lfs", "is a Git LFS pointer and not the file itself: run git lfs pull"),
     (b"<", "is a web page and not a checkpoint: the download failed, often by a quota"),
-    (b"{", "is JSON text and not a checkpoint"),
+    (b"{", "is JSON text and not a checkpoint: of a diffusers model state the folder"),
     (b"\x1f\x8b", "is packed by gzip: unpack it first"),
     (b"\x89HDF", "is an HDF5 file and not a checkpoint saved by torch"),
 )

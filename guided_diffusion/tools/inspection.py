@@ -15,7 +15,7 @@ from guided_diffusion.config.checkpoint_flags import (
     model_flags,
     yaml_text,
 )
-from guided_diffusion.config.folders import HUB, ModelFolder, is_folder, read_folder
+from guided_diffusion.config.folders import HUB, USUAL_STEPS, ModelFolder, is_folder, read_folder
 from guided_diffusion.config.keys import CHANNEL_MULT_BY_SIZE
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.checkpoints import (
@@ -26,8 +26,6 @@ from guided_diffusion.io.checkpoints import (
     state_dict_shapes,
 )
 from guided_diffusion.models.conversion import training_keys
-
-_USUAL_STEPS = 250  # of a walk, where the YAML says nothing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +100,7 @@ def _size_of(folder: ModelFolder) -> str:
 
 def _walk(steps: int) -> dict[str, Any]:
     """Return the keys of a walk over a chain that is shorter than the usual walk."""
-    if steps >= _USUAL_STEPS:
+    if steps >= USUAL_STEPS:
         return {}
     return {"timestep_respacing": str(steps), "schedule_jump_params": f"{{t_T: {steps}}}"}
 

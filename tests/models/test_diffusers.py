@@ -237,6 +237,7 @@ def refusal(folder, read=lambda folder: load_network(read_folder(str(folder)), C
     ("changes", "words"),
     [
         ({"_class_name": "UNet2DConditionModel"}, ["_class_name", "UNet2DModel", "Condition"]),
+        ({"_class_name": ..., "block_out_channels": ...}, ["_class_name", "null"]),
         ({"in_channels": 4}, ["in_channels", "only 3-channel networks", "found 4"]),
         ({"out_channels": 1}, ["out_channels", "only 3-channel networks", "found 1"]),
         ({"sample_size": [8, 16]}, ["sample_size", "[8, 16]"]),
@@ -350,6 +351,16 @@ def test_a_folder_that_is_not_whole_is_refused_in_one_line(tmp_path, spoil, word
     spoil(tmp_path)
     line = refusal(tmp_path, lambda folder: check_folder(read_folder(str(folder))))
     assert [word for word in words if word not in line] == []
+
+
+def test_weights_that_are_not_finite_are_refused_before_a_run(tmp_path):
+    unet = tiny_unet()
+    with torch.no_grad():
+        unet.conv_out.bias[1] = float("inf")
+    save(tmp_path, unet)
+    line = refusal(tmp_path, lambda folder: check_folder(read_folder(str(folder))))
+    assert "NaN or infinite" in line
+    assert "conv_out.bias" in line
 
 
 def test_parts_stay_in_their_folder(tmp_path):

@@ -91,6 +91,9 @@ def test_keys_that_agree_with_the_folder_may_be_stated(here):
         {"samples_per_image": 2},
         {"precision": "bfloat16"},
         {"compile": False},
+        {"sampler": "ddnm"},
+        {"full_size": True},
+        {"full_size": True, "windows": True},
     ],
     ids=str,
 )
@@ -141,6 +144,18 @@ def test_a_side_that_the_folder_leaves_open_is_checked(here):
     write_foreign(here, tiny_unet(sample_size=None), image_size=9)
     with pytest.raises(UserError, match="divisible by 2"):
         load_conf("c.yml")
+
+
+@pytest.mark.parametrize("steps", [20, 300])
+def test_a_short_chain_is_walked_whole_where_nothing_is_stated(here, steps):
+    options = {"timestep_respacing": None, "schedule_jump_params": {"jump_length": 3}}
+    write_foreign(here, noise=scheduler(num_train_timesteps=steps, beta_end=0.02), **options)
+    conf = load_conf("c.yml")
+    expected = min(steps, 250)
+    assert (conf.timestep_respacing, conf.schedule_jump_params.t_T) == (str(expected), expected)
+    assert conf.schedule_jump_params.jump_length == 3
+    conf = load_conf("c.yml", InpaintConf, ["timestep_respacing=7"])
+    assert (conf.timestep_respacing, conf.schedule_jump_params.t_T) == ("7", 250)
 
 
 def test_a_folder_without_a_network_is_told_as_before(here):
