@@ -446,7 +446,8 @@ def follow_folder(tree: Mapping[str, Any]) -> Mapping[str, Any]:
         return tree
     folder = read_folder(path)
     keys = folder.keys()
-    for key, value in {**keys, **folder.network_keys()}.items():
+    network_keys = folder.network_keys()
+    for key, value in {**keys, **network_keys}.items():
         stated = tree.get(key)
         if stated not in (None, "") and _plain(stated) != _plain(value):
             said = json.dumps(value)
@@ -459,6 +460,7 @@ def follow_folder(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     stated_side = tree.get("image_size")
     if "image_size" not in keys and isinstance(stated_side, int):
         check_side(folder, stated_side)
+    tree = {key: value for key, value in tree.items() if key not in network_keys}
     return {**tree, **keys, **_short_walk(tree, len(folder.chain.betas))}
 
 

@@ -150,7 +150,7 @@ class ModelConf(Conf):
 
     image_size: int = key(256, "Side in pixels of the square that the network sees; pictures are "
                           "scaled and cut to it.", low=1, high=8192)
-    num_channels: int = key(256, "Base width of the network.", low=32, multiple_of=32)
+    num_channels: int = key(256, "Base width of the network.", low=32, high=8192, multiple_of=32)
     num_res_blocks: int = key(2, "Residual blocks a level.", low=1, high=100)
     channel_mult: str = key("", "Width multiplier of each level, such as '1,2,4'; empty: by "
                             "image_size.", pattern=WIDTHS)
@@ -299,7 +299,8 @@ class InpaintConf(ModelConf):
                                       path=True)
     classifier_scale: float = key(4.0, "Strength of the guidance; 0 is off and saves its time.",
                                   low=0)
-    classifier_width: int = key(128, "As num_channels, for the classifier.", low=32, multiple_of=32)
+    classifier_width: int = key(128, "As num_channels, for the classifier.", low=32, high=8192,
+                                multiple_of=32)
     classifier_depth: int = key(2, "As num_res_blocks, for the classifier.", low=1, high=100)
     classifier_attention_resolutions: str = key("32,16,8", "As attention_resolutions, for the "
                                                 "classifier.", pattern=SIDES)

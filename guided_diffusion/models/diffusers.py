@@ -120,11 +120,8 @@ def _built(folder: ModelFolder) -> nn.Module:
 def _try(folder: ModelFolder, unet: nn.Module) -> None:
     """Call a network without weights: much of what a configuration says is used there first."""
     side = 4 * 2 ** (len(folder.unet["block_out_channels"]) - 1)
-    y = (
-        torch.zeros(1, dtype=torch.long)
-        if getattr(unet, "class_embedding", None) is not None
-        else None
-    )
+    takes_labels = getattr(unet, "class_embedding", None) is not None
+    y = torch.zeros(1, dtype=torch.long) if takes_labels else None
     try:
         unet(torch.zeros(1, 3, side, side), torch.zeros(1, dtype=torch.long), class_labels=y)
     except NotImplementedError:  # not everything that runs can do so without weights
