@@ -7,7 +7,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -16,12 +15,13 @@ from typing import TypeVar
 
 import torch
 
+from guided_diffusion.io.cache import cache_folder, is_own_path
+
 Library = TypeVar("Library")
 _FOLDER = Path(__file__).parent
 _SOURCES = ("cpu_kernels.cpp", "cpu_kernels.h")  # the last is a part of the others
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-math-errno"]
 _COMPILERS = ("g++", "clang++", "c++")
-_CACHE = os.path.expanduser("~/.cache/repaint")  # noqa: PTH111 - pathlib's fails without a home
 _TIMEOUT = 300  # s; it takes about one
 _BUILDING = "building"  # what names of folders begin with in which a build is under way
 
@@ -63,7 +63,7 @@ def _compilers() -> list[list[str]]:
 def _built(compiler: list[str], opened: Callable[[ctypes.CDLL], Library]) -> Library:
     name = f"kernels-{_fingerprint(compiler)}"
     # A folder that is full or allows no programs leaves the temporary one.
-    if (folder := _cache_folder()) is not None:
+    if (folder := cache_folder()) is not None:
         with contextlib.suppress(OSError, AttributeError, KernelError):
             _remove_leftovers(folder)
             whole = [path for path in folder.glob(f"{name}-*.so") if _is_whole(path)]
@@ -79,41 +79,13 @@ def _is_whole(library: Path) -> bool:
     """
     try:
         is_same = library.stem.endswith(f"-{_digest(library.read_bytes())}")
-        return is_same and _is_own(library)
+        return is_same and is_own_path(library)
     except OSError:
         return False
 
 
-def _is_own(path: Path, *, leads_there: bool = False) -> bool:
-    """Whether only this user and root may write to ``path`` itself; raises OSError.
-
-    A folder that ``leads_there`` may have the sticky bit instead, as /tmp has: nobody can replace
-    in it what is another's.
-    """
-    status = path.lstat()
-    others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    is_safe = not others_write or (leads_there and status.st_mode & stat.S_ISVTX)
-    return bool(is_safe) and status.st_uid in (0, os.geteuid()) and not path.is_symlink()
-
-
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _cache_folder() -> Path | None:
-    """Return the folder of compiled code, or None where others may write on the way to it."""
-    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _CACHE)
-    try:
-        if not folder.is_absolute():  # a user without a home
-            return None
-        folder = folder.resolve()
-        for missing in [path for path in (*reversed(folder.parents), folder) if not path.exists()]:
-            missing.mkdir(mode=0o700, exist_ok=True)
-        is_own = all(_is_own(parent, leads_there=True) for parent in folder.parents)
-        is_own = is_own and _is_own(folder)
-    except (OSError, AttributeError):  # of a system without users, too
-        return None
-    return folder if is_own else None
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -163,7 +135,7 @@ def _build(compiler: list[str], folder: Path, name: str) -> Path:
                 problem = error
         else:
             raise KernelError(str(problem))
-        Path(linked).chmod(0o700)  # whatever the umask: see _is_own
+        Path(linked).chmod(0o700)  # whatever the umask: see is_own_path
         return Path(linked).replace(folder / f"{name}-{_digest(Path(linked).read_bytes())}.so")
 
 

@@ -9,7 +9,6 @@ import hashlib
 import mmap
 import os
 import re
-import stat
 import struct
 import zipfile
 import zlib
@@ -18,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.cache import cache_folder
 
 DAMAGED = "is damaged or incomplete: download it again"
 # What Python's reader of archives raises for a table that is not one.
@@ -29,7 +29,6 @@ _CHUNK = 1 << 24  # bytes
 _MOST_UNPACKED = 20  # times what is packed: weights hardly shrink at all
 _ALIGNMENT = 8  # bytes
 _STORAGE = re.compile(r"(^|/)data/\d+$")
-_CACHE = os.path.expanduser("~/.cache/repaint")  # noqa: PTH111 - pathlib's fails without a home
 _found_whole: set[str] = set()  # in this process
 
 
@@ -144,26 +143,3 @@ def once_a_file(path: Path, look: str) -> Iterator[bool]:
         with contextlib.suppress(OSError):
             kept.parent.mkdir(mode=0o700, exist_ok=True)
             kept.write_text(f"{look}: {os.path.realpath(path)}\n", errors="replace")
-
-
-def cache_folder() -> Path | None:
-    """Return the folder of what is kept between runs, or None where others may write to it.
-
-    It is TORCHINDUCTOR_CACHE_DIR, or ~/.cache/repaint.
-    """
-    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _CACHE)
-    try:
-        if not folder.is_absolute():  # a user without a home
-            return None
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        parts = (folder.resolve(), *folder.resolve().parents)
-        is_own = folder.stat().st_uid == os.geteuid()
-        return folder if is_own and all(_is_safe(part.stat()) for part in parts) else None
-    except (OSError, AttributeError):  # of a system without users, too
-        return None
-
-
-def _is_safe(status: os.stat_result) -> bool:
-    """Whether only this user and root may rename things in a folder; /tmp has the sticky bit."""
-    is_shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return status.st_uid in (0, os.geteuid()) and (not is_shared or bool(status.st_mode & 0o1000))

@@ -76,7 +76,8 @@ def test_keys_that_contradict_the_folder_are_refused_with_both_values(here, stat
 
 def test_keys_that_agree_with_the_folder_may_be_stated(here):
     stated = {"image_size": 8, "num_channels": 8, "num_res_blocks": 1,
-              "learn_sigma": False, "diffusion_steps": 20, "channel_mult": [1, 2], "attention_resolutions": 4, "num_head_channels": 8,
+              "learn_sigma": False, "diffusion_steps": 20, "channel_mult": [1, 2],
+              "attention_resolutions": 4, "num_head_channels": 8,
               "use_scale_shift_norm": False, "resblock_updown": False}  # fmt: skip
     write_foreign(here, **stated)
     assert load_conf("c.yml").image_size == 8
