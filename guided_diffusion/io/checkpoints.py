@@ -200,11 +200,12 @@ def check_fits(
 
     Raises UserError naming the first tensor that differs; ``key`` is the YAML key of ``path``.
     """
+    problem = "does not fit the network" if key else "is not a checkpoint of this network"
     for name in (*expected, *state):
         shape = tuple(state[name].shape) if name in state else None
         if expected.get(name) != shape:
             raise UserError(
-                f"does not fit the network: {short(name)} is of another size or missing",
+                f"{problem}: {short(name)} is of another size or missing",
                 path=path,
                 key=key,
                 expected=expected.get(name, "no such tensor"),
