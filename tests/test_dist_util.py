@@ -1,5 +1,7 @@
 """Device and processes."""
 
+import os
+
 import pytest
 import torch
 

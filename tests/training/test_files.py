@@ -213,7 +213,9 @@ def test_files_of_another_network_are_refused(tmp_path, kind, changes):
     model = create_model(conf)
     files.check_set(conf, model, 3)
     checkpoint_path(other, kind, 3).replace(checkpoint_path(conf, kind, 3))
-    with pytest.raises(UserError, match=rf"{kind}000003\.pt: is not .* of this network"):
+    with pytest.raises(
+        UserError, match=rf"{kind}000003\.pt: (does not fit the network|is not the optimizer)"
+    ):
         files.check_set(conf, model, 3)
 
 
@@ -346,11 +348,11 @@ def test_weights_to_start_from_have_to_fit(tmp_path):
     small, large = tiny_conf(tmp_path), tiny_conf(tmp_path, channel_mult="2")
     torch.save(create_model(small).state_dict(), tmp_path / "small.pt")
     model = create_model(small)
-    files.load_weights(model, str(tmp_path / "small.pt"))
+    files.load_initial(model, str(tmp_path / "small.pt"))
     expected = torch.load(tmp_path / "small.pt")
     assert torch.equal(model.time_embed[0].weight, expected["time_embed.0.weight"])
     with pytest.raises(UserError, match=r"small.pt: init_from: does not fit the network: .*size"):
-        files.load_weights(create_model(large), str(tmp_path / "small.pt"), key="init_from")
+        files.load_initial(create_model(large), str(tmp_path / "small.pt"))
 
 
 def test_half_precision_is_a_start_too(tmp_path):
@@ -358,7 +360,7 @@ def test_half_precision_is_a_start_too(tmp_path):
     state = {name: value.half() for name, value in create_model(conf).state_dict().items()}
     torch.save(state, tmp_path / "half.pt")
     model = create_model(conf)
-    files.load_weights(model, str(tmp_path / "half.pt"))
+    files.load_initial(model, str(tmp_path / "half.pt"))
     assert model.time_embed[0].weight.dtype == torch.float32
     assert torch.equal(model.time_embed[0].weight, state["time_embed.0.weight"].float())
 
