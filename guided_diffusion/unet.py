@@ -73,7 +73,7 @@ class ResBlock(nn.Module):
         self, cfg: TrunkConfig, channels: int, out_channels: int, resize: str = ""
     ) -> None:
         super().__init__()
-        self.h_upd = self.x_upd = {"up": upsample, "down": downsample, "": nn.Identity()}[resize]
+        self.h_upd = self.x_upd = {"up": upsample, "down": downsample, None: nn.Identity()}[resize]
         conv = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.use_checkpoint, self.use_scale_shift_norm = (
             cfg.use_checkpoint,
