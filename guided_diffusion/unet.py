@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -49,7 +49,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H/2, W/2)."""
         return self.op(x)
 
@@ -61,7 +61,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, 2H, 2W)."""
         return self.conv(upsample(x))
 
@@ -70,37 +70,26 @@ class ResBlock(nn.Module):
     """Residual block conditioned on the embedding; ``resize`` changes both branches' size."""
 
     def __init__(
-        self, cfg: TrunkConfig, channels: int, out_channels: int, resize: str | None = None
+        self, cfg: TrunkConfig, channels: int, out_channels: int, resize: str = ""
     ) -> None:
         super().__init__()
         self.h_upd = self.x_upd = {"up": upsample, "down": downsample, None: nn.Identity()}[resize]
         conv = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.use_checkpoint = cfg.use_checkpoint
-        self.use_scale_shift_norm = cfg.use_scale_shift_norm
-        emb_channels = 2 * out_channels if cfg.use_scale_shift_norm else out_channels
+        self.use_checkpoint, self.use_scale_shift_norm = (
+            cfg.use_checkpoint,
+            cfg.use_scale_shift_norm,
+        )
         self.in_layers = nn.Sequential(GroupNorm32(channels), nn.SiLU(), conv)
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * cfg.model_channels, emb_channels))
-        self.out_layers = nn.Sequential(
-            GroupNorm32(out_channels),
-            nn.SiLU(),
-            nn.Dropout(cfg.dropout),
-            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
-        )
-        self.skip_connection = (
-            nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
-        )
+        linear = nn.Linear(4 * cfg.model_channels, out_channels * (1 + cfg.use_scale_shift_norm))
+        self.emb_layers = nn.Sequential(nn.SiLU(), linear)
+        out = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        norm, dropout = GroupNorm32(out_channels), nn.Dropout(cfg.dropout)
+        self.out_layers = nn.Sequential(norm, nn.SiLU(), dropout, out)
+        is_same = out_channels == channels
+        self.skip_connection = nn.Identity() if is_same else nn.Conv2d(channels, out_channels, 1)
 
-    def forward(
-        self, x: torch.Tensor, emb: torch.Tensor, skip: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
         """``x`` with ``skip`` (N, C, H, W), ``emb`` (N, 4·model_channels) → (N, out, H', W')."""
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, emb, skip, use_reentrant=False)
-        return self._forward(x, emb, skip)
-
-    def _forward(
-        self, x: torch.Tensor, emb: torch.Tensor, skip: torch.Tensor | None
-    ) -> torch.Tensor:
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
         norm, _, conv = self.in_layers
@@ -113,15 +102,11 @@ class ResBlock(nn.Module):
         else:
             h = norm(h + emb)
         h = conv(dropout(silu(h)))
-        return _add(h, self.skip_connection(self.x_upd(x)))
+        x = self.skip_connection(self.x_upd(x))
+        return h + x if torch.is_grad_enabled() else h.add_(x)  # h is the block's own
 
 
-def _add(own: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Add ``x`` to the caller's own tensor, in place where no gradient is recorded."""
-    return own + x if torch.is_grad_enabled() else own.add_(x)
-
-
-def attend(qkv: torch.Tensor, num_heads: int, new_order: bool) -> torch.Tensor:
+def attend(qkv: Tensor, num_heads: int, new_order: bool) -> Tensor:
     """Softmax attention over positions: (N, 3·C, L) → (N, C, L).
 
     The legacy order splits the channels into heads first and each head's 3·d rows into q, k, v;
@@ -131,8 +116,7 @@ def attend(qkv: torch.Tensor, num_heads: int, new_order: bool) -> torch.Tensor:
     parts, which = ((3, num_heads), 2) if new_order else ((num_heads, 3), 3)
     split = qkv.transpose(1, 2).unflatten(2, (*parts, -1))  # (N, L, heads, 3, d) or …, 3, heads, d)
     q, k, v = (part.transpose(1, 2) for part in split.unbind(which))  # (N, heads, L, d)
-    out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(1, 2).flatten(2).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).transpose(1, 2)
 
 
 class AttentionBlock(nn.Module):
@@ -141,19 +125,13 @@ class AttentionBlock(nn.Module):
     def __init__(self, cfg: TrunkConfig, channels: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = heads(channels, num_heads, cfg.num_head_channels)
-        self.new_order = cfg.use_new_attention_order
-        self.use_checkpoint = cfg.use_checkpoint
+        self.new_order, self.use_checkpoint = cfg.use_new_attention_order, cfg.use_checkpoint
         self.norm = GroupNorm32(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, use_reentrant=False)
-        return self._forward(x)
-
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # (N, L, C)
         qkv = F.linear(tokens, self.qkv.weight[:, :, 0], self.qkv.bias)  # (N, L, 3·C)
         h = attend(qkv.transpose(1, 2), self.num_heads, self.new_order).transpose(1, 2)
@@ -174,12 +152,12 @@ def heads(channels: int, num_heads: int, num_head_channels: int) -> int:
 class EmbedSequential(nn.Sequential):
     """Layers in a row, of which the residual blocks also take the embedding."""
 
-    def forward(
-        self, x: torch.Tensor, emb: torch.Tensor, skip: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
         """Feature map in, feature map out; the first layer takes ``skip`` with its input."""
         for layer in self:
-            x = layer(x, emb, skip) if isinstance(layer, ResBlock) else layer(x)
+            inputs = (x, emb, skip) if isinstance(layer, ResBlock) else (x,)
+            is_recomputed = getattr(layer, "use_checkpoint", False) and torch.is_grad_enabled()
+            x = checkpoint(layer, *inputs, use_reentrant=False) if is_recomputed else layer(*inputs)
             skip = None
         return x
 
@@ -191,11 +169,10 @@ class UNetEncoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.dtype = torch.float32  # of the convolutions, see convert_trunk
-        self.memory_format = torch.contiguous_format  # of the feature maps, see script_util
+        self.memory_format = torch.contiguous_format  # of the feature maps, see accel/layout.py
         width = cfg.model_channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width)
-        )
+        first, last = nn.Linear(width, 4 * width), nn.Linear(4 * width, 4 * width)
+        self.time_embed = nn.Sequential(first, nn.SiLU(), last)
         channels = int(cfg.channel_mult[0] * width)
         self.input_blocks = nn.ModuleList([EmbedSequential(nn.Conv2d(3, channels, 3, padding=1))])
         self.skip_channels = [channels]  # of every input block's output
@@ -205,11 +182,8 @@ class UNetEncoder(nn.Module):
                 layers = [ResBlock(cfg, channels, out), *self._attention(level, out, cfg.num_heads)]
                 self._append(EmbedSequential(*layers), channels := out)
             if level < len(cfg.channel_mult) - 1:
-                down = (
-                    ResBlock(cfg, channels, channels, "down")
-                    if cfg.resblock_updown
-                    else Downsample(channels)
-                )
+                args = (cfg, channels, channels, "down")
+                down = ResBlock(*args) if cfg.resblock_updown else Downsample(channels)
                 self._append(EmbedSequential(down), channels)
         self.middle_block = EmbedSequential(
             ResBlock(cfg, channels, channels),
@@ -222,15 +196,14 @@ class UNetEncoder(nn.Module):
         self.skip_channels.append(channels)
 
     def _attention(self, level: int, channels: int, num_heads: int) -> list[nn.Module]:
-        side = self.cfg.image_size >> level
-        attends = side in self.cfg.attention_resolutions
+        attends = self.cfg.image_size >> level in self.cfg.attention_resolutions
         return [AttentionBlock(self.cfg, channels, num_heads)] if attends else []
 
-    def embed_time(self, timesteps: torch.Tensor) -> torch.Tensor:
+    def embed_time(self, timesteps: Tensor) -> Tensor:
         """Original-chain ``timesteps`` (N,) → (N, 4·model_channels) float32."""
         return self.time_embed(timestep_embedding(timesteps, self.cfg.model_channels))
 
-    def encode(self, x: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the middle's output and every input block's, all of the trunk's type."""
         h, skips = x.to(self.dtype, memory_format=self.memory_format), []
         for block in self.input_blocks:
@@ -250,7 +223,7 @@ class UNetEncoder(nn.Module):
 class Head(nn.Sequential):
     """The last normalisation and convolution, in the type of the network's input."""
 
-    def forward(self, h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def forward(self, h: Tensor, dtype: torch.dtype) -> Tensor:
         """(N, C, H, W) → (N, out, H, W), contiguous."""
         return super().forward(h.type(dtype)).contiguous()
 
@@ -266,31 +239,22 @@ class UNetModel(UNetEncoder):
         width = cfg.model_channels
         self.label_emb = nn.Embedding(num_classes, 4 * width) if num_classes else None
         num_heads = cfg.num_heads if cfg.num_heads_upsample == -1 else cfg.num_heads_upsample
-        skip_channels = list(self.skip_channels)
-        channels = skip_channels[-1]
+        skip_channels, channels = list(self.skip_channels), self.skip_channels[-1]
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(cfg.channel_mult))):
             out = int(mult * width)
             for i in range(cfg.num_res_blocks + 1):
-                layers = [
-                    ResBlock(cfg, channels + skip_channels.pop(), out),
-                    *self._attention(level, out, num_heads),
-                ]
+                block = ResBlock(cfg, channels + skip_channels.pop(), out)
+                layers = [block, *self._attention(level, out, num_heads)]
                 if level and i == cfg.num_res_blocks:
-                    layers.append(
-                        ResBlock(cfg, out, out, "up") if cfg.resblock_updown else Upsample(out)
-                    )
+                    by_block = cfg.resblock_updown
+                    layers.append(ResBlock(cfg, out, out, "up") if by_block else Upsample(out))
                 self.output_blocks.append(EmbedSequential(*layers))
                 channels = out
-        self.out = Head(
-            GroupNorm32(channels),
-            nn.SiLU(),
-            zero_module(nn.Conv2d(channels, out_channels, 3, padding=1)),
-        )
+        conv = zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.out = Head(GroupNorm32(channels), nn.SiLU(), conv)
 
-    def forward(
-        self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """``x`` (N, 3, S, S) in [-1, 1], ``timesteps`` and ``y`` (N,) → (N, out_channels, S, S)."""
         emb = self.embed_time(timesteps)
         if self.label_emb is not None:
@@ -311,7 +275,7 @@ class AttentionPool(nn.Module):
         self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
         self.c_proj = nn.Conv1d(channels, out, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Prepend the mean to the positions, attend, return its row."""
         x = x.flatten(2)  # (N, C, L)
         x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding
@@ -337,16 +301,14 @@ class EncoderUNetModel(UNetEncoder):
         elif pool == "adaptive":
             head = [nn.AdaptiveAvgPool2d(1), zero_module(nn.Conv2d(channels, out_channels, 1))]
             self.out = nn.Sequential(GroupNorm32(channels), nn.SiLU(), *head, nn.Flatten())
-        elif pool == "spatial":
+        elif pool in ("spatial", "spatial_v2"):
             first, last = nn.Linear(all_channels, 2048), nn.Linear(2048, out_channels)
-            self.out = nn.Sequential(first, nn.ReLU(), last)
-        elif pool == "spatial_v2":
-            first, last = nn.Linear(all_channels, 2048), nn.Linear(2048, out_channels)
-            self.out = nn.Sequential(first, GroupNorm32(2048), nn.SiLU(), last)
+            between = [nn.ReLU()] if pool == "spatial" else [GroupNorm32(2048), nn.SiLU()]
+            self.out = nn.Sequential(first, *between, last)
         else:
             raise ValueError(f"unknown pool {pool!r}")
 
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """``x`` (N, 3, S, S) in [-1, 1], ``timesteps`` (N,) → logits (N, out_channels)."""
         h, skips = self.encode(x, self.embed_time(timesteps))
         if self.pool.startswith("spatial"):

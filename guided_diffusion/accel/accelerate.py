@@ -47,7 +47,7 @@ def accelerate(model: nn.Module, device: torch.device, compile: bool | str) -> N
         return model
     if device.type == "cuda" and (gpu_kernels := _gpu_kernels(model)) is not None:
         return Checked(FixedBatch(FusedUNet(gpu_kernels, model), recorded=True), model, model)
-    return Checked(_compiled(with_compiled_blocks(model, device), device), model, model)
+    return Checked(_compiled(with_compiled_blocks(model), device), model, model)
 
 
 def accelerate_gradient(
@@ -67,7 +67,7 @@ def accelerate_gradient(
     lay_out(classifier, device, at_once=compile is True)
     if compile is not True:
         return plain
-    fast = partial(gradient, with_compiled_blocks(classifier, device))
+    fast = partial(gradient, with_compiled_blocks(classifier))
     return Checked(_compiled(fast, device), plain, classifier)
 
 

@@ -153,8 +153,9 @@ class Kernels:
         ``resize``: 1 doubles, -1 halves. ``residual`` is added, doubled if it has half the size.
         The result may be written over it, as ``out``. Raises MemoryError.
         """
-        x = _Maps(maps)
-        x.require(weight, (_TAPS, _POINTS))
+        x = JoinedMaps(maps)
+        addresses = _addresses(x)
+        _require_fit(x, weight, (_TAPS, _POINTS))
         height, width = resized(x.height, x.width, resize)
         shape = (x.count, height, width, weight.out_channels)
         numbers = math.prod(shape)
@@ -169,8 +170,7 @@ class Kernels:
                 raise _mismatch(residual, f"{shape}, or half the height and width")
         scale, shift = affine or (None, None)
         call = _Convolution(
-            x=x.pointers,
-            channels=x.channels,
+            **addresses,
             count=x.count,
             height=x.height,
             width=x.width,
@@ -203,15 +203,15 @@ class Kernels:
         ``bias`` is (out_channels). Before it, with ``affine``, comes scale · x + shift; after it
         ``residual`` is added. Raises MemoryError.
         """
-        x = _Maps(maps)
-        x.require(weight, (1,))
+        x = JoinedMaps(maps)
+        addresses = _addresses(x)
+        _require_fit(x, weight, (1,))
         out = _empty(x.count, x.height, x.width, weight.out_channels)
         scale, shift = affine or (None, None)
         call = _Pointwise(
-            x=x.pointers,
-            channels=x.channels,
+            **addresses,
             count=x.count,
-            pixels=x.height * x.width,
+            pixels=x.pixels,
             scale=_pointer(scale, x.count * x.total),
             shift=_pointer(shift, x.count * x.total),
             weight=weight.weights.data_ptr(),
@@ -264,8 +264,9 @@ class Kernels:
         All of them: norm(x + added), or (1 + gain) · norm(x + added) + offset. ``added``, ``gain``
         and ``offset`` are (1 or N, C).
         """
-        x = _Maps(maps)
-        chunks = self._library.chunks_of(c_int64(x.height * x.width))
+        x = JoinedMaps(maps)
+        addresses = _addresses(x)
+        chunks = self._library.chunks_of(c_int64(x.pixels))
         moments = _empty(x.count, chunks, 2, x.total)
         scale, shift = _empty(2, x.count, x.total).unbind()
         added_pointer, added_stride = _rows(added, x.count, x.total)
@@ -278,10 +279,9 @@ class Kernels:
         if offset_stride != gain_stride:
             raise ValueError("gain and offset lie differently in memory")
         call = _Normalisation(
-            x=x.pointers,
-            channels=x.channels,
+            **addresses,
             count=x.count,
-            pixels=x.height * x.width,
+            pixels=x.pixels,
             groups=norm.num_groups,
             weight=_pointer(norm.weight, x.total),
             bias=_pointer(norm.bias, x.total),
@@ -308,27 +308,30 @@ def _threads() -> c_int64:
     return c_int64(torch.get_num_threads())
 
 
-class _Maps:
-    """One or two maps (N, H, W, C), joined along the channels."""
+class JoinedMaps:
+    """One or two maps (N, H, W, C), side by side along the channels."""
 
     def __init__(self, maps: Sequence[Tensor]) -> None:
-        self.count, self.height, self.width, channels = maps[0].shape
-        pixels = self.count * self.height * self.width
-        widths = [channels] if len(maps) == 1 else [part.shape[3] for part in maps]
-        self.total = sum(widths)
-        _require_whole_vectors(*widths)
-        if not pixels * self.total:
-            raise ValueError(f"nothing is left of maps {tuple(maps[0].shape)}")
-        pointers = [
-            _pointer(part, pixels * width) for part, width in zip(maps, widths, strict=True)
-        ]
-        self.pointers, self.channels = (c_void_p * 2)(*pointers), (c_int64 * 2)(*widths)
+        self.maps = maps
+        self.count, self.height, self.width, _ = maps[0].shape
+        self.widths = [part.shape[3] for part in maps]
+        self.pixels, self.total = self.height * self.width, sum(self.widths)
 
-    def require(self, weight: Packed, values: Sequence[int]) -> None:
-        """Raise ValueError where the maps do not go with the weights."""
-        if self.total != weight.channels or weight.values not in values:
-            own = f"{weight.channels} channels, {weight.values} values a pair"
-            raise ValueError(f"{self.total} channels, and weights for {own}")
+
+def _addresses(x: JoinedMaps) -> dict[str, ctypes.Array]:
+    """Return where the maps begin and how many channels they have; raises ValueError."""
+    _require_whole_vectors(*x.widths)
+    if not x.count * x.pixels * x.total:
+        raise ValueError(f"nothing is left of maps {tuple(x.maps[0].shape)}")
+    parts = zip(x.maps, x.widths, strict=True)
+    pointers = [_pointer(part, x.count * x.pixels * width) for part, width in parts]
+    return {"x": (c_void_p * 2)(*pointers), "channels": (c_int64 * 2)(*x.widths)}
+
+
+def _require_fit(x: JoinedMaps, weight: Packed, values: Sequence[int]) -> None:
+    if x.total != weight.channels or weight.values not in values:
+        own = f"{weight.channels} channels, {weight.values} values a pair"
+        raise ValueError(f"{x.total} channels, and weights for {own}")
 
 
 def _require_whole_vectors(*widths: int) -> None:

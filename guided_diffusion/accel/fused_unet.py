@@ -112,7 +112,7 @@ class FusedResBlock:
         return self._conv_out(h, affine=affine, residual=residual, out=residual if is_own else None)
 
     def _skip(self, maps: list[Tensor]) -> tuple[Tensor, bool]:
-        """Return the other branch, and whether no one else needs it."""
+        """Return the other branch, and whether it may be written over."""
         if self._conv_skip:
             return self._conv_skip(*maps), True
         if self._resize < 0:
@@ -139,7 +139,10 @@ class FusedAttention:
 
 
 class FusedUNet:
-    """``model`` in inference, on a CPU in float32; its parameters may not change from here on."""
+    """``model`` in inference, by kernels; its parameters may not change from here on.
+
+    On a CPU it takes float32.
+    """
 
     def __init__(self, kernels: AnyKernels, model: UNetModel) -> None:
         self._model, self._kernels = model, kernels

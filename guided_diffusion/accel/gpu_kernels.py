@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guided_diffusion.accel.cpu_kernels import Affine, resized
+from guided_diffusion.accel.cpu_kernels import Affine, JoinedMaps, resized
 from guided_diffusion.unet import attend
 
 _TILE = 8192  # numbers that a program works on
@@ -76,8 +76,8 @@ class GpuKernels:
         offset: Tensor | None = None,
     ) -> Affine:
         """As ``cpu_kernels.Kernels.group_norm``; scale and shift are float32."""
-        x = _Maps(maps)
-        scale, shift = torch.empty(2, x.count, x.total, device=x.device).unbind()
+        x, parts = _joined(maps)
+        scale, shift = torch.empty(2, x.count, x.total, device=maps[0].device).unbind()
         size = x.total // norm.num_groups
         conditions = (
             norm.weight, norm.bias, added, _stride(added), gain, offset, _stride(gain), scale, shift
@@ -93,16 +93,16 @@ class GpuKernels:
         numbers = _power_above(x.pixels) * options["BC"]
         if numbers <= _GROUP:
             self._programs.affine_of_small[grid](
-                *x.parts, x.pixels, *conditions, **options, BP=_power_above(x.pixels),
+                *parts, x.pixels, *conditions, **options, BP=_power_above(x.pixels),
                 SIZE=size, ALIGN=math.gcd(size, 16), num_warps=min(16, max(4, numbers // 1024)),
             )  # fmt: skip
             return scale, shift
-        tile = x.tile(64)
+        tile = _tile(x)
         per_chunk = _TILE // tile
         chunks = -(-x.pixels // per_chunk)
-        moments = torch.empty(x.count, chunks, 2, x.total, device=x.device)
+        moments = torch.empty(x.count, chunks, 2, x.total, device=maps[0].device)
         self._programs.moments[x.count * chunks, x.total // tile](
-            *x.parts, x.pixels, chunks, moments, BP=per_chunk, BC=tile
+            *parts, x.pixels, chunks, moments, BP=per_chunk, BC=tile
         )
         self._programs.affine_of_moments[grid](
             moments, x.pixels, chunks, x.total, *conditions, **options, PER_CHUNK=per_chunk,
@@ -122,14 +122,14 @@ class GpuKernels:
         """Return the joined maps, normalised, activated and resized, in ``dtype``."""
         if affine is None and len(maps) == 1 and not resize and maps[0].dtype == dtype:
             return maps[0]
-        x = _Maps(maps)
+        x, parts = _joined(maps)
         height, width = resized(x.height, x.width, resize)
-        out = torch.empty(x.count, height, width, x.total, dtype=dtype, device=x.device)
-        tile = x.tile(64)
+        out = torch.empty(x.count, height, width, x.total, dtype=dtype, device=maps[0].device)
+        tile = _tile(x)
         block = _TILE // 2 // tile
         scale, shift = affine or (out, out)  # which are not read
         self._programs.apply_affine[-(-height * width // block), x.total // tile, x.count](
-            *x.parts, x.height, x.width, scale, shift, out,
+            *parts, x.height, x.width, scale, shift, out,
             AFFINE=affine is not None, SILU=silu, RESIZE=resize, BP=block, BC=tile,
         )  # fmt: skip
         return out
@@ -158,23 +158,18 @@ class GpuKernels:
         return out
 
 
-class _Maps:
-    """One or two maps (N, H, W, C), joined along the channels."""
+def _joined(maps: Sequence[Tensor]) -> tuple[JoinedMaps, tuple[Tensor, Tensor, int, int]]:
+    """Return the maps and how a program takes them: both, or one twice, and their channels."""
+    for part in maps:
+        if not part.is_contiguous():
+            raise ValueError(f"expected a contiguous map; got strides {part.stride()}")
+    x = JoinedMaps(maps)
+    return x, (maps[0], maps[-1], x.widths[0], x.widths[1] if len(maps) == 2 else 0)
 
-    def __init__(self, maps: Sequence[Tensor]) -> None:
-        for part in maps:
-            if not part.is_contiguous():
-                raise ValueError(f"expected a contiguous map; got strides {part.stride()}")
-        first, last = maps[0], maps[-1]
-        self.count, self.height, self.width, own = first.shape
-        other = last.shape[3] if len(maps) == 2 else 0
-        self.pixels, self.total, self.device = self.height * self.width, own + other, first.device
-        self.parts = (first, last, own, other)
-        self._widths = (own, other or own)
 
-    def tile(self, most: int) -> int:
-        """Return the largest power of two up to ``most`` that divides both maps' channels."""
-        return math.gcd(*self._widths, most)
+def _tile(x: JoinedMaps) -> int:
+    """Return the largest power of two up to 64 that divides both maps' channels."""
+    return math.gcd(*x.widths, 64)
 
 
 def _stride(rows: Tensor | None) -> int:

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from guided_diffusion.accel.layout import Module, swap_modules, twin
+from guided_diffusion.accel.layout import Module, twin
 from guided_diffusion.dist_util import is_out_of_memory
-from guided_diffusion.nn import GroupNorm32
 from guided_diffusion.unet import AttentionBlock, Head, ResBlock
 
 # Blocks of different shapes that are compiled, each once; PyTorch's own limit is for debugging.
@@ -103,14 +102,12 @@ class CudaGraphRunner:
 # ---- torch.compile -------------------------------------------------------------------------------
 
 
-def with_compiled_blocks(network: Module, device: torch.device) -> Module:
+def with_compiled_blocks(network: Module) -> Module:
     """Return a twin of ``network`` whose repeated blocks compile at their first call.
 
     Blocks of equal shapes are compiled once.
     """
     network = twin(network)
-    if device.type == "cuda":
-        swap_modules(network, GroupNorm32, ChunkedGroupNorm32)
     for module in network.modules():
         if isinstance(module, ResBlock | AttentionBlock | Head):
             module.compile(dynamic=False)
@@ -134,51 +131,3 @@ def _compiler_settings() -> Iterator[None]:
         # It advises TF32, which is the user's to choose.
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         yield
-
-
-class ChunkedGroupNorm32(GroupNorm32):
-    """GroupNorm32 that reads a large channels_last map in memory's order, for Inductor on GPUs.
-
-    Inductor's own reduction over a group walks such a map with steps of C, and takes two more
-    kernels.
-    """
-
-    def __init__(self, norm: GroupNorm32) -> None:
-        super().__init__(norm.num_channels)
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` (N, C, ...)."""
-        chunks = 1 if torch.is_grad_enabled() else chunks_of(x)
-        return super().forward(x) if chunks == 1 else self.in_chunks(x, chunks)
-
-    def in_chunks(self, x: Tensor, chunks: int) -> Tensor:
-        """Normalise a channels_last ``x`` (N, C, H, W).
-
-        First come the moments of each channel in each of ``chunks`` equal parts of the pixels, then
-        those of the groups: the mean variance plus the variance of the means.
-        """
-        n, c, h, w = x.shape
-        pixels = x.permute(0, 2, 3, 1).reshape(n, chunks, h * w // chunks, c).float()
-        var, mean = torch.var_mean(pixels, dim=2, correction=0)  # (n, chunks, c)
-        var, mean = (part.unflatten(2, (self.num_groups, -1)) for part in (var, mean))
-        group_mean = mean.mean((1, 3), keepdim=True)  # (n, 1, groups, 1)
-        group_var = (var + (mean - group_mean).square()).mean((1, 3))
-        rstd = torch.rsqrt(group_var + self.eps)[:, :, None]
-        scale = rstd * self.weight.view(1, self.num_groups, -1)  # (n, groups, c / groups)
-        shift = self.bias.view(1, self.num_groups, -1) - group_mean[:, 0] * scale
-        scale, shift = (part.reshape(n, c, 1, 1) for part in (scale, shift))
-        return (x.float() * scale + shift).type(x.dtype)
-
-
-def chunks_of(x: Tensor) -> int:
-    """Return in how many parts of its pixels ``x`` is best read; 1: all at once."""
-    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
-        return 1
-    n, c, h, w = x.shape
-    if c // 32 * h * w <= 8192:  # a group that Inductor does in one kernel
-        return 1
-    chunks = min(h * w // 16, max(2, 65536 // (n * c)))
-    while h * w % chunks:
-        chunks -= 1
-    return chunks

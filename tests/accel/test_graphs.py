@@ -14,14 +14,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_diffusion.accel import accelerate as door
 from guided_diffusion.accel import graphs, layout
 from guided_diffusion.accel.accelerate import Checked, accelerate, accelerate_gradient
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.nn import GroupNorm32
 from guided_diffusion.run.inpainter import classifier_gradient
 from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.unet import EncoderUNetModel, ResBlock, TrunkConfig, UNetModel
@@ -238,35 +236,6 @@ def test_the_real_compiler_computes_the_same(network, tmp_path, monkeypatch):
         assert relative(run(X, T, Y), reference) < 1e-5
 
 
-# ---- Normalisation in compiled blocks on a GPU ---------------------------------------------------
-
-
-@pytest.mark.parametrize("offset", [0.0, 100.0])
-@pytest.mark.parametrize("chunks", [2, 8])
-def test_normalising_in_chunks(chunks, offset):
-    norm = GroupNorm32(64).requires_grad_(requires_grad=False)
-    norm.weight.normal_()
-    norm.bias.normal_()
-    own = graphs.ChunkedGroupNorm32(norm)
-    x = (torch.randn(2, 64, 8, 4) + offset).to(memory_format=torch.channels_last)
-    exact = F.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double())
-    plain, other = ((y.double() - exact).abs().max() for y in (norm(x), own.in_chunks(x, chunks)))
-    assert other <= max(3 * plain, 2e-6)
-    assert own.in_chunks(x.bfloat16(), chunks).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("shape", "chunks"),
-    [((1, 256, 256, 256), 256), ((8, 256, 256, 256), 32), ((1, 1024, 8, 8), 1), ((1, 32, 9, 9), 1)],
-)
-def test_chunks_divide_the_pixels(shape, chunks):
-    x = torch.empty(shape, device="meta", memory_format=torch.channels_last)
-    assert graphs.chunks_of(x) == chunks
-    assert shape[2] * shape[3] % graphs.chunks_of(x) == 0
-    assert graphs.chunks_of(torch.empty(shape, device="meta")) == 1  # another layout
-    assert graphs.chunks_of(torch.empty(shape[:3], device="meta")) == 1
-
-
 # ---- CUDA graphs, with a stand-in for the GPU ----------------------------------------------------
 
 
@@ -405,7 +374,7 @@ def test_a_gpu_computes_the_same(network, switches, precision, most, compiled):
     own = copy.deepcopy(network).to(gpu)
     own.convert_trunk(layout.set_arithmetic(precision, False, gpu))
     layout.lay_out(own, gpu)
-    fast = graphs.with_compiled_blocks(own, gpu) if compiled else own
+    fast = graphs.with_compiled_blocks(own) if compiled else own
     run = Checked(graphs.FixedBatch(fast, compiled=compiled, recorded=True), own, own)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
