@@ -159,7 +159,7 @@ def command_line(main: Callable[[], int | None]) -> None:
                 time.sleep(10)  # if the first met it too, torchrun ends this one meanwhile
                 err.write("\n")  # off the line of the first one's progress bar
             tqdm.write(f"error: {error}", file=sys.stderr)
-            status = 2
+            status = error.status
         except KeyboardInterrupt as interrupt:
             if is_main or str(interrupt):
                 line = f"interrupted: {interrupt}".removesuffix(": ")

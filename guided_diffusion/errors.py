@@ -8,8 +8,10 @@ class UserError(ValueError):
     """A mistake the user can mend, told in one line: where, what was expected, what was found.
 
     ``path`` is the file at fault, ``key`` the YAML key or option; ``str()`` is a single line
-    whatever the parts contain. Command lines print it and exit with status 2.
+    whatever the parts contain. Command lines print it and exit with ``status``, 2.
     """
+
+    status = 2
 
     def __init__(
         self,
@@ -27,6 +29,12 @@ class UserError(ValueError):
         what = "; ".join(part for part in (problem, contrast) if part)
         where = [str(part) for part in (path, key) if part is not None]
         super().__init__(" ".join(": ".join([*where, what]).split()))
+
+
+class StoppedError(UserError):
+    """What a run works with changed under it: it ends with status 1, and what is finished stays."""
+
+    status = 1
 
 
 def looked_in(path: str | os.PathLike) -> str:

@@ -87,6 +87,22 @@ def refuse_overwriting(
             raise UserError(problem, path=target)
 
 
+FileStamp = tuple[tuple[str, int, int, int], ...]  # path, size, time in ns and inode of each file
+_OF_MODEL_FOLDERS = (".json", ".safetensors", ".bin")
+
+
+def stamp_of(path: str | os.PathLike) -> FileStamp | None:
+    """Return what tells a checkpoint, a file or a folder, from a changed one; None if not there."""
+    try:
+        path = Path(path)
+        inside = sorted((*path.glob("*"), *path.glob("*/*"))) if path.is_dir() else None
+        files = [path] if inside is None else [f for f in inside if f.suffix in _OF_MODEL_FOLDERS]
+        stats = [(str(file), file.stat()) for file in files]
+    except (OSError, ValueError):
+        return None
+    return tuple((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats)
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its name when the block ends well.

@@ -41,6 +41,7 @@ from guided_diffusion.run.plan import (
     Summary,
     load_full,
     load_inputs,
+    refuse_changed,
     result_folders,
     result_mark,
     result_names,
@@ -80,7 +81,7 @@ def run(plan: Plan, inpainter: Inpainter, team: Team) -> Summary:
         try:
             parts = make_all(share)
         except UserError as error:
-            raise UserError(f"{error}; {resume_hint(plan, team)}") from error
+            raise type(error)(f"{error}; {resume_hint(plan, team)}") from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt(resume_hint(plan, team) if team.is_main else "") from None
     total = Summary(seconds=time.perf_counter() - start)
@@ -183,6 +184,7 @@ def make_all(share: Share) -> list[dict[str, Any]]:
     with share.progress("images", len(plan.todo), "image", leave=True) as bar:
         while jobs:
             share.interrupts.check()
+            refuse_changed(plan)
             batch, fits = jobs[:batch_size], True
             try:
                 make_batch(share, batch, batch_size)
@@ -263,6 +265,7 @@ def make_batch(share: Share, jobs: list[Job], batch_size: int) -> None:
         if share.inpainter.is_reduced and any(result.nonfinite_at for result in made):
             made = again_in_float32(share, batch, made)
         results += made
+    refuse_changed(share.plan)  # float32 may have loaded it again
     refusal = None
     for job in jobs:
         parts = [pair for pair in zip(inputs, results, strict=True) if pair[0].job is job]

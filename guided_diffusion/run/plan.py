@@ -27,7 +27,7 @@ from tqdm import tqdm
 from guided_diffusion import dist_util
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, describe, read_yaml
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import StoppedError, UserError
 from guided_diffusion.image_datasets import (
     Handling,
     Pair,
@@ -42,9 +42,11 @@ from guided_diffusion.image_datasets import (
 )
 from guided_diffusion.io.files import (
     JPEG_SUFFIXES,
+    FileStamp,
     check_folder,
     refuse_inside,
     refuse_overwriting,
+    stamp_of,
     write_text_atomic,
 )
 from guided_diffusion.io.results import is_written, result_path
@@ -94,6 +96,7 @@ class Plan:
     jobs: list[Job]  # all of the run
     todo: list[Job]  # without those that an earlier run has finished
     checkpoints: dict[str, str]  # the fingerprint of each, by its YAML key
+    stamps: dict[str, FileStamp]  # their size, time and inode before they were read, by path
     settings: dict[str, str]  # all that results depend on, but for seeds and pictures
     earlier: dict[str, Any]  # what the run that is resumed noted about itself
 
@@ -122,6 +125,7 @@ def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -
     checkpoints = {"model_path": conf.model_path}
     if conf.guided:
         checkpoints["classifier_path"] = conf.classifier_path
+    stamps = {path: stamp for path in checkpoints.values() if (stamp := stamp_of(path))}
     checkpoints = {key: check_network(path) for key, path in checkpoints.items()}
     for folder in (conf.log_dir, *result_folders(conf).values()):
         refuse_inside(folder, conf.data.gt_path, key="gt_path")
@@ -155,9 +159,18 @@ def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -
         problem = "this process has other pictures, checkpoints or devices than the first"
         raise UserError(problem, key=f"process {team.rank}")
     todo = [job for job in jobs if job.name not in set(words["finished"])]
-    return Plan(
-        conf, times, jobs, todo, checkpoints, settings, recorded["record"] if recorded else {}
-    )
+    earlier = recorded["record"] if recorded else {}
+    return Plan(conf, times, jobs, todo, checkpoints, stamps, settings, earlier)
+
+
+def refuse_changed(plan: Plan) -> None:
+    """Raise ``StoppedError`` where a checkpoint is another file than when the run was planned.
+
+    One that was only removed is no matter: what is in memory is what was checked.
+    """
+    for path, stamp in plan.stamps.items():
+        if stamp_of(path) not in (None, stamp):
+            raise StoppedError("has changed since this run began to read it", path=path)
 
 
 def result_folders(conf: InpaintConf) -> dict[str, str]:

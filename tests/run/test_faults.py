@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from run_cases import (
     ENVIRONMENT,
@@ -24,12 +26,16 @@ from run_cases import (
     run_apart,
     run_here,
     snapshot,
+    tiny_tree,
     write_run,
 )
 
+from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.schema import conf_from_dict
 from guided_diffusion.io import files
 from guided_diffusion.io import results as io_results
 from guided_diffusion.run import inpainter
+from guided_diffusion.script_util import load_model
 
 LONG = {"t_T": 4, "n_sample": 30}  # some tenths of a second an image
 LOG = "log/run"
@@ -358,6 +364,40 @@ def test_a_disk_that_fails_under_the_run(here, tmp_path, monkeypatch, code, reas
     assert leftovers(tmp_path) == []
     # What was computed with it in a batch is not thrown away.
     assert sorted(finished(tmp_path)) == ["00.png", "02.png"]
+
+
+def test_a_checkpoint_that_changes_under_the_run_ends_it(here, tmp_path, monkeypatch):
+    options = write_run(tmp_path, 3)
+    before, write = Path("model.pt").read_bytes(), files.write_png
+    other = Path(tmp_path, "other.pt")
+    torch.save({name: t + 1 for name, t in torch.load("model.pt").items()}, other)
+
+    def copying(path, *rest, **names):
+        write(path, *rest, **names)
+        if Path(path) == Path(LOG, "inpainted", "01.png"):
+            shutil.copyfile(other, "model.pt")  # in place: the same inode
+
+    monkeypatch.setattr(io_results, "write_png", copying)
+    ended = here(*options)
+    assert ended.status == 1
+    [line] = ended.lines
+    assert line.startswith("error: model.pt: has changed since this run began to read it; 2 of 3 ")
+    assert sorted(finished(tmp_path)) == ["00.png", "01.png"]
+    Path("model.pt").write_bytes(before)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert "1 image, 2 finished earlier" in here(*options, "--resume").out
+
+
+def test_a_network_in_use_does_not_hang_on_its_file(tmp_path):
+    write_run(tmp_path, 1)
+    path = tmp_path / "model.pt"
+    conf = conf_from_dict(tiny_tree(model_path=str(path)), InpaintConf)
+    model = load_model(conf, torch.device("cpu"))
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path.write_bytes(bytes(path.stat().st_size))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
 
 
 def test_inputs_that_vanish_under_the_run_cost_only_themselves(here, tmp_path, monkeypatch):
