@@ -209,10 +209,6 @@ def _filled(path: str, model: nn.Module, state: Mapping[str, Tensor], device: to
             raise UserError(
                 path=path, expected=f"{name} as plain floating-point numbers", got=tensor.dtype
             )
-    # Copied: a file that is mapped into memory may be overwritten while the network is in use.
-    tensors = {
-        name: tensor.to(device, torch.float32, copy=True).contiguous()
-        for name, tensor in state.items()
-    }
+    tensors = {name: tensor.to(device).float().contiguous() for name, tensor in state.items()}
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)

@@ -88,11 +88,7 @@ def load_network(folder: ModelFolder, device: torch.device) -> DiffusersUNet:
     _check_fits(folder, state, unet.state_dict())
     if len(list(unet.buffers())) > sum(1 for name, _ in unet.named_buffers() if name in state):
         unet = _built(folder)  # what is in no file has to be computed
-    # Copied: a file that is mapped into memory may be overwritten while the network is in use.
-    tensors = {
-        name: tensor.to(device, torch.float32, copy=True).contiguous()
-        for name, tensor in state.items()
-    }
+    tensors = {name: tensor.to(device).float().contiguous() for name, tensor in state.items()}
     unet.load_state_dict(tensors, assign=True)
     return DiffusersUNet(nn.Module.to(unet, device).eval().requires_grad_(False))
 

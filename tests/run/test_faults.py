@@ -26,16 +26,12 @@ from run_cases import (
     run_apart,
     run_here,
     snapshot,
-    tiny_tree,
     write_run,
 )
 
-from guided_diffusion.config.keys import InpaintConf
-from guided_diffusion.config.schema import conf_from_dict
 from guided_diffusion.io import files
 from guided_diffusion.io import results as io_results
 from guided_diffusion.run import inpainter
-from guided_diffusion.script_util import load_model
 
 LONG = {"t_T": 4, "n_sample": 30}  # some tenths of a second an image
 LOG = "log/run"
@@ -387,17 +383,6 @@ def test_a_checkpoint_that_changes_under_the_run_ends_it(here, tmp_path, monkeyp
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert "1 image, 2 finished earlier" in here(*options, "--resume").out
-
-
-def test_a_network_in_use_does_not_hang_on_its_file(tmp_path):
-    write_run(tmp_path, 1)
-    path = tmp_path / "model.pt"
-    conf = conf_from_dict(tiny_tree(model_path=str(path)), InpaintConf)
-    model = load_model(conf, torch.device("cpu"))
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    path.write_bytes(bytes(path.stat().st_size))
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, weights[name]), name
 
 
 def test_inputs_that_vanish_under_the_run_cost_only_themselves(here, tmp_path, monkeypatch):
