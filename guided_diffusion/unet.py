@@ -70,7 +70,7 @@ class ResBlock(nn.Module):
     """Residual block conditioned on the embedding; ``resize`` changes both branches' size."""
 
     def __init__(
-        self, cfg: TrunkConfig, channels: int, out_channels: int, resize: str = ""
+        self, cfg: TrunkConfig, channels: int, out_channels: int, resize: str | None = None
     ) -> None:
         super().__init__()
         self.h_upd = self.x_upd = {"up": upsample, "down": downsample, None: nn.Identity()}[resize]
