@@ -75,10 +75,8 @@ class ResBlock(nn.Module):
         super().__init__()
         self.h_upd = self.x_upd = {"up": upsample, "down": downsample, None: nn.Identity()}[resize]
         conv = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.use_checkpoint, self.use_scale_shift_norm = (
-            cfg.use_checkpoint,
-            cfg.use_scale_shift_norm,
-        )
+        self.use_checkpoint = cfg.use_checkpoint
+        self.use_scale_shift_norm = cfg.use_scale_shift_norm
         self.in_layers = nn.Sequential(GroupNorm32(channels), nn.SiLU(), conv)
         linear = nn.Linear(4 * cfg.model_channels, out_channels * (1 + cfg.use_scale_shift_norm))
         self.emb_layers = nn.Sequential(nn.SiLU(), linear)
