@@ -157,8 +157,8 @@ def build_and_train(conf: TrainConf, device: torch.device, start: int) -> None:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory with {pictures_at_once(conf)} pictures at once; lower it, or write use_checkpoint: true, "
-            f"and go on with --resume; {files.last_saved(conf)}",
+            f"out of memory with {pictures_at_once(conf)} pictures at once; lower it, or write "
+            f"use_checkpoint: true, and go on with --resume; {files.last_saved(conf)}",
             key="microbatch",
         ) from error
 
