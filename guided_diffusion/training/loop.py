@@ -32,7 +32,13 @@ from guided_diffusion.training.report import (
     restart_log,
     write_loss_plot,
 )
-from guided_diffusion.training.trainer import Trainer, compiles, learning_rate, seeded
+from guided_diffusion.training.trainer import (
+    Trainer,
+    compiles,
+    learning_rate,
+    pictures_at_once,
+    seeded,
+)
 
 # ---- Processes -----------------------------------------------------------------------------------
 
@@ -150,10 +156,9 @@ def build_and_train(conf: TrainConf, device: torch.device, start: int) -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        own = conf.batch_size // world_size() if conf.microbatch == -1 else conf.microbatch
         raise UserError(
-            f"out of memory with {own} pictures at once; lower it, or write use_checkpoint: true, "
-            f"and go on with --resume; {files.last_saved(conf)}",
+            f"out of memory with {pictures_at_once(conf)} pictures at once; lower it, or write "
+            f"use_checkpoint: true, and go on with --resume; {files.last_saved(conf)}",
             key="microbatch",
         ) from error
 

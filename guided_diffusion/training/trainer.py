@@ -53,6 +53,11 @@ def share(batch_size: int) -> slice:
     return slice(rank() * own, (rank() + 1) * own)
 
 
+def pictures_at_once(conf: TrainConf) -> int:
+    """Return how many pictures a process works on at once."""
+    return conf.batch_size // world_size() if conf.microbatch == -1 else conf.microbatch
+
+
 # ---- The network ---------------------------------------------------------------------------------
 
 
@@ -67,6 +72,12 @@ def seeded(seed: int) -> Iterator[None]:
 def compiles(conf: TrainConf, device: torch.device) -> bool:
     """Return whether the network is compiled; ``auto`` is where it pays soon: on a GPU."""
     return device.type == "cuda" if conf.compile == "auto" else bool(conf.compile)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Say whether products may be TF32: torch's own defaults for them and convolutions differ."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def shared_between_processes(model: UNetModel, device: torch.device) -> torch.nn.Module:
@@ -117,9 +128,7 @@ class Trainer:
     ) -> None:
         self.conf, self.diffusion, self.device = conf, diffusion, device
         self.bf16 = conf.precision == "bfloat16" and device.type == "cuda"
-        # Stated and not left to torch, whose own defaults differ between matrices and convolutions.
-        torch.backends.cuda.matmul.allow_tf32 = conf.precision != "float32"
-        torch.backends.cudnn.allow_tf32 = conf.precision != "float32"
+        allow_tf32(conf.precision != "float32")
         self.model = model.to(device, memory_format=torch.channels_last).train()
         self.shared = shared_between_processes(self.model, device)
         # Compiled last: so the compiler sees where gradients are exchanged and lets the exchange
@@ -133,11 +142,10 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, conf.lr, weight_decay=conf.weight_decay, fused=device.type == "cuda"
         )
-        self.sampler = None
-        if conf.schedule_sampler == "loss-second-moment":
-            self.sampler = LossSecondMomentSampler(diffusion.num_timesteps)
+        has_memory = conf.schedule_sampler == "loss-second-moment"
+        self.sampler = LossSecondMomentSampler(diffusion.num_timesteps) if has_memory else None
         self.step = 0
-        self.part = conf.microbatch if conf.microbatch != -1 else conf.batch_size // world_size()
+        self.part = pictures_at_once(conf)
 
     def _predictor(self, network: Callable, y: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
         """Return (x, timesteps) → float32 output of ``network`` in this training's arithmetic."""
