@@ -508,7 +508,8 @@ class TrainConf(ModelConf):
                           "do not fit are read again every time.", low=0)
     holdout: float = key(0.05, "Share of the pictures that is kept out of training, to test with.",
                          low=0, below=1)
-    precision: str = key("float32", "Arithmetic; tf32 and bfloat16 are for GPUs, and less exact.",
+    precision: str = key("float32", "Arithmetic; tf32, for GPUs, and bfloat16, for GPUs and CPUs "
+                         "with AVX-512 BF16 or AMX, are faster and less exact.",
                          choices=("float32", "tf32", "bfloat16"))
     compile: bool | str = key("auto", "Compile the network, which takes its time at the start and "
                               "makes each step faster; auto: on a GPU.",

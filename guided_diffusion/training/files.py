@@ -252,8 +252,8 @@ def check(conf: TrainConf, device: torch.device, *, resume: bool) -> int:
     """
     if not is_main():
         warnings.simplefilter("ignore")  # one process says it for all
-    if conf.precision != "float32" and device.type != "cuda":
-        warnings.warn(f"precision: {conf.precision} is for GPUs; this is float32", stacklevel=2)
+    if conf.precision == "tf32" and device.type != "cuda":
+        warnings.warn("precision: tf32 is for GPUs; this is float32", stacklevel=2)
     own, rest = divmod(conf.batch_size, world_size())
     if rest:
         problem = f"cannot be divided among {world_size()} processes"

@@ -127,7 +127,7 @@ class Trainer:
         device: torch.device,
     ) -> None:
         self.conf, self.diffusion, self.device = conf, diffusion, device
-        self.bf16 = conf.precision == "bfloat16" and device.type == "cuda"
+        self.bf16 = conf.precision == "bfloat16"
         allow_tf32(conf.precision != "float32")
         self.model = model.to(device, memory_format=torch.channels_last).train()
         self.shared = shared_between_processes(self.model, device)
@@ -153,7 +153,7 @@ class Trainer:
         def predict(x: Tensor, timesteps: Tensor) -> Tensor:
             if not self.bf16:
                 return network(x, timesteps, y)
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16):
                 return network(x, timesteps, y).float()
 
         return predict
