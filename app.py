@@ -6,10 +6,8 @@ as test.py does. It needs: pip install -r requirements-app.txt
 
 import argparse
 import base64
-import dataclasses
 import html
 import io
-import json
 import os
 import re
 import secrets
@@ -18,22 +16,28 @@ import signal
 import tempfile
 import threading
 import time
-import traceback
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
 from PIL import Image
 
 from guided_diffusion.cli import OptionParser, command_line
-from guided_diffusion.config.keys import FAST, RESULT_FOLDERS, InpaintConf, load_conf
-from guided_diffusion.config.schema import conf_to_dict
 from guided_diffusion.errors import UserError
+from guided_diffusion.image_datasets import list_images
 from guided_diffusion.masks import FAMILIES
+from guided_diffusion.run.orders import (
+    MAX_SAMPLES,
+    NO_MASK,
+    NO_PICTURE,
+    NOTHING_PAINTED,
+    PAINTED,
+    UPLOADED,
+    Cancelled,
+    Job,
+    Order,
+    Studio,
+)
 
 
 def without_gradio() -> None:
@@ -47,15 +51,10 @@ except ImportError:
     command_line(without_gradio)
 
 MAX_UPLOAD = "32mb"
-MAX_SAMPLES = 4
 LONGEST_QUEUE = 16
-PREVIEW_SECONDS = 2.0
-SILENT_SECONDS = 30.0  # a job that nobody has asked after for so long is nobody's
-PAINTED, UPLOADED = "painted", "uploaded"
 FONTS = ["system-ui", "sans-serif"]  # none is fetched from elsewhere
 # English and Chinese, by key; the browser's language decides.
 WORDS = {
-    "title": ("Paint the hole", "涂抹要修复的区域"),
     "rule": (
         "Drop or paste a picture, and paint over what is to go. **The painted part is replaced.** "
         "In mask files it is the other way round: black is replaced, white stays.",
@@ -88,224 +87,14 @@ WORDS = {
     "left": ("s left", "秒剩余"),
     "done": ("Done", "完成"),
     "cancelled": ("Cancelled", "已取消"),
-    "nothing": ("upload a picture first", "请先上传图片"),
-    "unpainted": (
-        "nothing is painted: paint over what is to be replaced",
-        "尚未涂抹：请涂抹要替换的部分",
-    ),
-    "maskless": ("upload a mask first", "请先上传掩码"),
+    NO_PICTURE: (NO_PICTURE, "请先上传图片"),
+    NOTHING_PAINTED: (NOTHING_PAINTED, "尚未涂抹：请涂抹要替换的部分"),
+    NO_MASK: (NO_MASK, "请先上传掩码"),
     "fault": (
         "the program failed; its terminal says more",
         "程序出错，详情见终端",
     ),
 }
-
-
-class Cancelled(Exception):
-    """The visitor wants no result any more, or is gone."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a visitor asks for; pictures are files that the page keeps."""
-
-    picture: str | None
-    strokes: Sequence[str]  # layers of the editor, opaque where painted
-    mask: str | None
-    hole: str  # PAINTED, UPLOADED or a family of masks
-    method: str  # fast or repaint
-    samples: int
-    seed: int | None  # None is replaced by a drawn one
-    full_size: bool
-    mask_grow: int
-
-    def __post_init__(self) -> None:
-        """Take numbers as whole ones; programs may ask for what the controls do not offer."""
-        seed = secrets.randbelow(2**31) if self.seed is None else int(self.seed)
-        for name, value in (
-            ("seed", seed),
-            ("samples", min(max(int(self.samples), 1), MAX_SAMPLES)),
-            ("mask_grow", int(self.mask_grow or 0)),
-            ("full_size", bool(self.full_size)),
-        ):
-            object.__setattr__(self, name, value)
-
-
-@dataclass
-class Job:
-    """One order under way, as the thread that works and the one that tells see it."""
-
-    order: Order
-    folder: Path
-    calls: int = 0
-    total: int = 0  # 0 until the networks are loaded
-    started: float = 0.0
-    preview: str = ""
-    shown: float = 0.0
-    asked: float = field(default_factory=time.monotonic)
-    is_cancelled: bool = False
-    notes: list[str] = field(default_factory=list)
-    results: list[Path] = field(default_factory=list)
-    error: BaseException | None = None
-
-    def see(self, _call: int, pred_xstart: Any) -> None:
-        """Note a network call, and end the run if nobody waits for it; an ``Observer``."""
-        now = time.monotonic()
-        if self.is_cancelled or now - self.asked > SILENT_SECONDS:
-            raise Cancelled
-        self.calls += 1
-        if now - self.shown > PREVIEW_SECONDS:
-            from guided_diffusion.io.images import to_uint8
-
-            stream = io.BytesIO()
-            Image.fromarray(np.concatenate(list(to_uint8(pred_xstart)), axis=1)).save(stream, "PNG")
-            self.preview, self.shown = base64.b64encode(stream.getvalue()).decode(), now
-
-    def seconds_left(self) -> int:
-        """Estimate from the calls so far."""
-        spent = time.monotonic() - self.started
-        return round(spent / self.calls * max(0, self.total - self.calls)) if self.calls else 0
-
-
-# ---- Work ----------------------------------------------------------------------------------------
-
-
-class Studio:
-    """The networks of one configuration, loaded at the first job and kept, and one job at a time.
-
-    ``overrides`` are KEY=VALUE as test.py's ``--set`` takes them.
-    """
-
-    def __init__(self, conf_path: str, overrides: Sequence[str] = ()) -> None:
-        self.conf_path, self.overrides = conf_path, list(overrides)
-        self.conf = load_conf(conf_path, InpaintConf, self.overrides)
-        self._inpainter, self._lock = None, threading.Lock()
-
-    def work(self, job: Job) -> None:
-        """Do a job, in a thread of its own; what goes wrong is kept in it."""
-        try:
-            with self._lock, warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("default")
-                if job.is_cancelled:
-                    raise Cancelled
-                self._make(job)
-            job.notes = [str(warning.message) for warning in caught]
-        except (UserError, Cancelled) as error:
-            job.error = error
-        except Exception as error:
-            traceback.print_exc()
-            job.error = error
-
-    def _make(self, job: Job) -> None:
-        from guided_diffusion.dist_util import Team
-        from guided_diffusion.run import inpaint
-        from guided_diffusion.run.plan import plan_run, settings_of_results
-
-        picture, mask = write_inputs(job.order, job.folder)
-        options = [*self.overrides, *options_of(job.order)]
-        here = [*inputs_of(job.folder, picture, mask), *outputs_of(job.folder)]
-        plan = plan_run(load_conf(self.conf_path, InpaintConf, [*options, *here]), Team())
-        # The download names its pictures from where it lies; results are marked as its own are.
-        there = [*inputs_of(Path(), picture, mask), "data.paths={}"]
-        repeat = load_conf(self.conf_path, InpaintConf, [*options, *there])
-        marks = settings_of_results(repeat, plan.checkpoints, plan.settings["device"])
-        plan = dataclasses.replace(plan, settings=marks)
-        if self._inpainter is None:
-            self._inpainter = inpaint.build(plan)
-        inpainter = self._inpainter.walking(plan.conf, plan.times)
-        job.total = network_calls(plan)
-        job.started = time.monotonic()
-        summary = inpaint.run(plan, inpainter, Team(), job.see)
-        if summary.failures:
-            raise UserError("; ".join(summary.failures.values()))
-        write_repeat(repeat, job.folder / "repeat.yml")
-        job.results = [job.folder / "out" / "inpainted" / each.name for each in plan.jobs]
-
-
-def write_inputs(order: Order, folder: Path) -> tuple[str, str]:
-    """Write picture and mask into ``folder``; return their names, or the family of the mask.
-
-    Raises UserError where one is missing or cannot be read.
-    """
-    from guided_diffusion.io.images import read_rgb
-
-    if not order.picture:
-        raise UserError(WORDS["nothing"][0])
-    picture = f"picture{Path(order.picture).suffix.lower()}"
-    shutil.copyfile(order.picture, folder / picture)
-    if order.hole in FAMILIES:
-        return picture, order.hole
-    if order.hole == UPLOADED:
-        if not order.mask:
-            raise UserError(WORDS["maskless"][0])
-        mask = f"mask{Path(order.mask).suffix.lower()}"
-        shutil.copyfile(order.mask, folder / mask)
-        return picture, mask
-    width, height = read_rgb(str(folder / picture)).size
-    known = np.full((height, width), 255, np.uint8)
-    for path in order.strokes:
-        with Image.open(path) as layer:
-            painted = np.asarray(layer.convert("RGBA").resize((width, height)))[:, :, 3] > 0
-        known[painted] = 0
-    if known.all():
-        raise UserError(WORDS["unpainted"][0])
-    Image.fromarray(known).save(folder / "mask.png")
-    return picture, "mask.png"
-
-
-def options_of(order: Order) -> list[str]:
-    """Translate an order into KEY=VALUE."""
-    options = [
-        *("name=page", "overview=false", "save_process=0", "show_progress=false"),
-        *("paste_known=true", "mask_hard=true", "invert_mask=false", "mask_hole=black"),
-        *("data.offset=0", "data.max_len=", "data.random_flip=false", "data.drop_last=false"),
-        f"samples_per_image={order.samples}",
-        f"seed={order.seed}",
-        f"full_size={json.dumps(order.full_size)}",
-        f"mask_grow={order.mask_grow}",
-    ]
-    return [*(FAST if order.method == "fast" else ()), *options]
-
-
-def inputs_of(folder: Path, picture: str, mask: str) -> list[str]:
-    """Return the options that name picture and mask in ``folder``, or a family of masks."""
-    mask = mask if mask in FAMILIES else str(folder / mask)
-    named = {"data.gt_path": str(folder / picture), "data.mask_path": mask}
-    return [f"{key}={json.dumps(value)}" for key, value in named.items()]
-
-
-def outputs_of(folder: Path) -> list[str]:
-    """Return the options that send all results below ``folder``."""
-    paths = {key: str(folder / "out" / name) for key, name in RESULT_FOLDERS.items()}
-    return [f"data.paths={json.dumps(paths)}"]
-
-
-def network_calls(plan: Any) -> int:
-    """Return how many steps call the network, over all batches of a plan."""
-    from guided_diffusion.run.inpaint import load_job
-    from guided_diffusion.scheduler import count_steps
-
-    conf = plan.conf
-    batches = 0
-    for start in range(0, len(plan.jobs), conf.data.batch_size):
-        jobs = plan.jobs[start : start + conf.data.batch_size]
-        inputs = sum(len(load_job(conf, job)) for job in jobs)
-        batches += inputs if conf.windows else -(-inputs // conf.data.batch_size)
-    return batches * count_steps(plan.times)[0]
-
-
-def write_repeat(conf: InpaintConf, path: Path) -> None:
-    """Write the YAML that repeats a result; of a path of this machine it keeps the last part."""
-    tree = conf_to_dict(conf) | {"show_progress": True}
-    for key in ("model_path", "classifier_path"):
-        if Path(tree.get(key) or "").is_absolute():
-            tree[key] = Path(tree[key]).name
-    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=1000)
-    note = (
-        "# Put this file, the picture and the mask into the folder of test.py, and run there\n"
-        f"# python test.py --conf_path {path.name}\n"
-    )
-    path.write_text(note + text, encoding="utf-8")
 
 
 def without_folders(text: str) -> str:
@@ -321,6 +110,7 @@ class Page:
 
     def __init__(self, studio: Studio, folder: Path) -> None:
         self.studio, self.folder = studio, folder
+        self._examples = folder / "examples"
         self._jobs: dict[str, Job] = {}
         self._uploads: dict[str, set[Path]] = {}
 
@@ -368,6 +158,7 @@ class Page:
         files = (order.picture, order.mask, *order.strokes)
         uploads |= {Path(path).parent for path in files if path}
         folder = Path(tempfile.mkdtemp(dir=self._folder(session)))
+        earlier = self._jobs.get(session)
         job = self._jobs[session] = Job(order, folder)
         thread = threading.Thread(target=self.studio.work, args=(job,), daemon=True)
         thread.start()
@@ -383,39 +174,45 @@ class Page:
             return
         if job.error:
             is_mistake = isinstance(job.error, UserError)
-            text = without_folders(translated(str(job.error), say)) if is_mistake else say("fault")
+            text = without_folders(say(str(job.error))) if is_mistake else say("fault")
             yield line(text, is_error=True), None, None, None
             raise gr.Error(text, print_exception=False)
         yield self._results(job, say)
+        if earlier:  # its downloads are no more on the page
+            shutil.rmtree(earlier.folder, ignore_errors=True)
 
     def _results(self, job: Job, say: Any) -> tuple:
         results = [str(path) for path in job.results]
-        original = next((job.folder / "out" / "gt").iterdir())
-        mask = next((job.folder / "out" / "gt_keep_mask").iterdir())
-        inputs = [path for path in job.folder.iterdir() if path.is_file()]
-        if not any(path.stem == "mask" for path in inputs):
-            inputs.append(Path(shutil.copyfile(mask, job.folder / "mask.png")))
+        inputs = sorted(str(path) for path in job.folder.iterdir() if path.is_file())
         told = " · ".join([say("done"), f"seed {job.order.seed}", *job.notes])
         return (
             line(without_folders(told)),
-            (str(original), results[0]),
+            (str(job.original), results[0]),
             gr.update(value=results, visible=len(results) > 1),
-            [*results, *map(str, sorted(inputs))],
+            [*results, *(path for path in inputs if path not in results)],
         )
 
-    def cancel(self, request: gr.Request) -> None:
-        """End a visitor's job at the next network call."""
-        if job := self._jobs.get(request.session_hash):
+    def enter(self, request: gr.Request) -> None:
+        """Know a visitor, whose uploads are to be kept."""
+        self._uploads.setdefault(request.session_hash, set())
+
+    def cancel(self, request: gr.Request) -> str:
+        """End a visitor's job at the next network call; one that waits is Gradio's to end."""
+        job = self._jobs.get(request.session_hash)
+        if job and not job.results:
             job.is_cancelled = True
+        return line(speaker(request)("cancelled"))
 
     def leave(self, request: gr.Request) -> None:
         """End a visitor's job, and delete the visitor's files."""
-        self.cancel(request)
-        self._jobs.pop(request.session_hash, None)
-        uploads = self._uploads.pop(request.session_hash, set())
-        shutil.rmtree(self._folder(request.session_hash), ignore_errors=True)
-        for folder in uploads.difference(*self._uploads.values()):  # equal files are one file
-            if folder.resolve().parent == self.folder.resolve():
+        if job := self._jobs.pop(request.session_hash, None):
+            job.is_cancelled = True
+        folders = self._uploads.pop(request.session_hash, set())
+        folders = folders.difference(*self._uploads.values())  # equal files are one file
+        if not self._uploads:  # what was uploaded for nothing, but for a program that comes now
+            folders |= {f for f in self.folder.glob("*") if time.time() - f.stat().st_mtime > 600}
+        for folder in {*folders, self._folder(request.session_hash)} - {self._examples}:
+            if folder.parent == self.folder:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _folder(self, session: str) -> Path:
@@ -425,26 +222,18 @@ class Page:
 
     def examples(self) -> list[str]:
         """Copy some of the configuration's pictures to where the page may show them."""
-        from guided_diffusion.image_datasets import list_images
-
         try:
             found = list_images(self.studio.conf.data.gt_path)[:4]
         except UserError:  # a page for visitors' pictures needs none of its own
             return []
-        (self.folder / "examples").mkdir()
-        return [shutil.copy(path, str(self.folder / "examples")) for path in found]
+        self._examples.mkdir()
+        return [shutil.copy(path, str(self._examples)) for path in found]
 
 
 def speaker(request: gr.Request) -> Any:
     """Return what finds words in the visitor's language."""
     chinese = (request.headers.get("accept-language") or "").lower().startswith("zh")
-    return lambda key: WORDS[key][chinese]
-
-
-def translated(text: str, say: Any) -> str:
-    """Return the page's own complaints in the visitor's language, others as they are."""
-    own = {WORDS[key][0]: key for key in ("nothing", "unpainted", "maskless")}
-    return say(own[text]) if text in own else text
+    return lambda key: WORDS[key][chinese] if key in WORDS else key
 
 
 def line(text: str, *, is_error: bool = False) -> str:
@@ -461,9 +250,14 @@ def progress(job: Job, say: Any) -> str:
     if job.calls:
         text += f", {job.seconds_left()} {say('left')}"
     bar = f'<progress style="width: 100%" value="{job.calls}" max="{job.total}"></progress>'
-    picture = f'<img id="preview" alt="" src="data:image/png;base64,{job.preview}" style="width: ' \
+    picture = ""
+    if job.preview is not None:
+        stream = io.BytesIO()
+        Image.fromarray(job.preview).save(stream, "PNG")
+        data = base64.b64encode(stream.getvalue()).decode()
+        picture = f'<img id="preview" alt="" src="data:image/png;base64,{data}" style="width: ' \
               f'100%; max-width: 512px; image-rendering: pixelated">'  # fmt: skip
-    return bar + line(text) + (picture if job.preview else "")
+    return bar + line(text) + picture
 
 
 def build_page(page: Page) -> tuple[gr.Blocks, gr.I18n]:
@@ -477,15 +271,16 @@ def build_page(page: Page) -> tuple[gr.Blocks, gr.I18n]:
         *((" / ".join(WORDS[key]), key) for key in (PAINTED, UPLOADED)),
         *((name, name) for name in FAMILIES),
     ]
+    size = "auto" if conf.image_size >= 256 else conf.image_size // 16  # a radius, in pixels
     methods = [(" / ".join(WORDS[key]), key) for key in ("fast", "repaint")]
-    with gr.Blocks(title="RePaint", analytics_enabled=False, delete_cache=(600, 4 * 3600)) as demo:
+    with gr.Blocks(title="RePaint", analytics_enabled=False) as demo:
         gr.Markdown(words("rule"))
         with gr.Row():
             with gr.Column():
                 editor = gr.ImageEditor(
                     label=words("picture"), type="filepath", format="png", image_mode="RGBA",
                     sources=("upload", "clipboard"), transforms=(), layers=False, height=480,
-                    brush=gr.Brush(colors=["#ff2d55"], color_mode="fixed"), elem_id="editor",
+                    brush=gr.Brush(size, colors=["#ff2d55"], color_mode="fixed"), elem_id="editor",
                 )  # fmt: skip
                 if examples := page.examples():
                     gr.Examples([[path] for path in examples], editor, label=words("examples"))
@@ -506,7 +301,7 @@ def build_page(page: Page) -> tuple[gr.Blocks, gr.I18n]:
                 status = gr.HTML(elem_id="status")
                 compare = gr.ImageSlider(label=words("compare"), type="filepath", height=480)
                 gallery = gr.Gallery(label=words("all"), columns=4, visible=False, height=200)
-                files = gr.Files(label=words("files"), elem_id="files")
+                files = gr.Files(label=words("files"), elem_id="files", interactive=False)
         # A program gives files: the editor is for hands, and would write JPEGs anew.
         picture = gr.File(label="picture", visible=False)
         start = gr.Button(visible=False)
@@ -516,9 +311,13 @@ def build_page(page: Page) -> tuple[gr.Blocks, gr.I18n]:
             "concurrency_limit": 1, "concurrency_id": "network",
             "show_progress": "minimal", "show_progress_on": status,
         }  # fmt: skip
-        run.click(page.painted, [editor, *wishes], shown, api_visibility="private", **common)
+        running = run.click(
+            page.painted, [editor, *wishes], shown, api_visibility="private", **common
+        )
         start.click(page.inpaint, [picture, *wishes], shown, api_name="inpaint", **common)
-        cancel.click(page.cancel, queue=False, api_visibility="private")
+        cancel.click(page.cancel, None, status, cancels=running, queue=False,
+                     api_visibility="private")  # fmt: skip
+        demo.load(page.enter, api_visibility="private")
         demo.unload(page.leave)
     return demo, words
 
