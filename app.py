@@ -52,6 +52,7 @@ except ImportError:
 
 MAX_UPLOAD = "32mb"
 LONGEST_QUEUE = 16
+SWEEP_SECONDS = 90.0
 FONTS = ["system-ui", "sans-serif"]  # none is fetched from elsewhere
 # English and Chinese, by key; the browser's language decides.
 WORDS = {
@@ -127,7 +128,8 @@ class Page:
         request: gr.Request,
     ) -> Iterator[tuple]:
         """Do what the page's button asks for."""
-        editor = editor or {"background": None, "layers": []}
+        editor = editor or {"background": None, "layers": [], "composite": None}
+        self._own(request.session_hash, editor["composite"])
         order = Order(
             editor["background"], editor["layers"], mask, hole, method, samples, seed, full_size,
             mask_grow,
@@ -154,9 +156,7 @@ class Page:
     def _tell(self, order: Order, request: gr.Request) -> Iterator[tuple]:
         say = speaker(request)
         session = request.session_hash or secrets.token_hex(8)
-        uploads = self._uploads.setdefault(session, set())
-        files = (order.picture, order.mask, *order.strokes)
-        uploads |= {Path(path).parent for path in files if path}
+        self._own(session, order.picture, order.mask, *order.strokes)
         folder = Path(tempfile.mkdtemp(dir=self._folder(session)))
         earlier = self._jobs.get(session)
         job = self._jobs[session] = Job(order, folder)
@@ -196,6 +196,11 @@ class Page:
         """Know a visitor, whose uploads are to be kept."""
         self._uploads.setdefault(request.session_hash, set())
 
+    def _own(self, session: str, *paths: str | None) -> None:
+        """Note uploads, which go when their visitor goes."""
+        uploads = self._uploads.setdefault(session, set())
+        uploads |= {Path(path).parent for path in paths if path}
+
     def cancel(self, request: gr.Request) -> str:
         """End a visitor's job at the next network call; one that waits is Gradio's to end."""
         job = self._jobs.get(request.session_hash)
@@ -209,9 +214,18 @@ class Page:
             job.is_cancelled = True
         folders = self._uploads.pop(request.session_hash, set())
         folders = folders.difference(*self._uploads.values())  # equal files are one file
-        if not self._uploads:  # what was uploaded for nothing, but for a program that comes now
-            folders |= {f for f in self.folder.glob("*") if time.time() - f.stat().st_mtime > 600}
-        for folder in {*folders, self._folder(request.session_hash)} - {self._examples}:
+        self._delete({*folders, self._folder(request.session_hash)})
+        timer = threading.Timer(SWEEP_SECONDS, self._sweep)
+        timer.daemon = True
+        timer.start()
+
+    def _sweep(self) -> None:
+        """Delete what was uploaded but never used, once nobody is there."""
+        if not self._uploads:
+            self._delete({f for f in self.folder.glob("*") if f.stat().st_mtime < time.time() - 60})
+
+    def _delete(self, folders: set[Path]) -> None:
+        for folder in folders - {self._examples}:
             if folder.parent == self.folder:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -341,9 +355,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     studio = Studio(args.conf_path, args.overrides)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that files are deleted then too
-    with tempfile.TemporaryDirectory(prefix="repaint-page-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads too, and nothing else may be read
-        demo, words = build_page(Page(studio, Path(folder)))
+    with tempfile.TemporaryDirectory(prefix="repaint-page-", ignore_cleanup_errors=True) as name:
+        folder = Path(name).resolve()
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)  # uploads too, and nothing else may be read
+        demo, words = build_page(Page(studio, folder))
         demo.queue(max_size=LONGEST_QUEUE)
         try:
             demo.launch(
