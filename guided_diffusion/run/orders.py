@@ -180,6 +180,9 @@ def write_inputs(order: Order, folder: Path) -> tuple[str, str]:
         mask = f"mask{Path(order.mask).suffix.lower()}"
         shutil.copyfile(order.mask, folder / mask)
         return picture, mask
+    if order.hole != PAINTED:
+        known = ", ".join([PAINTED, UPLOADED, *FAMILIES])
+        raise UserError(key="hole", expected=known, got=repr(order.hole))
     width, height = read_rgb(str(folder / picture)).size
     known = np.full((height, width), 255, np.uint8)
     for path in order.strokes:
