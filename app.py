@@ -2,6 +2,14 @@
 
 The page makes nothing of its own: it writes picture and mask into a folder, and has them inpainted
 as test.py does. It needs: pip install -r requirements-app.txt
+
+While it runs, programs can ask it too:
+
+    from gradio_client import Client, handle_file
+    client = Client("http://127.0.0.1:7860")
+    picture, mask = handle_file("photo.png"), handle_file("mask.png")  # black is replaced
+    told, before_after, all_results, files = client.predict(picture, mask, api_name="/inpaint")
+    print(files)
 """
 
 import argparse
