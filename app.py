@@ -67,7 +67,7 @@ WORDS = {
     "rule": (
         "Drop or paste a picture, and paint over what is to go. **The painted part is replaced.** "
         "In mask files it is the other way round: black is replaced, white stays.",
-        "拖入或粘贴图片，涂抹要去掉的部分。**涂抹的部分会被替换。**"
+        "拖入或粘贴图片，涂抹要去掉的部分。 **涂抹的部分会被替换**。 "
         "掩码文件则相反：黑色被替换，白色保留。",
     ),
     "picture": ("Picture", "图片"),
@@ -290,11 +290,11 @@ def build_page(page: Page) -> tuple[gr.Blocks, gr.I18n]:
         **{code: {key: both[1] for key, both in WORDS.items()} for code in ("zh-CN", "zh-TW")},
     )
     choices = [
-        *((" / ".join(WORDS[key]), key) for key in (PAINTED, UPLOADED)),
+        *((words(key), key) for key in (PAINTED, UPLOADED)),
         *((name, name) for name in FAMILIES),
     ]
     size = "auto" if conf.image_size >= 256 else conf.image_size // 16  # a radius, in pixels
-    methods = [(" / ".join(WORDS[key]), key) for key in ("fast", "repaint")]
+    methods = [(words(key), key) for key in ("fast", "repaint")]
     with gr.Blocks(title="RePaint", analytics_enabled=False) as demo:
         gr.Markdown(words("rule"))
         with gr.Row():
@@ -307,7 +307,7 @@ def build_page(page: Page) -> tuple[gr.Blocks, gr.I18n]:
                 if examples := page.examples():
                     gr.Examples([[path] for path in examples], editor, label=words("examples"))
                 hole = gr.Dropdown(choices, value=PAINTED, label=words("hole"))
-                mask = gr.File(label=words("mask"), file_types=["image"], height=100)
+                mask = gr.File(label=words("mask"), file_types=["image"], height=140)
                 method = gr.Radio(methods, value="fast", label=words("method"))
                 with gr.Row():
                     samples = gr.Slider(1, MAX_SAMPLES, 1, step=1, label=words("samples"))
