@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from guided_diffusion import raise_on_ctrl_c
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.docs import help_text
-from guided_diffusion.config.keys import RESULT_FOLDERS, InpaintConf, load_conf
+from guided_diffusion.config.keys import FAST, RESULT_FOLDERS, InpaintConf, load_conf
 from guided_diffusion.errors import UserError
 
 
@@ -41,15 +41,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.out == "":
         raise UserError("the path is empty", key="--out")
     return args
-
-
-FAST = (
-    "sampler=ddnm",
-    "use_ddim=false",
-    "inpa_inj_sched_prev_cumnoise=false",
-    "timestep_respacing='100'",
-    "schedule_jump_params={t_T: 100, jump_n_sample: 1}",
-)
 
 
 def overrides_of(args: argparse.Namespace) -> list[str]:

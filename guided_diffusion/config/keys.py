@@ -48,6 +48,14 @@ RESULT_FOLDERS = {
     "gts": "gt",
     "gt_keep_masks": "gt_keep_mask",
 }
+# Options KEY=VALUE for DDNM in 100 network calls.
+FAST = (
+    "sampler=ddnm",
+    "use_ddim=false",
+    "inpa_inj_sched_prev_cumnoise=false",
+    "timestep_respacing='100'",
+    "schedule_jump_params={t_T: 100, jump_n_sample: 1}",
+)
 # Keys that published YAMLs have and that never had an effect: any value is accepted.
 IGNORED_KEYS = {
     "lr_kernel_n_std": "belongs to super-resolution, which this program does not do",

@@ -6,7 +6,7 @@ import gc
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -49,6 +49,9 @@ from guided_diffusion.run.plan import (
 )
 from guided_diffusion.scheduler import count_steps
 
+# Sees each network call: its number in the walk, from 1, and what it predicts, (N, 3, S, S) in
+# [-1, 1]. What it raises ends the run.
+Observer = Callable[[int, torch.Tensor], None]
 _NONFINITE_CHECK_INTERVAL = 64  # network calls between looks at whether all images are lost
 
 
@@ -63,12 +66,13 @@ def build(plan: Plan) -> Inpainter:
         raise UserError(problem, path=plan.conf.model_path, key="device") from error
 
 
-def run(plan: Plan, inpainter: Inpainter, team: Team) -> Summary:
+def run(plan: Plan, inpainter: Inpainter, team: Team, observe: Observer | None = None) -> Summary:
     """Make all results of ``plan`` that are still to do, this process its share of them.
 
-    A result that fails is noted and the others go on. Returns the sum over all processes in the
-    main one; the others need not wait for it and return nothing of their own. Raises UserError
-    where nothing more can be written, and KeyboardInterrupt after Ctrl-C, both with a way to go on.
+    A result that fails is noted and the others go on; ``observe`` sees every network call. Returns
+    the sum over all processes in the main one; the others need not wait for it and return nothing
+    of their own. Raises UserError where nothing more can be written, and KeyboardInterrupt after
+    Ctrl-C, both with a way to go on.
     """
     if team.is_main:
         log_dir = plan.conf.log_dir
@@ -77,7 +81,7 @@ def run(plan: Plan, inpainter: Inpainter, team: Team) -> Summary:
         write_record(plan, "started", Summary())
     start = time.perf_counter()
     with Interrupts() as interrupts:
-        share = Share(plan, inpainter, team, interrupts)
+        share = Share(plan, inpainter, team, interrupts, observe)
         try:
             parts = make_all(share)
         except UserError as error:
@@ -138,6 +142,7 @@ class Share:
     inpainter: Inpainter
     team: Team
     interrupts: Interrupts
+    observe: Observer | None = None
     exact: Inpainter | None = None  # the same in float32, once that is needed
     summary: Summary = field(default_factory=Summary)
     call_memory: CallMemory | None = None  # until it has told what a network call takes
@@ -361,7 +366,10 @@ def find_vanished(share: Share, jobs: Sequence[Job]) -> None:
 def sample_batch(
     share: Share, inpainter: Inpainter, inputs: Sequence[Inputs]
 ) -> list[SampleResult]:
-    """Walk the schedule with a batch; raises KeyboardInterrupt between two steps."""
+    """Walk the schedule with a batch; raises KeyboardInterrupt between two steps.
+
+    What the observer raises ends it too.
+    """
     plan, device = share.plan, inpainter.device
     gt = torch.stack([to_model_range(one.gt_u8) for one in inputs]).to(device)
     mask = torch.stack([mask_to_tensor(one.mask_u8) for one in inputs]).to(device)
@@ -379,6 +387,8 @@ def sample_batch(
                 is_lost = x.isfinite().flatten(1).all(dim=1).logical_not_()
                 nonfinite_at.add_(is_lost & (nonfinite_at == 0), alpha=calls)  # waits for no device
                 bar.update()
+                if share.observe:
+                    share.observe(calls, pred_xstart)
                 share.suggest_batch_size(len(inputs))
                 if calls % _NONFINITE_CHECK_INTERVAL == 0 and all_lost(nonfinite_at.all()):
                     break

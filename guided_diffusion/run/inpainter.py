@@ -1,5 +1,6 @@
 """The networks on their device, and the walk that makes them inpaint."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -64,6 +65,13 @@ class Inpainter:
         # No precision is stated, as that would change how the other network multiplies float32.
         exact = {"precision": None, "use_fp16": False, "classifier_use_fp16": False}
         return Inpainter(dataclasses.replace(self.conf, **exact), self.times)
+
+    def walking(self, conf: InpaintConf, times: list[int]) -> "Inpainter":
+        """Return the same networks with another walk; ``conf`` has to describe these networks."""
+        other = copy.copy(self)
+        other.conf, other.times = conf, times
+        other.diffusion = create_gaussian_diffusion(conf)
+        return other
 
     def steps(self, gt: Tensor, gt_keep_mask: Tensor, seeds: Sequence[int]) -> Iterator[Step]:
         """Inpaint ``gt`` where the mask is 0, both (N, 3, S, S) on the device, from N seeds.

@@ -704,3 +704,48 @@ def test_pixels_of_a_golden_kind_are_whole(here, tmp_path):
         write_tree(tmp_path, {**tree, **changes})
         assert here(*options, "--out", str(number)).status == 0
         assert pixels(f"{number}/inpainted/00.png").shape == (8, 8, 3)
+
+
+# ---- Seen from outside ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    write_run(tmp_path, images=2, show_progress=False)
+    monkeypatch.chdir(tmp_path)
+    return plan.plan_run(load_conf("c.yml"), dist_util.Team())
+
+
+def test_an_observer_sees_every_call_and_what_it_predicts(planned):
+    seen = []
+    networks = inpaint.build(planned)
+    inpaint.run(
+        planned, networks, dist_util.Team(), lambda call, x0: seen.append((call, tuple(x0.shape)))
+    )
+    assert seen == [(call, (1, 3, 8, 8)) for call in range(1, TINY_CALLS + 1)] * 2
+
+
+def test_an_observer_ends_the_run_by_what_it_raises(planned, tmp_path):
+    calls = []
+
+    def end(call, _):
+        calls.append(call)
+        if call == 2:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        inpaint.run(planned, inpaint.build(planned), dist_util.Team(), end)
+    assert calls == [1, 2]
+    assert not (tmp_path / "log" / "run" / "inpainted").exists()
+
+
+def test_networks_walk_another_way_as_if_they_were_loaded_for_it(planned, tmp_path):
+    inpainter = inpaint.build(planned)
+    changes = ("timestep_respacing='3'", "schedule_jump_params={t_T: 3}", "seed=9")
+    other = plan.plan_run(load_conf("c.yml", overrides=changes), dist_util.Team())
+    made = []
+    for networks in (inpaint.build(other), inpainter.walking(other.conf, other.times)):
+        inpaint.run(other, networks, dist_util.Team())
+        made.append(results(tmp_path / "log" / "run"))
+    assert made[0].keys() == made[1].keys()
+    assert all(np.array_equal(made[0][name], made[1][name]) for name in made[0])
