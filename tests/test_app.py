@@ -1,7 +1,8 @@
 """The page, in a real browser, and as programs call it.
 
 ``python -m pytest -m slow tests/test_app.py`` needs requirements-app.txt, playwright and Chromium.
-With ``--basetemp DIR`` the pictures of the page stay there: data/app.png is the upper part of desk's.
+With ``--basetemp DIR`` the pictures of the page stay there: data/app.png is the upper part of the
+desk's.
 """
 
 import ast
