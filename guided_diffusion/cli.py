@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
@@ -112,14 +113,22 @@ def _as_utf8(text: str) -> str:
 
 
 class _Outliving:
-    """A stream that may break while the program goes on: a closed terminal ends no night's work."""
+    """A stream that may break while the program goes on: a closed terminal ends no night's work.
+
+    What its encoding does not have is written as an escape sequence.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
-            self._stream.write(text)
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self._stream.encoding
+                raw = text.encode(encoding, "backslashreplace")
+                self._stream.write(raw.decode(encoding))
         return len(text)
 
     def flush(self) -> None:
@@ -128,6 +137,22 @@ class _Outliving:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _open_closed_streams() -> None:
+    """Give the streams that were closed at the start (``>&-``) to the null device.
+
+    Otherwise the next file that is opened, such as a result, gets the number that libraries take
+    for the stream, and write to.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            mode = "r" if number == 0 else "w"
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def command_line(main: Callable[[], int | None]) -> None:
@@ -140,6 +165,7 @@ def command_line(main: Callable[[], int | None]) -> None:
     # Before torch loads GNU OpenMP. Its threads wait busily, by default for so long that two
     # programs that share the cores keep each other from working; a longer wait gains about 2 %.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    _open_closed_streams()
     stray = leave_stray_team()
     is_main = place().rank == 0
 

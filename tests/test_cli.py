@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -313,3 +314,48 @@ def test_own_pictures_are_all_taken_whatever_the_yaml_chose_of_its_own(here, tmp
     assert len(results("mine")) == 4
     here(*options, "--gt", "gt", "--mask", "mask", "--out", "two", "--set", "data.max_len=2")
     assert len(results("two")) == 2
+
+
+# ---- streams -------------------------------------------------------------------------------------
+
+SPEAKING = r"""
+import contextlib, os, sys
+from pathlib import Path
+from guided_diffusion.cli import command_line
+from guided_diffusion.errors import UserError
+def main():
+    print("\u56fe\u2028\udce9")
+    with Path(sys.argv[1]).open("w") as result:
+        for number in (1, 2):  # as libraries write
+            with contextlib.suppress(OSError):
+                os.write(number, b"a library: ")
+        result.write("whole")
+    if "fail" in sys.argv:
+        raise UserError("is wrong", path="\u56fe\udce9")
+command_line(main)
+"""
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
+@pytest.mark.parametrize(("option", "status"), [("pass", 0), ("fail", 2)])
+def test_streams_that_are_closed_or_full_cost_nothing(tmp_path, closed, option, status):
+    line = shlex.join([sys.executable, "-c", SPEAKING, str(tmp_path / "result"), option])
+    ended = subprocess.run(
+        ["sh", "-c", f"{line} {closed}"], cwd=ROOT, env=ENVIRONMENT, capture_output=True
+    )
+    assert ended.returncode == status, ended.stderr
+    assert (tmp_path / "result").read_text() == "whole"
+    assert b"Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "latin-1:strict", "ascii"])
+def test_what_a_stream_cannot_encode_is_escaped(tmp_path, encoding):
+    ended = subprocess.run(
+        [sys.executable, "-c", SPEAKING, tmp_path / "result", "fail"],
+        cwd=ROOT, env=ENVIRONMENT | {"PYTHONIOENCODING": encoding}, capture_output=True,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert b"Traceback" not in ended.stderr
+    assert ended.stdout.splitlines()[0].endswith(b"\\udce9")
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(b"a library: error: ") and last.endswith(b"\\udce9: is wrong")

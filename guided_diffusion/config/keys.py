@@ -353,7 +353,8 @@ class InpaintConf(ModelConf):
     output_format: str = key("png", "With full_size: png, or same: a JPEG for a JPEG.",
                              choices=("png", "same"))
     overview: bool = key(True, "Also write sheets with inputs and results side by side.")
-    save_process: int = key(0, "Pictures to keep of the walk from noise to result; 0: none.", low=0)
+    save_process: int = key(0, "Pictures to keep of the walk from noise to result; 0: none.", low=0,
+                           high=1000)
     data: DataConf = key(text="`eval:` and in it one data set by its name.", under="eval")  # noqa: RUF009
     # fmt: on
 

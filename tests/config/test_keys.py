@@ -474,6 +474,7 @@ def test_exactly_one_data_set(data, words):
         ("compile", "yes"),
         ("compile", 1),
         ("save_process", -1),
+        ("save_process", 10**12),
         ("name", ""),
         ("name", ["a"]),
         ("name", "a\nb"),
