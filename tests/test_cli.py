@@ -109,6 +109,8 @@ def test_several_results_an_image(here, tmp_path):
     assert list(found) == names
     assert set(results("log/run", "gt")) == {"00.png", "01.png"}
     assert (found["00_1.png"] != found["00_2.png"]).any()
+    seeds = load_yaml("log/run/run.yml")["record"]["seeds"]
+    assert len(set(seeds.values())) == len(seeds)
     # Sample j of image k has the seed of a run by itself: seed + k + j · 1000003.
     record = load_yaml("log/run/run.yml")["record"]
     expected = [5, 5 + 1_000_003, 5 + 2_000_006, 6, 6 + 1_000_003, 6 + 2_000_006]

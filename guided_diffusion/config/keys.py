@@ -492,7 +492,7 @@ class TrainConf(ModelConf):
     timestep_respacing: str = key("", "Steps of the chain to train; empty: all.", pattern=STEPS)
     rescale_learned_sigmas: bool = key(True, "Multiply the variance's part of the training loss "
                                        "by the chain's length over 1000.")
-    batch_size: int = key(8, "Pictures a step, over all GPUs together.", low=1)
+    batch_size: int = key(8, "Pictures a step, over all GPUs together.", low=1, high=1_000_000)
     microbatch: int = key(-1, "Pictures that a GPU works on at once, to be lowered if memory runs "
                           "out; -1: its whole share of the batch.", low=1, special=-1)
     lr: float = key(1e-4, "Learning rate.", above=0)

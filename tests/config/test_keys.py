@@ -437,6 +437,8 @@ def test_exactly_one_data_set(data, words):
         ("image_size", 100_000),
         ("num_channels", 100),
         ("num_channels", 16),
+        ("num_channels", 32 * 10**8),
+        ("classifier_width", 32 * 10**8),
         ("num_res_blocks", 0),
         ("num_heads", 0),
         ("num_head_channels", 0),

@@ -10,6 +10,7 @@ from PIL import Image
 from run_cases import load_yaml, run_here, write_run
 
 from guided_diffusion.run.full_size import blend, cut_out, find_cuts, paste
+from guided_diffusion.run.inpainter import Inpainter
 
 
 def photo_of(height, width, seed=0):
@@ -280,3 +281,16 @@ def test_what_does_not_go_together_is_refused_by_name(here, tmp_path, changes, p
     ended = here(*write_photo(tmp_path, **changes))
     assert ended.status == 2
     assert problem in ended.err
+
+
+def test_no_cut_of_a_photo_has_the_seed_of_another_pictures_cut(here, tmp_path, monkeypatch):
+    seeds, steps = [], Inpainter.steps
+
+    def noted(self, gt, mask, of_batch):
+        seeds.extend(of_batch)
+        return steps(self, gt, mask, of_batch)
+
+    monkeypatch.setattr(Inpainter, "steps", noted)
+    assert here(*write_photo(tmp_path, images=2, samples_per_image=2)).status == 0
+    assert len(seeds) == 2 * 2 * 2  # photos, samples, holes
+    assert len(set(seeds)) == len(seeds)
