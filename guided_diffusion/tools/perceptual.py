@@ -140,8 +140,7 @@ def read_alexnet(path: str | os.PathLike) -> dict[str, Tensor]:
 
     Raises ``UserError`` naming the file if it is missing, no such file, or holds other shapes.
     """
-    is_zip = check_beginning(path)
-    tree = None if is_zip else _read_arrays(path)
+    tree = _read_arrays(path) if check_beginning(path) == "pickle" else None
     state = load_state_dict(path) if tree is None else _from_flax(tree, path)
     found = {}
     for place, shape in _SHAPES.items():
