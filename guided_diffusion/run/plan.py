@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from guided_diffusion import dist_util
 from guided_diffusion.config.keys import InpaintConf
-from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, describe, read_yaml
+from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, read_yaml
 from guided_diffusion.errors import StoppedError, UserError
 from guided_diffusion.image_datasets import (
     Handling,
@@ -339,7 +339,7 @@ def settings_of_results(
     tree["data"] = tree["data"]["eval"][conf.data.name]
     settings = {**dict(flat(tree)), **checkpoints, "device": device_type}
     ignored = {*_WITHOUT_EFFECT_ON_RESULTS} - {"device"}
-    defaults = {doc.key: doc.default for doc in describe(type(conf))}
+    defaults = {field.name: str(field.default) for field in dataclasses.fields(conf)}
     ignored |= {key for key in _LATER_KEYS if settings.get(key) == defaults[key]}
     if conf.sampler != "ddnm":
         ignored.add("ddnm_eta")

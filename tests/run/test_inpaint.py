@@ -749,3 +749,13 @@ def test_networks_walk_another_way_as_if_they_were_loaded_for_it(planned, tmp_pa
         made.append(results(tmp_path / "log" / "run"))
     assert made[0].keys() == made[1].keys()
     assert all(np.array_equal(made[0][name], made[1][name]) for name in made[0])
+
+
+def test_keys_that_came_later_leave_the_marks_of_earlier_results_valid(tmp_path):
+    write_run(tmp_path, 1)
+    conf = load_conf(tmp_path / "c.yml")
+    settings = plan.settings_of_results(conf, {}, "cpu")
+    assert not settings.keys() & set(plan._LATER_KEYS)
+    other = dataclasses.replace(conf, sampler="ddnm", mask_hard=True)
+    changed = plan.settings_of_results(other, {}, "cpu")
+    assert changed.keys() - settings.keys() == {"sampler", "mask_hard"}
