@@ -118,7 +118,7 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
         "result-code": ["image/png"],
     }
     pictures = {
-        "log/notebook/inpainting": 4,
+        "log/notebook/inpainting": 12,
         "log/notebook/own": 3,
         "log/notebook/result": 4,
     }
