@@ -201,7 +201,7 @@ def test_cancel_and_run_again(open_page, page_server):
     told(page, "Cancelled")
     page.wait_for_timeout(3000)
     assert page.locator("#files a").count() == 0
-    assert page.locator("#status").inner_text().strip() == "Cancelled"
+    assert page.locator("#told").inner_text().strip() == "Cancelled"
     page.get_by_label("RePaint").check()
     page.click("#run")
     assert "result.png" in downloads(page)
