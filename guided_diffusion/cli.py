@@ -112,7 +112,7 @@ def _as_utf8(text: str) -> str:
         raise UserError(problem, got=repr(raw)[1:]) from None
 
 
-class _Outliving:
+class BreakableStream:
     """A stream that may break while the program goes on: a closed terminal ends no night's work.
 
     What its encoding does not have is written as an escape sequence.
@@ -122,6 +122,7 @@ class _Outliving:
         self._stream = stream
 
     def write(self, text: str) -> int:
+        """Write what can be written, and count all of it as written."""
         with contextlib.suppress(OSError):
             try:
                 self._stream.write(text)
@@ -132,6 +133,7 @@ class _Outliving:
         return len(text)
 
     def flush(self) -> None:
+        """Flush, unless the stream is broken."""
         with contextlib.suppress(OSError):
             self._stream.flush()
 
@@ -173,7 +175,7 @@ def command_line(main: Callable[[], int | None]) -> None:
         if is_main:
             tqdm.write(f"warning: {text}", file=sys.stderr)
 
-    out, err = _Outliving(sys.stdout), _Outliving(sys.stderr)
+    out, err = BreakableStream(sys.stdout), BreakableStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         warnings.showwarning = show
         if stray:

@@ -99,13 +99,13 @@ class Team:
         if self._store is None:
             return value
         if self.is_main:
-            self.say(name, value)
+            self.publish(name, value)
             return value
-        while not self._said(name):
+        while not self._are_published(name):
             time.sleep(0.05)
-        return self._hear(name)
+        return self._read(name)
 
-    def say(self, name: str, value: Any) -> None:
+    def publish(self, name: str, value: Any) -> None:
         """Leave ``value`` for the others."""
         with _told_of_lost_store():
             self._store.set(self._prefix + name, json.dumps(value))
@@ -114,9 +114,9 @@ class Team:
         """Leave ``value``, and return every process's by rank, or None while some are missing."""
         if self._store is None:
             return [value]
-        self.say(f"{name}/{self.rank}", value)
+        self.publish(f"{name}/{self.rank}", value)
         names = [f"{name}/{number}" for number in range(self.size)]
-        return [self._hear(each) for each in names] if self._said(*names) else None
+        return [self._read(each) for each in names] if self._are_published(*names) else None
 
     def count(self, name: str, amount: int = 0) -> int:
         """Add ``amount`` to a number that all processes count up, and return the sum so far."""
@@ -126,11 +126,11 @@ class Team:
         with _told_of_lost_store():
             return self._store.add(self._prefix + name, amount)
 
-    def _said(self, *names: str) -> bool:
+    def _are_published(self, *names: str) -> bool:
         with _told_of_lost_store():
             return self._store.check([self._prefix + name for name in names])
 
-    def _hear(self, name: str) -> Any:
+    def _read(self, name: str) -> Any:
         with _told_of_lost_store():
             return json.loads(self._store.get(self._prefix + name))
 

@@ -301,14 +301,14 @@ def write_checkpoint(path: str | os.PathLike, state: object) -> None:
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         refusals: list[OSError] = []
         try:
-            torch.save(state, _Noting(stream, refusals))
+            torch.save(state, _ErrorNotingFile(stream, refusals))
         except RuntimeError:  # torch's writer hides the system's refusal behind its own exception
             if refusals:
                 raise refusals[0] from None
             raise
 
 
-class _Noting(io.RawIOBase):
+class _ErrorNotingFile(io.RawIOBase):
     """A file that notes the exceptions of its writes before passing them on."""
 
     def __init__(self, stream: io.BufferedWriter, refusals: list[OSError]) -> None:
