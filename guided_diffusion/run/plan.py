@@ -151,7 +151,7 @@ def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -
         refuse_overwriting(_files_to_write(conf, jobs), _files_to_read(conf, pairs))
         if recorded:
             _refuse_other_settings(conf, recorded["settings"], settings)
-        _check_and_announce(conf, pairs)
+        _check_and_announce(conf, pairs, times)
         finished = _finished(conf, jobs, settings) if resume else []
     view = [settings, [job.name for job in jobs]]
     words = team.from_main("work", {"view": view, "finished": finished})
@@ -212,10 +212,10 @@ def _files_to_read(conf: InpaintConf, pairs: Sequence[Pair]) -> Iterator[str]:
     yield from filter(None, (conf.model_path, conf.classifier_path))
 
 
-def _check_and_announce(conf: InpaintConf, pairs: Sequence[Pair]) -> None:
+def _check_and_announce(conf: InpaintConf, pairs: Sequence[Pair], times: list[int]) -> None:
     """Decode every picture and mask, and say what share of them will be generated."""
     if conf.full_size:
-        shares, work = _check_photos(conf, pairs)
+        shares, work = _check_photos(conf, pairs, count_steps(times)[0])
     else:
         work = ""
         shares = check_pairs(
@@ -232,10 +232,12 @@ def _check_and_announce(conf: InpaintConf, pairs: Sequence[Pair]) -> None:
     print(f"{images}, {mean:.1%} of the pixels to generate{spread}, seed {conf.seed}{work}")
 
 
-def _check_photos(conf: InpaintConf, pairs: Sequence[Pair]) -> tuple[list[float], str]:
-    """Look at every photo as it is; return its share of hole, and in words what is to be done."""
+def _check_photos(conf: InpaintConf, pairs: Sequence[Pair], steps: int) -> tuple[list[float], str]:
+    """Look at every photo as it is; return its share of hole, and in words what is to be done.
+
+    ``steps`` is how often a walk predicts.
+    """
     shares, odd, cuts, calls = [], [], 0, 0
-    each = count_steps(create_schedule(conf, create_gaussian_diffusion(conf)))[0]
     hidden = not conf.show_progress
     for pair in tqdm(pairs, "checking photos", leave=False, delay=2, disable=hidden):
         photo = load_full(conf, pair)
@@ -243,7 +245,7 @@ def _check_photos(conf: InpaintConf, pairs: Sequence[Pair]) -> tuple[list[float]
         odd.append((pair.mask_path, photo.odd))
         found = find_cuts(photo.known, conf.image_size)
         cuts += len(found)
-        calls += each * sum(_windows_of(conf, photo.known, cut) for cut in found)
+        calls += steps * sum(_windows_of(conf, photo.known, cut) for cut in found)
     warn_of_extremes(pairs, shares)
     warn_of_kinds(odd)
     times = conf.samples_per_image
