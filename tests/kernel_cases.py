@@ -25,10 +25,6 @@ def convolution(maps, weight, bias, affine=None, resize=0, residual=None):
     return out.permute(0, 2, 3, 1)
 
 
-def error(output, reference):
-    return ((output - reference).abs().max() / reference.abs().max()).item()
-
-
 def affine_of(count, channels):
     return random(count, channels, seed=2).abs() + 0.5, random(count, channels, seed=3)
 

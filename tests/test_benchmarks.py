@@ -7,17 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from network_cases import relative
 from torch import nn
 
+from guided_diffusion.config.keys import FAST, InpaintConf, load_conf
 from guided_diffusion.errors import UserError
 from guided_diffusion.nn import GroupNorm32
 from guided_diffusion.run.inpainter import classifier_gradient
+from guided_diffusion.scheduler import count_steps
+from guided_diffusion.script_util import create_gaussian_diffusion, create_schedule
 from guided_diffusion.unet import EncoderUNetModel, TrunkConfig
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
+import end_to_end
 import plain
 import sampler
 
+ROOT = Path(__file__).resolve().parents[1]
 CLASSIFIER = """
 name: benchmark
 model_path: absent.pt
@@ -29,10 +35,6 @@ classifier_depth: 1
 classifier_attention_resolutions: '8'
 data: {eval: {set: {gt_path: gt, mask_path: mask}}}
 """
-
-
-def relative(output, reference):
-    return ((output - reference).abs().max() / reference.abs().max()).item()
 
 
 def benchmark(folder, *arguments):
@@ -65,6 +67,21 @@ def test_the_sampler_is_timed_and_exact(what, tmp_path):
         assert row["cold_start_s"] > 0
         if sys.platform == "linux":
             assert row["peak_gb"] is None or row["peak_gb"] > 0.005
+
+
+def test_a_picture_is_timed_from_noise_to_result():
+    command = [sys.executable, end_to_end.__file__, "--network", "demo", "--at_most", "0.01"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    rows = [line.strip("| ").split(" | ") for line in ended.stdout.splitlines() if "|" in line]
+    ways = {name: calls for name, calls, *_ in rows[2:]}
+    conf = load_conf(ROOT / "confs" / "demo.yml", InpaintConf, FAST)
+    fast = create_schedule(conf, create_gaussian_diffusion(conf))
+    assert ways["published schedule"] == ways["plain port, published schedule"] == "2,410"
+    assert ways["`--fast`"] == f"{count_steps(fast)[0]}"
+    for _, _, measured, seconds, _ in rows[2:]:
+        assert measured == "1"
+        assert float(seconds.replace(",", "")) > 0
 
 
 @pytest.mark.parametrize(

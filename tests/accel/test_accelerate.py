@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from network_cases import randomised, relative
 
 from guided_diffusion.accel import accelerate as door
 from guided_diffusion.accel import build, cpu_kernels, fused_unet, gpu_kernels, graphs
@@ -24,23 +24,12 @@ X = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 T, Y = torch.tensor([500]).expand(3), torch.tensor([1, 3, 0])
 
 
-def randomised(network):
-    generator = torch.Generator().manual_seed(1)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.1, generator=generator)
-    return network.eval().requires_grad_(False)
-
-
 def unet():
     return randomised(UNetModel(SMALL, 6, num_classes=5))
 
 
 def classifier():
     return randomised(EncoderUNetModel(SMALL, 7, "attention"))
-
-
-def relative(output, reference):
-    return ((output - reference).abs().max() / reference.abs().max()).item()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import affine_of, convolution, error, pointwise, random
+from kernel_cases import affine_of, convolution, pointwise, random
+from network_cases import relative
 from torch import nn
 from torch.nn import functional as F
 
@@ -47,7 +48,7 @@ def test_a_convolution_of_any_size(pack, size, count, channels, out):
     bias = random(out, seed=4)
     output = KERNELS.convolve([x], pack(weight), bias)
     assert output.shape == (count, *size, out)
-    assert error(output, convolution([x], weight, bias)) < 3e-6
+    assert relative(output, convolution([x], weight, bias)) < 3e-6
 
 
 @pytest.mark.parametrize("resize", [-1, 0, 1])
@@ -65,9 +66,9 @@ def test_what_comes_before_and_after_it(pack, resize, has_affine, widths):
         residual = random(*shape, seed=5)
         output = KERNELS.convolve(maps, pack(weight), bias, residual=residual, **options)
         reference = convolution(maps, weight, bias, residual=residual, **options)
-        assert error(output, reference) < 3e-6
+        assert relative(output, reference) < 3e-6
     output = KERNELS.convolve(maps, pack(weight), bias, **options)
-    assert error(output, plain) < 3e-6
+    assert relative(output, plain) < 3e-6
 
 
 def test_the_result_may_take_the_residuals_place(pack):
@@ -168,7 +169,7 @@ def test_normalisation(size, widths):
         if scaled:
             gain, offset = (rows[:count, :, None, None] for rows in own.values())
             expected = (1 + gain) * expected + offset
-        assert error(output, expected) < 3e-6
+        assert relative(output, expected) < 3e-6
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -185,7 +186,7 @@ def test_what_is_added_before_normalisation(count, widths):
         if condition:
             gain, offset = (rows[:, :, None, None] for rows in own.values())
             expected = (1 + gain) * expected + offset
-        assert error(output, expected) < 3e-6
+        assert relative(output, expected) < 3e-6
 
 
 def test_normalisation_far_from_zero():
@@ -194,7 +195,7 @@ def test_normalisation_far_from_zero():
     scale, _ = KERNELS.group_norm([x], nn.GroupNorm(32, 64))
     groups = x.double().view(-1, 32, 2).transpose(0, 1).flatten(1)
     expected = (groups.var(dim=1, correction=0) + 1e-5).rsqrt().repeat_interleave(2)
-    assert error(scale[0], expected) < 1e-4
+    assert relative(scale[0], expected) < 1e-4
 
 
 def test_normalisation_of_a_huge_constant():
@@ -210,7 +211,7 @@ def test_normalisation_of_a_map_with_one_huge_value():
     scale, _ = KERNELS.group_norm([x], nn.GroupNorm(32, 64))
     groups = x.double().view(-1, 32, 2).transpose(0, 1).flatten(1)
     expected = (groups.var(dim=1, correction=0) + 1e-5).rsqrt().repeat_interleave(2)
-    assert error(scale[0], expected) < 3e-6
+    assert relative(scale[0], expected) < 3e-6
 
 
 @pytest.mark.parametrize(
@@ -300,7 +301,7 @@ def test_a_pointwise_convolution(size, widths, out):
         {"affine": affine_of(3, sum(widths)), "residual": random(3, *size, out, seed=5)},
     ):
         output = KERNELS.pointwise(maps, packed, bias, **options)
-        assert error(output, pointwise(maps, weight, bias, **options)) < 2e-6
+        assert relative(output, pointwise(maps, weight, bias, **options)) < 2e-6
 
 
 @pytest.mark.parametrize(
@@ -342,14 +343,14 @@ def test_attention(new_order, size, heads, width):
     output = KERNELS.attend(qkv, heads, new_order)
     assert output.shape == (2, *size, heads * width)
     reference = attend(qkv.double().flatten(1, 2).transpose(1, 2), heads, new_order).transpose(1, 2)
-    assert error(output.flatten(1, 2), reference) < 5e-6
+    assert relative(output.flatten(1, 2), reference) < 5e-6
 
 
 def test_attention_with_scores_that_overflow_unless_the_largest_is_taken_off():
     qkv = random(1, 8, 8, 96) * 30
     output = KERNELS.attend(qkv, 1, False)
     reference = attend(qkv.double().flatten(1, 2).transpose(1, 2), 1, False).transpose(1, 2)
-    assert error(output.flatten(1, 2), reference) < 1e-4
+    assert relative(output.flatten(1, 2), reference) < 1e-4
     qkv[0, 3, 4, 5] = float("nan")
     assert not KERNELS.attend(qkv, 1, False)[0, 3, 4].isfinite().any()
 
@@ -392,16 +393,16 @@ def test_other_instruction_sets(level, monkeypatch, tmp_path):
     norm, weight = nn.GroupNorm(32, 96), random(48, 96, 3, 3, seed=1)
     affine = other.group_norm([x], norm)
     own = KERNELS.group_norm([x], norm)
-    assert max(map(error, affine, own)) < 1e-6
+    assert max(map(relative, affine, own)) < 1e-6
     for few, resize in product((0, 10**9), (-1, 0, 1)):
         monkeypatch.setattr(cpu_kernels, "_FEW_WEIGHTS", few)
         options = {"affine": affine, "resize": resize}
         output = other.convolve([x], other.pack_weights(weight), bias, **options)
-        assert error(output, convolution([x], weight, bias, **options)) < 3e-6
+        assert relative(output, convolution([x], weight, bias, **options)) < 3e-6
     weight = weight[:, :, :1, :1]
     output = other.pointwise([x], other.pack_weights(weight), bias, affine=affine)
-    assert error(output, pointwise([x], weight, bias, affine)) < 2e-6
-    assert error(other.attend(x, 2, True), KERNELS.attend(x, 2, True)) < 3e-6
+    assert relative(output, pointwise([x], weight, bias, affine)) < 2e-6
+    assert relative(other.attend(x, 2, True), KERNELS.attend(x, 2, True)) < 3e-6
 
 
 # ---- Building ------------------------------------------------------------------------------------

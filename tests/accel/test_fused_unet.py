@@ -7,30 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from network_cases import SMALL, randomised, relative, unet
 from torch import nn
 
 from guided_diffusion.accel import build, cpu_kernels, fused_unet
 from guided_diffusion.config.keys import InpaintConf, load_conf
 from guided_diffusion.run.inpainter import Inpainter, classifier_gradient
-from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
+from guided_diffusion.unet import EncoderUNetModel
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import plain
 
-SMALL = TrunkConfig(16, 32, (1, 2), 1, (8,), num_heads=4, num_head_channels=16)
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def randomised(network):
-    generator = torch.Generator().manual_seed(1)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.1, generator=generator)
-    return network.eval().requires_grad_(False)
-
-
-def unet(out_channels=6, num_classes=None, **changes):
-    cfg = TrunkConfig(**{**vars(SMALL), **changes})
-    return randomised(UNetModel(cfg, out_channels, num_classes))
 
 
 @pytest.fixture(autouse=True)
@@ -57,10 +45,6 @@ def exact(network, *arguments):
     double.dtype = torch.float64
     x, *others = arguments
     return plain.unet(double, x.double(), *others)
-
-
-def relative(output, reference):
-    return ((output - reference).abs().max() / reference.abs().max()).item()
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ import dataclasses
 import warnings
 from pathlib import Path
 
+import network_cases
 import pytest
 import torch
-from kernel_cases import affine_of, convolution, error, group_norm, pointwise, random
+from kernel_cases import affine_of, convolution, group_norm, pointwise, random
+from network_cases import relative
 from torch import nn
 from triton_stand_in import StandIn
 
@@ -18,7 +20,7 @@ from guided_diffusion.accel.accelerate import Checked
 from guided_diffusion.config.keys import InpaintConf, load_conf
 from guided_diffusion.run.inpainter import Inpainter
 from guided_diffusion.scheduler import get_schedule_jump
-from guided_diffusion.unet import TrunkConfig, UNetModel, attend
+from guided_diffusion.unet import attend
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -73,7 +75,7 @@ def test_normalisation(kernels, size, widths):
     ):
         scale, shift = kernels.group_norm(maps, norm, **condition)
         output = torch.cat(maps, dim=3) * scale[:, None, None] + shift[:, None, None]
-        assert error(output, group_norm(maps, norm, **condition)) < 3e-6
+        assert relative(output, group_norm(maps, norm, **condition)) < 3e-6
 
 
 def test_normalisation_in_halves_of_one_tensor(kernels):
@@ -82,7 +84,7 @@ def test_normalisation_in_halves_of_one_tensor(kernels):
     gain, offset = both.chunk(2, dim=1)
     scale, shift = kernels.group_norm(maps, norm, gain=gain, offset=offset)
     output = maps[0] * scale[:, None, None] + shift[:, None, None]
-    assert error(output, group_norm(maps, norm, gain=gain, offset=offset)) < 3e-6
+    assert relative(output, group_norm(maps, norm, gain=gain, offset=offset)) < 3e-6
 
 
 @LONG
@@ -95,9 +97,9 @@ def test_a_convolution(kernels, resize, has_affine, widths):
     options = {"affine": affine_of(2, sum(widths)) if has_affine else None, "resize": resize}
     packed = kernels.pack_weights(weight)
     plain = convolution(maps, weight, bias, **options)
-    assert error(kernels.convolve(maps, packed, bias, **options), plain) < 3e-6
+    assert relative(kernels.convolve(maps, packed, bias, **options), plain) < 3e-6
     without = kernels.convolve(maps, packed, **options)
-    assert error(without, convolution(maps, weight, torch.zeros(48), **options)) < 3e-6
+    assert relative(without, convolution(maps, weight, torch.zeros(48), **options)) < 3e-6
     sizes = [plain.shape]
     if resize >= 0:
         sizes.append((2, plain.shape[1] // 2, plain.shape[2] // 2, 48))
@@ -105,12 +107,12 @@ def test_a_convolution(kernels, resize, has_affine, widths):
         residual = random(*shape, seed=5)
         output = kernels.convolve(maps, packed, bias, residual=residual, **options)
         reference = convolution(maps, weight, bias, residual=residual, **options)
-        assert error(output, reference) < 3e-6
+        assert relative(output, reference) < 3e-6
     residual = random(*plain.shape, seed=5)
     reference = convolution(maps, weight, bias, residual=residual, **options)
     output = kernels.convolve(maps, packed, bias, residual=residual, out=residual, **options)
     assert output is residual
-    assert error(output, reference) < 3e-6
+    assert relative(output, reference) < 3e-6
 
 
 @pytest.mark.parametrize("widths", [(32,), (32, 96)])
@@ -121,7 +123,7 @@ def test_a_pointwise_convolution(kernels, widths, out):
     residual, before = random(3, 9, 5, out, seed=5), [part.clone() for part in maps]
     for options in ({}, {"affine": affine_of(3, sum(widths))}, {"residual": residual}):
         output = kernels.pointwise(maps, kernels.pack_weights(weight), bias, **options)
-        assert error(output, pointwise(maps, weight, bias, **options)) < 3e-6
+        assert relative(output, pointwise(maps, weight, bias, **options)) < 3e-6
     assert all(map(torch.equal, maps, before))
 
 
@@ -131,7 +133,7 @@ def test_attention(kernels, new_order):
     output = kernels.attend(qkv, 2, new_order)
     reference = attend(qkv.double().flatten(1, 2).transpose(1, 2), 2, new_order).transpose(1, 2)
     assert output.is_contiguous()
-    assert error(output.flatten(1, 2), reference) < 3e-6
+    assert relative(output.flatten(1, 2), reference) < 3e-6
 
 
 def test_a_map_in_another_order_in_memory_is_refused(kernels):
@@ -139,16 +141,10 @@ def test_a_map_in_another_order_in_memory_is_refused(kernels):
         kernels.group_norm([random(2, 64, 8, 8).permute(0, 2, 3, 1)], nn.GroupNorm(32, 64))
 
 
-SMALL = TrunkConfig(16, 32, (1, 2), 1, (8,), num_heads=4, num_head_channels=16)
-
-
 def unet(dtype, **changes):
-    network = UNetModel(TrunkConfig(**{**vars(SMALL), **changes}), 6, 5)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.1, generator=generator)
+    network = network_cases.unet(num_classes=5, **changes)
     network.convert_trunk(dtype)
-    return network.eval().requires_grad_(False)
+    return network
 
 
 X, T, Y = random(3, 3, 16, 16), torch.tensor([5, 100, 900]), torch.tensor([4, 0, 2])
@@ -174,7 +170,7 @@ def test_a_whole_network(kernels, changes, dtype, most):
         output = fused_unet.FusedUNet(kernels, network)(X, T, Y)
     assert output.dtype is torch.float32
     assert output.is_contiguous()
-    assert error(output, reference) < most
+    assert relative(output, reference) < most
 
 
 @pytest.mark.parametrize("fault", ["moments", "eps", "exception"])
@@ -201,7 +197,7 @@ def test_faults_of_the_programs_are_found_at_the_first_call(monkeypatch, fault):
     with torch.inference_mode():
         expected = network(x, T, Y)
         with pytest.warns(UserWarning, match="division by zero|is wrong by") as caught:
-            assert error(run(x, T, Y), expected) < 1e-5
+            assert relative(run(x, T, Y), expected) < 1e-5
         assert len(caught) == 1
         assert torch.equal(run(x, T, Y), expected)
 
@@ -216,8 +212,8 @@ def test_faults_of_the_programs_are_found_at_the_first_call(monkeypatch, fault):
     [("float32", 1e-4), ("tf32", 1e-2), ("float16", 1e-2), ("bfloat16", 5e-2)],
 )
 @pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.usefixtures("switches")
 def test_a_gpu_computes_the_same(precision, most, recorded):
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     reference = unet(torch.float32)(X, T, Y)
     network = unet(layout.set_arithmetic(precision, False, GPU)).to(GPU)
     layout.lay_out(network, GPU)
@@ -229,12 +225,11 @@ def test_a_gpu_computes_the_same(precision, most, recorded):
             inputs = [tensor.to(GPU) for tensor in (X, T, Y)]
             for count in (3, 1, 3):  # recorded, filled up, replayed
                 output = run(*(tensor[:count] for tensor in inputs))
-                assert error(output.cpu(), reference[:count]) < most
+                assert relative(output.cpu(), reference[:count]) < most
             torch.cuda.set_sync_debug_mode("error")
             run(*inputs)  # waits for nothing
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.mark.gpu

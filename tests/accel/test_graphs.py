@@ -10,9 +10,11 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import network_cases
 import numpy as np
 import pytest
 import torch
+from network_cases import SMALL, randomised, relative
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,45 +24,23 @@ from guided_diffusion.accel.accelerate import Checked, accelerate, accelerate_gr
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.run.inpainter import classifier_gradient
 from guided_diffusion.scheduler import get_schedule_jump
-from guided_diffusion.unet import EncoderUNetModel, ResBlock, TrunkConfig, UNetModel
+from guided_diffusion.unet import EncoderUNetModel, ResBlock
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import plain
 
 CPU = torch.device("cpu")
-SMALL = TrunkConfig(16, 32, (1, 2), 1, (8,), num_heads=4, num_head_channels=16)
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([10, 700])
 Y = torch.tensor([1, 3])
 
 
-def randomised(network):
-    generator = torch.Generator().manual_seed(1)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.1, generator=generator)
-    return network.eval().requires_grad_(False)
-
-
-def unet(**changes):
-    cfg = TrunkConfig(**{**vars(SMALL), **changes})
-    return randomised(UNetModel(cfg, 6, num_classes=5))
-
-
-def relative(output, reference):
-    return ((output - reference).abs().max() / reference.abs().max()).item()
+unet = partial(network_cases.unet, num_classes=5)
 
 
 @pytest.fixture
 def network():
     return unet()
-
-
-@pytest.fixture
-def switches():
-    """Put torch's global switches back."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 # ---- Equality of the ways ------------------------------------------------------------------------

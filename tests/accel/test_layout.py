@@ -1,44 +1,29 @@
 """Weights in the order that convolutions read, folded convolutions, twins: all compute the same."""
 
+from functools import partial
+
+import network_cases
 import pytest
 import torch
+from network_cases import relative
 from torch import nn
 from torch.nn import functional as F
 
 from guided_diffusion.accel import layout
 from guided_diffusion.nn import upsample
-from guided_diffusion.unet import TrunkConfig, UNetModel
 
 CPU = torch.device("cpu")
-SMALL = TrunkConfig(16, 32, (1, 2), 1, (8,), num_heads=4, num_head_channels=16)
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([10, 700])
 Y = torch.tensor([1, 3])
 
 
-def unet(**changes):
-    network = UNetModel(TrunkConfig(**{**vars(SMALL), **changes}), 6, num_classes=5)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.1, generator=generator)
-    return network.eval().requires_grad_(False)
-
-
-def relative(output, reference):
-    return ((output - reference).abs().max() / reference.abs().max()).item()
+unet = partial(network_cases.unet, num_classes=5)
 
 
 @pytest.fixture
 def network():
     return unet()
-
-
-@pytest.fixture
-def switches():
-    """Put torch's global switches back."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def laid_out(network):

@@ -1,0 +1,159 @@
+"""How long a picture takes from noise to result: the published schedule, ``--fast``, a plain port.
+
+    python tests/benchmarks/end_to_end.py --network demo --batch_size 8
+    python tests/benchmarks/end_to_end.py --network 256 --at_most 300
+
+Every way walks its whole schedule with the same network, as test.py does between reading and
+writing. The plain port walks the published schedule. A way that takes longer than ``--at_most``
+seconds is stopped there: its time is what a call took times the calls of its schedule, and the
+table says how many calls were measured. Building, loading and the first call, which compares fast
+and plain networks, are not counted. Weights are random unless ``--conf_path`` names a checkpoint
+that is there.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import plain
+from sampler import NETWORKS, configuration, positive, processor, with_checkpoints
+
+from guided_diffusion.cli import OptionParser, command_line
+from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.dist_util import get_device
+from guided_diffusion.run.inpainter import Inpainter, noise_source
+from guided_diffusion.scheduler import count_steps
+from guided_diffusion.script_util import create_gaussian_diffusion, create_schedule, load_model
+
+
+@dataclass
+class Way:
+    """One way from noise to a picture."""
+
+    name: str
+    times: list[int]
+    walk: Callable[[], Iterator[object]]  # yields after every transition
+    seconds: float = 0.0
+    calls: int = 0  # that were made in these seconds
+
+    @property
+    def all_calls(self) -> int:
+        """Network calls of the whole schedule."""
+        return count_steps(self.times)[0]
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; raises UserError."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = OptionParser(description=__doc__, formatter_class=text)
+    parser.add_argument("--network", choices=NETWORKS, default="256")
+    parser.add_argument("--conf_path", metavar="YAML", help="its network instead")
+    parser.add_argument("--batch_size", type=positive, default=1, help="pictures at once")
+    parser.add_argument("--at_most", type=float, default=600, help="seconds a way (default: 600)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    return parser.parse_args(argv)
+
+
+def ways_of(conf: InpaintConf, batch: int, device: torch.device) -> list[Way]:
+    """Return the ways, each with its network loaded."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, 3, conf.image_size, conf.image_size)
+    gt = torch.randn(shape, generator=generator).clamp(-1, 1).to(device)
+    mask = torch.ones_like(gt)
+    mask[..., conf.image_size // 2 :] = 0
+
+    def ours(**changes: object) -> Way:
+        own = dataclasses.replace(conf, **changes)
+        inpainter = Inpainter(own, create_schedule(own, create_gaussian_diffusion(own)))
+        walk = partial(inpainter.steps, gt, mask, range(batch))
+        return Way("", inpainter.times, walk)
+
+    published = {"timestep_respacing": "250", "sampler": "repaint"}
+    jumps = {"t_T": 250, "jump_length": 10, "jump_n_sample": 10}
+    schedule = conf.schedule_jump_params
+    repaint = ours(**published, schedule_jump_params=dataclasses.replace(schedule, **jumps))
+    repaint.name = "published schedule"
+    straight = dataclasses.replace(schedule, t_T=100, jump_n_sample=1)
+    fast = ours(timestep_respacing="100", sampler="ddnm", schedule_jump_params=straight)
+    fast.name = "`--fast`"
+
+    diffusion = create_gaussian_diffusion(dataclasses.replace(conf, timestep_respacing="250"))
+    network = partial(plain.unet, load_model(conf, device))
+
+    def port() -> Iterator[Tensor]:
+        generators = [torch.Generator(device).manual_seed(seed) for seed in range(batch)]
+        draw = noise_source(generators, shape)
+        return plain.repaint(diffusion, network, gt, mask, repaint.times, draw)
+
+    return [Way("plain port, published schedule", repaint.times, port), repaint, fast]
+
+
+@torch.inference_mode()
+def measure(way: Way, device: torch.device, at_most: float) -> None:
+    """Walk a way, after two calls of warming up, to its end or until it has taken ``at_most``."""
+    for _ in itertools.islice(way.walk(), 2):
+        pass
+    synchronise(device)
+    started = time.perf_counter()
+    with tqdm(total=way.all_calls, desc=way.name, unit="call", leave=False) as bar:
+        for (t, t_next), _ in zip(itertools.pairwise(way.times), way.walk(), strict=True):
+            if t_next < t:
+                way.calls += 1
+                bar.update()
+            if time.perf_counter() - started > at_most:
+                break
+        synchronise(device)
+        way.seconds = time.perf_counter() - started
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for all that a GPU has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(ways: Sequence[Way], batch: int) -> str:
+    """Return the figures in Markdown."""
+    lines = ["| way | calls | calls measured | s a picture | plain port's time over this |",
+             "| --- " * 5 + "|"]  # fmt: skip
+    seconds = {way.name: way.seconds / way.calls * way.all_calls / batch for way in ways}
+    for way in ways:
+        ratio = seconds[ways[0].name] / seconds[way.name]
+        cells = [way.name, f"{way.all_calls:,}", f"{way.calls:,}", f"{seconds[way.name]:,.4g}",
+                 f"{ratio:.3g}"]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Walk every way and print the table."""
+    args = parse_args(argv)
+    device = get_device(args.device)
+    args.classifier = False
+    with tempfile.TemporaryDirectory() as folder:
+        conf = with_checkpoints(configuration(args, device), folder)
+        ways = ways_of(conf, args.batch_size, device)
+        for way in ways:
+            measure(way, device, args.at_most)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"{conf.image_size} pixels, batch size {args.batch_size}\n")  # fmt: skip
+    print(table(ways, args.batch_size))
+
+
+if __name__ == "__main__":
+    command_line(main)
