@@ -26,7 +26,7 @@ def names(settings):
 
 def test_settings_are_chosen_by_group_name_and_pattern():
     assert names(quality.choose_settings(["resampling"])) == [
-        "repaint-t50", "repaint-r10-t50", "repaint-t410",
+        "repaint-t25", "repaint-r10-t25", "repaint-t205",
     ]  # fmt: skip
     chosen = names(quality.choose_settings(["mirror", "ddnm0.85-r5*", "mirror"]))
     assert chosen == ["mirror", "ddnm0.85-r5-t25", "ddnm0.85-r5-t50", "ddnm0.85-r5-t100"]
@@ -137,7 +137,9 @@ def assert_same_numbers(first, second):
 def test_more_pictures_are_added_and_the_others_stay(folder, capsys):
     start(count=1)
     earlier = {path: path.read_bytes() for path in Path("out/blocks").rglob("*.json")}
-    assert "| genhalf | RePaint, r = 1, t_T 10 | 10 |" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| LPIPS | calls | nn2 | genhalf | mean |" in told
+    assert "| RePaint, r = 1, t_T 10 | 10 |" in told
     assert len(earlier) == 6
     start(count=1)
     assert "0 blocks of 6 to make" in capsys.readouterr().out
@@ -149,8 +151,8 @@ def test_more_pictures_are_added_and_the_others_stay(folder, capsys):
         other = Path("at_once", *path.parts[1:])
         assert np.array_equal(Image.open(path), Image.open(other)), path
     told = Path("out/quality.md").read_text()
-    assert "Means over ev2li" not in told
-    assert "Means over nn2, genhalf, n = 3 pictures." in told
+    assert "n = 3 pictures" in told
+    assert "Means over nn2, genhalf." in told
     assert Image.open("out/quality.png").width > 300
 
 
@@ -247,6 +249,31 @@ def by_mask(*found):
     return {"thick": {one.setting: one for one in found}}
 
 
+def test_a_curve_has_a_mean_where_all_masks_are_measured():
+    found = {
+        "thick": {"ddim-t10": numbers("ddim-t10", 10, [0.1, 0.3])},
+        "nn2": {
+            "ddim-t10": numbers("ddim-t10", 10, [0.5, 0.7]),
+            "ddnm1-t10": numbers("ddnm1-t10", 10, [0.2, 0.2]),
+        },
+    }
+    assert quality_report.curve_table(found, "hole").splitlines()[2:] == [
+        "| DDIM steps, t_T 10 | 10 | 0.2000 ± 0.1000 | 0.6000 ± 0.1000 | 0.4000 ± 0.1000 |",
+        "| DDNM 1, t_T 10 | 10 |  | 0.2000 ± 0.0000 |  |",
+    ]
+
+
+def test_only_blocks_of_enough_pictures_are_shown(folder):
+    start(settings="ddim-t10", count=3)
+    start(settings="mirror", count=2)
+    told = Path("out/quality.md").read_text()
+    assert "n = 2 pictures" in told
+    assert "DDIM steps, t_T 10" in told  # its first two
+    start(settings="ddim-t10", count=3)
+    told = Path("out/quality.md").read_text()
+    assert "mirror image" not in told
+
+
 def test_the_best_and_the_cheapest_as_good_are_named():
     found = by_mask(
         numbers("mirror", 0, [0.0] * 4),
@@ -266,7 +293,7 @@ def test_resampling_is_compared_picture_by_picture():
     found = by_mask(
         numbers("repaint-t50", 50, [0.5, 0.6, 0.7]),
         numbers("repaint-r10-t50", 410, [0.2, 0.3, 0.9]),
-        numbers("repaint-t410", 410, [0.4, 0.4, 0.4, 0.4]),
+        numbers("repaint-t410", 410, [0.4, 0.4, 0.4]),
     )
     lines = quality_report.resampling_table(found).splitlines()
     assert "| thick | slowly down (RePaint, r = 1, t_T 410; 410 calls) | 0.4000 ±" in lines[4]

@@ -13,8 +13,9 @@ image, hidden pixels included.
 
 Every setting and mask is a *block*: a JSON file of numbers and a PNG of the results in --out,
 written after each batch. The same command goes on where it was interrupted; a larger --count adds
-pictures. From all blocks there it writes quality.md and quality.png, also of other calls. The
-cheapest settings come first. ``--dry_run`` says what is left to do.
+pictures. From the first --count pictures of all blocks that have as many, also of other calls, it
+writes quality.md and quality.png. The cheapest settings come first. ``--dry_run`` says what is left
+to do.
 """
 
 import argparse
@@ -81,7 +82,7 @@ CURVE = (
 )
 # Straight down, resampling, and straight down in as many steps as that has calls: the paper's
 # control, which asks whether it is the resampling that helps or only the time (section 5.5).
-RESAMPLING = ("repaint-t50", "repaint-r10-t50", "repaint-t410")
+RESAMPLING = ("repaint-t25", "repaint-r10-t25", "repaint-t205")
 GROUPS = {"curve": CURVE, "resampling": RESAMPLING, "baselines": BASELINES}
 NAME = re.compile(r"(repaint|ddim|ddnm(?P<eta>[01](?:\.\d+)?))(?:-r(?P<r>\d+))?-t(?P<t_T>\d+)")
 
@@ -468,7 +469,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             bar.set_description(way.setting.name)
             make(way, blocks, args, bar)
     command = shlex.join(["python", *map(str, sys.orig_argv[1:])])
-    print(quality_report.write(args.out, command))
+    print(quality_report.write(args.out, command, args.count))
 
 
 if __name__ == "__main__":

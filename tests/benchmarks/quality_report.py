@@ -38,23 +38,24 @@ class Numbers:
     seconds: float  # of all pictures
     values: dict[str, np.ndarray]
 
-    @property
-    def n(self) -> int:
-        """Pictures."""
-        return len(self.values["lpips"])
-
 
 Blocks = dict[str, dict[str, Numbers]]  # by mask and setting, the cheapest first
 
 
-def read_blocks(out: Path) -> tuple[Blocks, set[str]]:
-    """Return all finished numbers below ``out``, and the machines that made them."""
+def read_blocks(out: Path, count: int) -> tuple[Blocks, set[str]]:
+    """Return the numbers of the first ``count`` pictures below ``out``, and who made them.
+
+    Blocks of fewer pictures are left out, so that all figures are of the same ones.
+    """
     blocks, machines = {}, set()
     for family in FAMILIES:
         found = []
         for path in sorted((out / "blocks" / family).glob("*.json")):
             tree = json.loads(path.read_text(encoding="utf-8"))
-            values = {key: np.array([row[key] for row in tree["rows"]]) for key in MEASURES}
+            rows = tree["rows"][:count]
+            if len(rows) < count:
+                continue
+            values = {key: np.array([row[key] for row in rows]) for key in MEASURES}
             found.append(Numbers(tree["setting"], tree["calls"], tree["seconds"], values))
             machines.add(tree["machine"])
         if found:
@@ -100,23 +101,32 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def curve_table(blocks: Blocks) -> str:
-    """Return all numbers, a row for each setting and mask."""
-    rows = [
-        [family, label(one.setting), one.calls, *(spread(one.values[key]) for key in MEASURES),
-         one.n]
-        for family, settings in blocks.items()
-        for one in settings.values()
-    ]  # fmt: skip
-    return table(["mask", "way", "calls", *MEASURES.values(), "n"], rows)
+def curve_table(blocks: Blocks, measure: str) -> str:
+    """Return one measure, a row for each setting and a column for each mask.
+
+    The last column is the mean over masks, for settings that have all of them; its standard error
+    is that of a picture's mean over masks.
+    """
+    found = {one.setting: one.calls for settings in blocks.values() for one in settings.values()}
+    rows = []
+    for name in sorted(found, key=lambda name: (found[name], name)):
+        values = [
+            settings[name].values[measure] if name in settings else None
+            for settings in blocks.values()
+        ]
+        cells = ["" if one is None else spread(one) for one in values]
+        is_whole = all(one is not None for one in values)
+        cells.append(spread(np.mean(values, axis=0)) if is_whole else "")
+        rows.append([label(name), found[name], *cells])
+    return table([MEASURES[measure], "calls", *blocks, "mean"], rows)
 
 
 def budget_table(blocks: Blocks) -> str:
     """Return which setting has the lowest LPIPS for so many calls, over all masks.
 
     A picture's LPIPS is its mean over masks; only settings measured with all masks there are take
-    part, each with the pictures that all of them share. Beside the lowest stands the cheapest
-    whose difference, picture by picture, is within two standard errors.
+    part. Beside the lowest stands the cheapest whose difference, picture by picture, is within two
+    standard errors.
     """
     common = set.intersection(*({*settings} for settings in blocks.values()))
     order = [one.setting for one in next(iter(blocks.values())).values()]
@@ -124,9 +134,8 @@ def budget_table(blocks: Blocks) -> str:
     if not names:
         return "No setting is measured with all masks yet."
     calls = {name: next(iter(blocks.values()))[name].calls for name in names}
-    n = min(settings[name].n for settings in blocks.values() for name in names)
     score = {
-        name: np.mean([settings[name].values["lpips"][:n] for settings in blocks.values()], axis=0)
+        name: np.mean([settings[name].values["lpips"] for settings in blocks.values()], axis=0)
         for name in names
     }
     rows, taking_part = [], 0
@@ -148,7 +157,7 @@ def budget_table(blocks: Blocks) -> str:
         )])  # fmt: skip
     head = ["calls at most", "lowest LPIPS", "calls", "LPIPS"]
     head += ["cheapest within two standard errors of it", "calls", "LPIPS"]
-    note = f"Means over {', '.join(blocks)}, n = {n} pictures."
+    note = f"Means over {', '.join(blocks)}."
     return f"{note}\n\n{table(head, rows)}"
 
 
@@ -156,7 +165,7 @@ def resampling_table(blocks: Blocks) -> str | None:
     """Return what resampling is worth at equal calls, None where it is not measured.
 
     A setting that resamples is compared with one that goes straight down in as many steps as the
-    first has calls, on the pictures that both have; the faster way straight down stands beside.
+    first has calls; the faster way straight down stands beside.
     """
     rows = []
     for family, settings in blocks.items():
@@ -168,18 +177,17 @@ def resampling_table(blocks: Blocks) -> str | None:
             plain = settings.get(f"repaint-t{match[1]}")
             ways = {"straight down": plain, "resampling": resampling, "slowly down": slowly}
             ways = {way: one for way, one in ways.items() if one is not None}
-            n = min(one.n for one in ways.values())
             for way, one in ways.items():
-                cells = [spread(one.values[key][:n]) for key in PLOTTED]
-                rows.append([family, f"{way} ({label(one.setting)}; {one.calls} calls)", *cells, n])
+                cells = [spread(one.values[key]) for key in PLOTTED]
+                rows.append([family, f"{way} ({label(one.setting)}; {one.calls} calls)", *cells])
             cells = []
             for key in PLOTTED:
-                less = resampling.values[key][:n] - slowly.values[key][:n]
-                cells.append(f"{spread(less)}; lower in {int((less < 0).sum())} of {n}")
-            rows.append([family, "resampling less slowly down, picture by picture", *cells, n])
+                less = resampling.values[key] - slowly.values[key]
+                cells.append(f"{spread(less)}; lower in {int((less < 0).sum())} of {len(less)}")
+            rows.append([family, "resampling less slowly down, picture by picture", *cells])
     if not rows:
         return None
-    return table(["mask", "way", *(MEASURES[key] for key in PLOTTED), "n"], rows)
+    return table(["mask", "way", *(MEASURES[key] for key in PLOTTED)], rows)
 
 
 # ---- plot ----------------------------------------------------------------------------------------
@@ -228,14 +236,15 @@ def plot(blocks: Blocks) -> Figure:
     return figure
 
 
-def write(out: Path, command: str) -> str:
+def write(out: Path, command: str, count: int) -> str:
     """Write ``quality.md`` and ``quality.png`` from the blocks in ``out``; return the tables."""
-    blocks, machines = read_blocks(out)
+    blocks, machines = read_blocks(out, count)
     if not blocks:
-        raise UserError("holds no finished block yet", path=out)
+        raise UserError(f"holds no block of {count} pictures yet", path=out)
     parts = [
-        f"`{command}`, last; on {'; '.join(sorted(machines))}. Means ± standard errors.",
-        "## Quality against network calls", curve_table(blocks),
+        f"`{command}`, last; on {'; '.join(sorted(machines))}. Means ± standard errors, "
+        f"n = {count} pictures.",
+        "## Quality against network calls", *(curve_table(blocks, key) for key in MEASURES),
         "## I have N calls: take this", budget_table(blocks),
     ]  # fmt: skip
     resampling = resampling_table(blocks)
