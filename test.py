@@ -57,15 +57,28 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
         for key, value in values.items()
         if value is not None
     ]
-    fast = FAST if args.fast else ()
     flags = [f"{key}=true" for key in ("invert_mask", "full_size") if getattr(args, key)]
-    return [*fast, *quoted, *flags, *args.overrides]
+    return [*quoted, *flags, *args.overrides]
+
+
+def said_of_fast(conf_path: str, overrides: Sequence[str], times: list[int]) -> str:
+    """Say what ``--fast``, which walks ``times``, has replaced of a YAML, and what that costs."""
+    from guided_diffusion.scheduler import count_steps, get_schedule_jump
+
+    replaced = "the YAML's way"
+    with contextlib.suppress(UserError, ValueError):  # what cannot be walked is replaced, too
+        conf = load_conf(conf_path, InpaintConf, overrides)
+        calls = count_steps(get_schedule_jump(**vars(conf.schedule_jump_params)))[0]
+        replaced = f"{conf.sampler} with {calls:,}"
+    fast = f"ddnm with {count_steps(times)[0]:,} network calls a picture"
+    return f"--fast: {fast} in place of {replaced}; docs/quality.md says what it costs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, build, run; return the exit status: 0, or 1 where a result failed."""
     args = parse_args(argv)
-    conf = load_conf(args.conf_path, InpaintConf, overrides_of(args))
+    overrides = overrides_of(args)
+    conf = load_conf(args.conf_path, InpaintConf, [*(FAST if args.fast else ()), *overrides])
     # Only a configuration without mistakes is worth the seconds that torch takes to import.
     from guided_diffusion.dist_util import Team
     from guided_diffusion.io.files import locked
@@ -74,9 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     raise_on_ctrl_c()
     team = Team()
-    if args.fast and team.is_main:
-        print("--fast: DDNM in place of RePaint; docs/quality.md says what it costs")
     plan = plan_run(conf, team, resume=args.resume)
+    if args.fast and team.is_main:
+        print(said_of_fast(args.conf_path, overrides, plan.times))
     summary, inpainter = Summary(), inpaint.build(plan) if plan.todo else None
     with locked(conf.log_dir) if team.is_main else contextlib.nullcontext():
         if inpainter:

@@ -751,6 +751,23 @@ def test_networks_walk_another_way_as_if_they_were_loaded_for_it(planned, tmp_pa
     assert all(np.array_equal(made[0][name], made[1][name]) for name in made[0])
 
 
+@pytest.mark.parametrize(("own", "replaced"), [
+    ({}, f"repaint with {TINY_CALLS}"),
+    ({"sampler": "ddnm", "use_ddim": True}, "the YAML's way"),
+])  # fmt: skip
+def test_fast_is_ddnm_in_100_calls_and_says_so(tmp_path, monkeypatch, capsys, own, replaced):
+    options = write_run(tmp_path, 1, seed=3, **own)
+    monkeypatch.chdir(tmp_path)
+    ended = run_here(capsys, *options, "--fast")
+    assert ended.status == 0, ended.err
+    line = f"--fast: ddnm with 100 network calls a picture in place of {replaced}; docs/quality.md"
+    assert line in ended.out
+    conf = load_conf(tmp_path / "log" / "run" / "run.yml")
+    assert (conf.sampler, conf.ddnm_eta, conf.use_ddim) == ("ddnm", 0.85, False)
+    assert (conf.timestep_respacing, conf.schedule_jump_params.t_T) == ("100", 100)
+    assert conf.schedule_jump_params.jump_n_sample == 1
+
+
 def test_keys_that_came_later_leave_the_marks_of_earlier_results_valid(tmp_path):
     write_run(tmp_path, 1)
     conf = load_conf(tmp_path / "c.yml")
