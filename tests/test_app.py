@@ -132,6 +132,8 @@ def paint(page):
     page.wait_for_timeout(1000)  # the editor draws with some delay
     page.mouse.up()
     page.wait_for_timeout(1000)
+    page.mouse.up()  # one that comes while the editor still draws is lost
+    page.wait_for_timeout(1000)
 
 
 def downloads(page):
