@@ -35,6 +35,7 @@ from sampler import NETWORKS, configuration, positive, processor, with_checkpoin
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.dist_util import get_device
+from guided_diffusion.gaussian_diffusion import Step
 from guided_diffusion.run.inpainter import Inpainter, noise_source
 from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import create_gaussian_diffusion, create_schedule, load_model
@@ -69,37 +70,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def ways_of(conf: InpaintConf, batch: int, device: torch.device) -> list[Way]:
-    """Return the ways, each with its network loaded."""
+    """Return the ways, with their networks loaded."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, 3, conf.image_size, conf.image_size)
     gt = torch.randn(shape, generator=generator).clamp(-1, 1).to(device)
     mask = torch.ones_like(gt)
     mask[..., conf.image_size // 2 :] = 0
 
-    def ours(**changes: object) -> Way:
-        own = dataclasses.replace(conf, **changes)
-        inpainter = Inpainter(own, create_schedule(own, create_gaussian_diffusion(own)))
-        walk = partial(inpainter.steps, gt, mask, range(batch))
-        return Way("", inpainter.times, walk)
+    def with_schedule(respacing: str, sampler: str, **jumps: int) -> tuple[InpaintConf, list[int]]:
+        schedule = dataclasses.replace(conf.schedule_jump_params, **jumps)
+        changes = {"timestep_respacing": respacing, "sampler": sampler}
+        own = dataclasses.replace(conf, schedule_jump_params=schedule, **changes)
+        return own, create_schedule(own, create_gaussian_diffusion(own))
 
-    published = {"timestep_respacing": "250", "sampler": "repaint"}
-    jumps = {"t_T": 250, "jump_length": 10, "jump_n_sample": 10}
-    schedule = conf.schedule_jump_params
-    repaint = ours(**published, schedule_jump_params=dataclasses.replace(schedule, **jumps))
-    repaint.name = "published schedule"
-    straight = dataclasses.replace(schedule, t_T=100, jump_n_sample=1)
-    fast = ours(timestep_respacing="100", sampler="ddnm", schedule_jump_params=straight)
-    fast.name = "`--fast`"
+    published = with_schedule("250", "repaint", t_T=250, jump_length=10, jump_n_sample=10)
+    fast = with_schedule("100", "ddnm", t_T=100, jump_n_sample=1)
+    inpainter = Inpainter(*published)
 
-    diffusion = create_gaussian_diffusion(dataclasses.replace(conf, timestep_respacing="250"))
     network = partial(plain.unet, load_model(conf, device))
 
     def port() -> Iterator[Tensor]:
         generators = [torch.Generator(device).manual_seed(seed) for seed in range(batch)]
         draw = noise_source(generators, shape)
-        return plain.repaint(diffusion, network, gt, mask, repaint.times, draw)
+        return plain.repaint(inpainter.diffusion, network, gt, mask, inpainter.times, draw)
 
-    return [Way("plain port, published schedule", repaint.times, port), repaint, fast]
+    def ours(walker: Inpainter) -> Callable[[], Iterator[Step]]:
+        return partial(walker.steps, gt, mask, range(batch))
+
+    return [
+        Way("plain port, published schedule", inpainter.times, port),
+        Way("published schedule", inpainter.times, ours(inpainter)),
+        Way("`--fast`", fast[1], ours(inpainter.walking(*fast))),
+    ]
 
 
 @torch.inference_mode()
