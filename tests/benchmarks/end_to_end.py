@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import plain
-from sampler import NETWORKS, configuration, positive, processor, with_checkpoints
+from sampler import NETWORKS, configuration, machine, positive, with_checkpoints
 
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.keys import InpaintConf
@@ -151,8 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ways = ways_of(conf, args.batch_size, device)
         for way in ways:
             measure(way, device, args.at_most)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+    print(f"{machine(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"{conf.image_size} pixels, batch size {args.batch_size}\n")  # fmt: skip
     print(table(ways, args.batch_size))
 

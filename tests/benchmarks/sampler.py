@@ -578,7 +578,7 @@ def main() -> None:
         lines.append(text)
 
     settings = {
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "machine": machine(device),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "clock": clock.__name__,
@@ -596,8 +596,10 @@ def main() -> None:
             write_text_atomic(args.markdown, "\n".join([*lines, ""]))
 
 
-def processor() -> str:
-    """Return the CPU's name."""
+def machine(device: torch.device) -> str:
+    """Return the name of the GPU, or of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
