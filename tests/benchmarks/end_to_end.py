@@ -79,8 +79,14 @@ def ways_of(conf: InpaintConf, batch: int, device: torch.device) -> list[Way]:
 
     def with_schedule(respacing: str, sampler: str, **jumps: int) -> tuple[InpaintConf, list[int]]:
         schedule = dataclasses.replace(conf.schedule_jump_params, **jumps)
-        changes = {"timestep_respacing": respacing, "sampler": sampler}
-        own = dataclasses.replace(conf, schedule_jump_params=schedule, **changes)
+        own = dataclasses.replace(
+            conf,
+            schedule_jump_params=schedule,
+            timestep_respacing=respacing,
+            sampler=sampler,
+            use_ddim=False,
+            inpa_inj_sched_prev_cumnoise=False,
+        )
         return own, create_schedule(own, create_gaussian_diffusion(own))
 
     published = with_schedule("250", "repaint", t_T=250, jump_length=10, jump_n_sample=10)

@@ -24,7 +24,6 @@ import fnmatch
 import hashlib
 import json
 import os
-import platform
 import re
 import shlex
 import sys
@@ -44,6 +43,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import quality_report
+import sampler
 
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.keys import InpaintConf, load_conf
@@ -235,7 +235,9 @@ def load_inputs(paths: Sequence[str], family: str, conf: InpaintConf) -> Inputs:
 
 
 @torch.inference_mode()
-def inpaint(inpainter: Inpainter, gt: np.ndarray, mask: np.ndarray, first: int) -> np.ndarray:
+def inpaint(
+    inpainter: Inpainter, gt: np.ndarray, mask: np.ndarray, first: int, bar: tqdm
+) -> np.ndarray:
     """Return results for pictures ``first``, ``first`` + 1, …; all uint8 (N, S, S, 3)."""
     tensors = (
         torch.stack([convert(picture) for picture in pictures]).to(inpainter.device)
@@ -245,6 +247,8 @@ def inpaint(inpainter: Inpainter, gt: np.ndarray, mask: np.ndarray, first: int) 
     x, seed = known, inpainter.conf.seed + first
     for step in inpainter.steps(known, keep, range(seed, seed + len(gt))):
         x = step.x
+        if step.pred_xstart is not None:
+            bar.update(len(gt))
     return to_uint8(condition(x, known, keep))
 
 
@@ -364,14 +368,9 @@ class Block:
 
 def machine() -> str:
     """Describe processor or GPU, and torch, in a few words."""
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    else:
-        lines = Path("/proc/cpuinfo")
-        found = lines.read_text(encoding="utf-8").splitlines() if lines.is_file() else []
-        models = [line.split(":", 1)[1].strip() for line in found if line.startswith("model name")]
-        name = f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
-    return f"{name}, PyTorch {torch.__version__}"
+    device = get_device()
+    cores = "" if device.type == "cuda" else f"{os.cpu_count()} cores of "
+    return f"{cores}{sampler.machine(device)}, PyTorch {torch.__version__}"
 
 
 def make(way: Way, blocks: Sequence[Block], args: argparse.Namespace, bar: tqdm) -> None:
@@ -388,13 +387,12 @@ def make(way: Way, blocks: Sequence[Block], args: argparse.Namespace, bar: tqdm)
             gt, holes = inputs.gt[part], inputs.holes[part]
             began = time.perf_counter()
             if inpainter:
-                results = inpaint(inpainter, gt, inputs.masks[part], start)
+                results = inpaint(inpainter, gt, inputs.masks[part], start, bar)
             else:
                 results = (mirror if way.setting.name == "mirror" else nearest)(gt, holes)
             seconds = time.perf_counter() - began
             rows = measure(args.lpips, inputs.names[part], results, gt, holes)
             block.add(rows, results, seconds)
-            bar.update(len(rows) * way.calls)
 
 
 def show_inputs(folder: Path, inputs: Inputs) -> None:
