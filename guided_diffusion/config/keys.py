@@ -345,7 +345,8 @@ class InpaintConf(ModelConf):
     mask_hard: bool = key(False, "Every pixel that a hole touches is hole: no soft rims, and no "
                           "thin lines that fade when they are scaled.")
     full_size: bool = key(False, "Give each photo back at its own size: holes are cut out with "
-                          "what is around them, inpainted and put back; known pixels stay.")
+                          "what is around them, inpainted and put back; all but the hole and "
+                          "feather pixels around it stays.")
     feather: int = key(8, "With full_size: pixels of the photo around a hole where old and new "
                        "are blended; 0: none.", low=0, high=1000)
     windows: bool = key(False, "With full_size: the network sees a hole at the photo's own "

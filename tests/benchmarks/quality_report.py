@@ -184,7 +184,7 @@ def resampling_table(blocks: Blocks) -> str | None:
             for key in PLOTTED:
                 less = resampling.values[key] - slowly.values[key]
                 cells.append(f"{spread(less)}; lower in {int((less < 0).sum())} of {len(less)}")
-            rows.append([family, "resampling less slowly down, picture by picture", *cells])
+            rows.append([family, "resampling minus slowly down, picture by picture", *cells])
     if not rows:
         return None
     return table(["mask", "way", *(MEASURES[key] for key in PLOTTED)], rows)
