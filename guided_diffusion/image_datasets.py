@@ -36,11 +36,11 @@ from guided_diffusion.io.images import (
     ROOM,
     Origin,
     _open_bytes,
-    _open_image,
     _scale_short_side,
     as_rgb,
     crop_of,
     is_deep,
+    open_image,
     origin_of,
     read_rgb,
     read_upright,
@@ -57,6 +57,7 @@ _SOFT_RIM = 0.23
 _SMALLEST_CROP = 0.8
 # A training goes on while at most this share of its pictures (and always one) turn bad.
 _MOST_BAD = 0.01
+_MOST_DPI = 65_536  # a JPEG has 16 bits for it
 _NAMED = 5  # so many bad files are named, and the others counted
 
 
@@ -451,7 +452,7 @@ def load_photo(
     with ROOM.lease():
         image = read_upright(pair.gt_path, whole=True)
         known, odd = _known_of_photo(pair, image, invert_mask, seed, handling)
-        info = {key: image.info.get(key) for key in ("icc_profile", "dpi")}
+        info = _profile_and_resolution(image)
         if is_deep(image):
             gray = np.asarray(as_rgb(image, handling.depth)[0])
             return Photo(gray, known, "L", None, info, odd)
@@ -463,6 +464,17 @@ def load_photo(
         suffix = "" if alpha is None else "A"
         pixels = np.asarray(layers.convert("RGB"))
         return Photo(pixels, known, mode + suffix, alpha, info, odd)
+
+
+def _profile_and_resolution(image: Image.Image) -> dict[str, object]:
+    """Return Pillow's ``icc_profile`` and ``dpi`` of a photo, as far as its RGB can keep them."""
+    kept = {}
+    if image.mode not in ("CMYK", "LAB", "YCbCr"):  # a profile is for the colours of its mode
+        kept["icc_profile"] = image.info.get("icc_profile")
+    dpi = image.info.get("dpi", ())
+    if dpi and all(0 < value < _MOST_DPI for value in dpi):  # a file may say 0/0
+        kept["dpi"] = tuple(map(float, dpi))
+    return kept
 
 
 def _known_of_photo(
@@ -827,7 +839,7 @@ class TrainingImages:
         """Return a picture's width and height, from its header alone where that can be read."""
         path = self.paths[index]
         try:
-            with _open_bytes(path) as stream, _open_image(stream) as image:
+            with _open_bytes(path) as stream, open_image(stream) as image:
                 return image.size
         except Exception:  # whatever it is, reading all of it says it better
             with ROOM.lease():

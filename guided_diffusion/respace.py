@@ -53,8 +53,9 @@ def _sections(num_timesteps: int, counts: list[int]) -> list[int]:
 def respaced_betas(betas: np.ndarray, kept: list[int]) -> np.ndarray:
     """Return the betas of the chain of ``kept``: 1 - alphabar[i] / alphabar[previous kept].
 
-    ``betas`` is float64 of the original chain's length, the result float64 of ``len(kept)``.
+    ``betas`` is float64 of the original chain's length, the result float64 of ``len(kept)``. Where
+    the chain ends in noise alone a ratio may be lost in rounding; the beta is below 1 all the same.
     """
     alphas_cumprod = np.cumprod(1.0 - betas)[kept]
     previous = np.concatenate([[1.0], alphas_cumprod[:-1]])
-    return 1.0 - alphas_cumprod / previous
+    return np.minimum(1.0 - alphas_cumprod / previous, 1 - 1e-15)

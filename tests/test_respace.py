@@ -116,6 +116,13 @@ def test_respaced_chain_passes_through_the_same_noise_levels(num_timesteps, data
     np.testing.assert_allclose(np.cumprod(1 - new), np.cumprod(1 - betas)[kept], rtol=1e-9)
 
 
+def test_a_chain_that_ends_in_noise_alone_keeps_betas_below_1():
+    betas = np.append(get_named_beta_schedule("linear", 999), 1 - 1e-15)
+    for count in (10, 50, 100, 250):
+        new = respaced_betas(betas, space_timesteps(1000, str(count)))
+        assert (new > 0).all() and (new < 1).all()
+
+
 def test_keeping_all_changes_nothing():
     betas = get_named_beta_schedule("linear", 1000)
     np.testing.assert_allclose(respaced_betas(betas, list(range(1000))), betas, rtol=1e-9)

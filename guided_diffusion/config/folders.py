@@ -501,7 +501,8 @@ def fetch_weights(folder: ModelFolder) -> list[Path]:
         return folder.weights
     except UserError:  # the configuration is there alone
         pass
-    part = f"{folder.unet_path.parent.name}/" if folder.unet_path.parent.name == "unet" else ""
+    name = folder.unet_path.parent.name
+    part = f"{name}/" if name in ("unet", "unet_ema") else ""
     for suffix in ("safetensors", "bin"):
         _fetched(folder.name, ["*.json", f"{part}{_WEIGHTS}*.{suffix}"], online=True)
         try:

@@ -207,6 +207,11 @@ class ModelConf(Conf):
         super().__post_init__()
         if not self.timestep_respacing:
             self._set("timestep_respacing", str(self.diffusion_steps))
+        require(
+            self.depth_min < self.depth_max if self.depth_max else not self.depth_min,
+            "depth_min and depth_max",
+            "the first has to be below the second, which has to be stated and not 0",
+        )
         if not self.follows_folder:
             self._check_network()
 
@@ -216,11 +221,6 @@ class ModelConf(Conf):
         return False
 
     def _check_network(self) -> None:
-        require(
-            self.depth_min < self.depth_max if self.depth_max else not self.depth_min,
-            "depth_min and depth_max",
-            "the first has to be below the second, which has to be stated and not 0",
-        )
         require(
             self.noise_schedule != "linear" or not 1 < self.diffusion_steps <= 20,
             "diffusion_steps and noise_schedule",

@@ -25,7 +25,9 @@ import yaml
 
 from guided_diffusion.errors import UserError, looked_in
 
-MAX_YAML_BYTES = 1 << 21  # someone may give a checkpoint instead of a YAML: do not read it all
+# Someone may give a checkpoint instead of a YAML: do not read it all. The record of a run is a YAML
+# too, with a line for each result.
+MAX_YAML_BYTES = 1 << 28
 
 # ---- What a key may hold -------------------------------------------------------------------------
 BOUNDS = {  # the bounds that key() takes: (test, words for messages, JSON Schema's keyword)
@@ -444,25 +446,25 @@ def _parse(text: str) -> Any:
     raise UserError(f"no valid YAML: line {line}, column {column}: {problem}")
 
 
-def read_yaml(path: str | os.PathLike, max_bytes: int = MAX_YAML_BYTES) -> Any:
+def read_yaml(path: str | os.PathLike) -> Any:
     """Return the tree of a YAML file, unchecked.
 
-    Raises UserError, in one line, for a file that cannot be read, is larger than ``max_bytes``, is
-    not in UTF-8 or is no YAML.
+    Raises UserError, in one line, for a file that cannot be read, is larger than
+    ``MAX_YAML_BYTES``, is not in UTF-8 or is no YAML.
     """
     path = Path(path)
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise OSError("is a pipe or device and not a file")  # opening a pipe would wait forever
         with path.open("rb") as file:
-            raw = file.read(max_bytes + 1)
+            raw = file.read(MAX_YAML_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         where = looked_in(path) if isinstance(error, FileNotFoundError) else ""
         raise UserError(f"cannot be read: {reason}{where}", path=path) from None
     found = _encoding_but_utf8(raw)
-    if found is None and len(raw) > max_bytes:
-        found = f"more than {max_bytes >> 20} MiB"
+    if found is None and len(raw) > MAX_YAML_BYTES:
+        found = f"more than {MAX_YAML_BYTES >> 20} MiB"
     if found:
         raise UserError(path=path, expected="YAML in UTF-8", got=found)
     try:

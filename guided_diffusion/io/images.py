@@ -168,7 +168,7 @@ def read_upright(path: str, *, whole: bool = False) -> Image.Image:
             raise
         except Exception:
             # Text and profile of a PNG are not looked at: neither size nor damage of theirs counts.
-            bare = _without_text(stream)
+            bare = bare_png(stream)
             if bare is None:
                 raise
             return _decode(bare, path, whole)
@@ -199,7 +199,7 @@ def _told_of(path: str) -> Iterator[None]:
 
 
 def _decode(stream: io.BufferedIOBase, path: str, whole: bool) -> Image.Image:
-    with _open_image(stream) as image:
+    with open_image(stream) as image:
         stored = image.size
         if whole:
             _limit_to_memory(image, path)
@@ -234,7 +234,7 @@ def _open_bytes(path: str) -> io.BufferedIOBase:
     return stream
 
 
-def _open_image(stream: io.BufferedIOBase) -> Image.Image:
+def open_image(stream: io.BufferedIOBase) -> Image.Image:
     """Read the header only; the size is judged by the caller instead of by a warning."""
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -294,8 +294,11 @@ def _limit_to_memory(image: Image.Image, path: str) -> None:
         )
 
 
-def _without_text(stream: io.BufferedIOBase) -> io.BytesIO | None:
-    """Return a PNG without its profile and text, but for EXIF data; None where it has neither."""
+def bare_png(stream: io.BufferedIOBase, keep: str | None = None) -> io.BytesIO | None:
+    """Return a PNG without its profile and text, but for EXIF data; None where it has neither.
+
+    ``keep`` is the keyword of a text that stays.
+    """
     if stream.closed:
         return None
     stream.seek(0)
@@ -310,8 +313,8 @@ def _without_text(stream: io.BufferedIOBase) -> io.BytesIO | None:
         if kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
             is_whole = chunk[-4:] == struct.pack(">I", zlib.crc32(kind + content))
             # Pillow finds the camera's rotation in these two as well.
-            is_exif = content.startswith((b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"))
-            if not (is_whole and is_exif):
+            wanted = ["Raw profile type exif", "XML:com.adobe.xmp", *([keep] if keep else [])]
+            if not (is_whole and content.split(b"\0", 1)[0].decode("latin-1") in wanted):
                 is_changed = True
                 continue
         kept.append(chunk)

@@ -1,7 +1,9 @@
 """Result PNGs and the marks by which a later run knows them."""
 
+import contextlib
+import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +11,36 @@ from PIL import Image
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import JPEG_SUFFIXES, MARK, write_image, write_png
-from guided_diffusion.io.images import masked_u8
-
-_FORMATS = ("PNG", "JPEG")
+from guided_diffusion.io.images import bare_png, masked_u8, open_image
 
 
 def read_mark(path: str | os.PathLike) -> str | None:
     """Return the mark of a PNG, or "" where it has none; None where there is no whole PNG."""
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with _opened(path) as image:
             image.load()
             if image.format == "JPEG":
                 return image.info.get("comment", b"").decode("latin-1").removeprefix(f"{MARK}:")
             return image.info.get(MARK, "")
     except (OSError, SyntaxError, ValueError):
         return None
+
+
+def read_result(path: str | os.PathLike) -> np.ndarray | None:
+    """Return a picture of a run's folders, uint8 (H, W, 3), or None where there is none."""
+    try:
+        with _opened(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError):  # absent, or somebody else's file under this name
+        return None
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """Open a result, which may be as large as any photo, and have as large a profile."""
+    data = io.BytesIO(Path(path).read_bytes())
+    with open_image(bare_png(data, keep=MARK) or data) as image:
+        yield image
 
 
 def result_path(folder: str | os.PathLike, name: str) -> Path:
@@ -79,7 +96,7 @@ def is_written(
     return (
         all(_has_end(path) for path in (inpainted, *(path for path, _ in inputs)))
         and read_mark(inpainted) == mark
-        and all(np.array_equal(_read_back(path), pixels) for path, pixels in inputs)
+        and all(np.array_equal(read_result(path), pixels) for path, pixels in inputs)
     )
 
 
@@ -102,11 +119,3 @@ def _input_pictures(
         (folders["lrs"], masked_u8(gt_u8, mask_u8)),
     ]
     return [(result_path(folder, name), pixels) for folder, pixels in pictures if folder]
-
-
-def _read_back(path: Path) -> np.ndarray | None:
-    try:
-        with Image.open(path, formats=_FORMATS) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError):  # absent, or somebody else's file under this name
-        return None

@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from guided_diffusion.io.files import _as_image, atomic_path, write_png
-from guided_diffusion.io.results import _read_back, result_path
+from guided_diffusion.io.results import read_result, result_path
 
 ROWS_PER_PAGE = 100
 _LARGE_PAGE = 8  # from so many images on, the tiles of an overview are small
+_TILE = 256  # pixels of an overview's widest tiles
 _MOST_SAMPLES = 8
 _FRAMES_PER_LINE = 12
 _GAP, _BORDER = 2, 10
@@ -43,16 +44,21 @@ def finished_rows(
 ) -> Iterator[OverviewRow]:
     """Read rows back from the result folders, those of earlier runs included.
 
-    ``results`` gives (name, names of its samples); what is not there (yet) is passed over.
+    ``results`` gives (name, names of its samples); what is not there (yet) is passed over. Pictures
+    that are larger than a tile are scaled down to one: a page of whole photos would fill memory.
     """
+
+    def tile(key: str, file_name: str) -> np.ndarray | None:
+        pixels = read_result(result_path(folders[key], file_name))
+        if pixels is None or max(pixels.shape) <= _TILE:
+            return pixels
+        return np.asarray(_fit(pixels, _TILE))
+
     for name, names in results:
-        masked = _read_back(result_path(folders["lrs"], name))
-        samples = [
-            _read_back(result_path(folders["srs"], sample)) for sample in names[:_MOST_SAMPLES]
-        ]
+        masked = tile("lrs", name)
+        samples = [tile("srs", sample) for sample in names[:_MOST_SAMPLES]]
         samples = [sample for sample in samples if sample is not None]
-        truth = folders.get("gts")
-        gt = _read_back(result_path(truth, name)) if truth else None
+        gt = tile("gts", name) if folders.get("gts") else None
         if masked is not None and samples:
             yield OverviewRow(name, masked, samples, gt)
 
@@ -79,7 +85,7 @@ def overview(rows: Sequence[OverviewRow]) -> Image.Image:
     """
     if not rows:
         raise ValueError("an overview needs at least one image")
-    most = 128 if len(rows) > _LARGE_PAGE else 256
+    most = _TILE // 2 if len(rows) > _LARGE_PAGE else _TILE
     tiles = [
         [
             _fit(tile, most)

@@ -47,6 +47,7 @@ from guided_diffusion.run.plan import (
     result_names,
     write_record,
 )
+from guided_diffusion.run.windows import window_places
 from guided_diffusion.scheduler import count_steps
 
 # Sees each network call: its number in the walk, from 1, and what it predicts, (N, 3, S, S) in
@@ -205,7 +206,7 @@ def make_all(share: Share) -> list[dict[str, Any]]:
             if too_large:
                 log(
                     f"warning: batch_size: {too_large} images at once do not fit into memory, "
-                    f"{len(batch)} do"
+                    f"{batch_size} do"
                 )
             too_large, jobs = 0, jobs[len(batch) :]
             bar.update(team.count("done", len(batch)) - bar.n)
@@ -266,9 +267,9 @@ def make_batch(share: Share, jobs: list[Job], batch_size: int) -> None:
         batch = inputs[len(results) :][:batch_size]
         if share.plan.conf.windows:
             batch = batch[:1]  # its windows are a batch
-        made = sample_batch(share, share.inpainter, batch)
+        made = sample_batch(share, share.inpainter, batch, batch_size)
         if share.inpainter.is_reduced and any(result.nonfinite_at for result in made):
-            made = again_in_float32(share, batch, made)
+            made = again_in_float32(share, batch, made, batch_size)
         results += made
     refuse_changed(share.plan)  # float32 may have loaded it again
     refusal = None
@@ -295,14 +296,14 @@ def load_job(conf: InpaintConf, job: Job) -> list[Inputs]:
 
 
 def again_in_float32(
-    share: Share, inputs: Sequence[Inputs], results: Sequence[SampleResult]
+    share: Share, inputs: Sequence[Inputs], results: Sequence[SampleResult], batch_size: int
 ) -> list[SampleResult]:
     """Return ``results`` with those that are not finite sampled again in float32."""
     lost = [i for i, result in enumerate(results) if result.nonfinite_at]
     names = [inputs[i].job.name for i in lost]
     log(f"warning: no finite number in reduced precision, in float32: {', '.join(names)}")
     share.exact = share.exact or share.inpainter.in_float32()
-    again = sample_batch(share, share.exact, [inputs[i] for i in lost])
+    again = sample_batch(share, share.exact, [inputs[i] for i in lost], batch_size)
     share.summary.in_float32 += names
     return [again[lost.index(i)] if i in lost else result for i, result in enumerate(results)]
 
@@ -364,11 +365,11 @@ def find_vanished(share: Share, jobs: Sequence[Job]) -> None:
 
 @torch.inference_mode()
 def sample_batch(
-    share: Share, inpainter: Inpainter, inputs: Sequence[Inputs]
+    share: Share, inpainter: Inpainter, inputs: Sequence[Inputs], batch_size: int
 ) -> list[SampleResult]:
-    """Walk the schedule with a batch; raises KeyboardInterrupt between two steps.
+    """Walk the schedule with a batch, ``batch_size`` windows at once if it is one large picture.
 
-    What the observer raises ends it too.
+    Raises KeyboardInterrupt between two steps. What the observer raises ends it too.
     """
     plan, device = share.plan, inpainter.device
     gt = torch.stack([to_model_range(one.gt_u8) for one in inputs]).to(device)
@@ -377,7 +378,8 @@ def sample_batch(
     x, pred_xstart, frames, calls = gt, gt, [], 0
     nonfinite_at = torch.zeros(len(inputs), dtype=torch.int64, device=device)
     all_lost = AsyncFlag(device)
-    steps = inpainter.steps(gt, mask, [one.seed for one in inputs])
+    steps = inpainter.steps(gt, mask, [one.seed for one in inputs], batch_size)
+    at_once = pictures_a_call(plan.conf, inputs, batch_size)
     with share.progress("network", count_steps(plan.times)[0], "call", leave=False) as bar:
         for number, step in enumerate(steps):
             share.interrupts.check()
@@ -389,7 +391,7 @@ def sample_batch(
                 bar.update()
                 if share.observe:
                     share.observe(calls, pred_xstart)
-                share.suggest_batch_size(len(inputs))
+                share.suggest_batch_size(at_once)
                 if calls % _NONFINITE_CHECK_INTERVAL == 0 and all_lost(nonfinite_at.all()):
                     break
             if number in wanted:
@@ -403,10 +405,18 @@ def sample_batch(
     ]
 
 
+def pictures_a_call(conf: InpaintConf, inputs: Sequence[Inputs], batch_size: int) -> int:
+    """Return how many pictures, or windows of one, go through the network at once."""
+    known = inputs[0].mask_u8[:, :, 0] == 255
+    if len(known) == conf.image_size:
+        return len(inputs)
+    return min(batch_size, len(window_places(known, conf.image_size)))
+
+
 def wanted_transitions(plan: Plan) -> set[int]:
-    """Return the transitions that ``save_process`` keeps, evenly over the walk."""
+    """Return the transitions that ``save_process`` keeps, evenly over the walk, the last first."""
     last = len(plan.times) - 2
-    return set(np.linspace(0, last, plan.conf.save_process).round().astype(int).tolist())
+    return set(np.linspace(last, 0, plan.conf.save_process).round().astype(int).tolist())
 
 
 class AsyncFlag:

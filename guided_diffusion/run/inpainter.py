@@ -73,10 +73,17 @@ class Inpainter:
         other.diffusion = create_gaussian_diffusion(conf)
         return other
 
-    def steps(self, gt: Tensor, gt_keep_mask: Tensor, seeds: Sequence[int]) -> Iterator[Step]:
+    def steps(
+        self,
+        gt: Tensor,
+        gt_keep_mask: Tensor,
+        seeds: Sequence[int],
+        windows_at_once: int = 1,
+    ) -> Iterator[Step]:
         """Inpaint ``gt`` where the mask is 0, both (N, 3, S, S) on the device, from N seeds.
 
-        A picture larger than the network, of which there is one then, goes through it in windows.
+        A picture larger than the network, of which there is one then, goes through it in windows,
+        so many at once.
         Each image has a generator of its own, so that its result does not depend on the batch. It
         draws the label first, then noise. Yields a ``Step`` after every transition.
         """
@@ -84,8 +91,7 @@ class Inpainter:
         y = self._labels(generators)
         network = self.network
         if gt.shape[2:] != (self.conf.image_size, self.conf.image_size):
-            batch_size = self.conf.data.batch_size
-            network = Windows(network, self.conf.image_size, gt_keep_mask, batch_size)
+            network = Windows(network, self.conf.image_size, gt_keep_mask, windows_at_once)
         return self.diffusion.repaint(
             partial(network, y=y) if self.conf.class_cond else network,
             gt,

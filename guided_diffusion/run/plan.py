@@ -60,7 +60,6 @@ from guided_diffusion.script_util import (
 )
 
 SAMPLE_SEED_STRIDE = 1_000_003  # sample j of image k: seed + k + j · this, so that none coincide
-_MAX_RECORD_BYTES = 1 << 30  # a record has a line for each result
 # Settings that change how a run goes, but not what a result looks like.
 _WITHOUT_EFFECT_ON_RESULTS = (
     "name", "show_progress", "overview", "save_process", "device", "samples_per_image", "compile",
@@ -126,7 +125,6 @@ def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -
     if conf.guided:
         checkpoints["classifier_path"] = conf.classifier_path
     stamps = {path: stamp for path in checkpoints.values() if (stamp := stamp_of(path))}
-    checkpoints = {key: check_network(path) for key, path in checkpoints.items()}
     for folder in (conf.log_dir, *result_folders(conf).values()):
         refuse_inside(folder, conf.data.gt_path, key="gt_path")
         refuse_inside(folder, conf.data.mask_path, key="mask_path")
@@ -138,6 +136,7 @@ def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -
         max_len=conf.data.max_len,
         samples_per_image=conf.samples_per_image,
     )
+    checkpoints = {key: check_network(path) for key, path in checkpoints.items()}
     recorded = _read_record(conf) if resume and team.is_main else None
     seed = conf.seed
     if seed is None:
@@ -383,7 +382,7 @@ def _read_record(conf: InpaintConf) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     try:
-        tree = read_yaml(path, max_bytes=_MAX_RECORD_BYTES)
+        tree = read_yaml(path)
         earlier, record = conf_from_dict(tree, InpaintConf, path, is_complete=True), tree["record"]
         checkpoints = {key: str(value) for key, value in record["checkpoints"].items()}
         settings = settings_of_results(earlier, checkpoints, str(record["device_type"]))

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from guided_diffusion.config import schema
 from guided_diffusion.config.docs import help_text, markdown_table
 from guided_diffusion.config.keys import InpaintConf, TrainConf, load_conf
 from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, describe
@@ -216,13 +217,17 @@ def test_a_number_may_name_the_data_set(load):
         ("name: a\n".encode("utf-16-be"), "expected YAML in UTF-8, found UTF-16 "),
         ("name: a\n".encode("utf-16-le"), "expected YAML in UTF-8, found UTF-16 "),
         (b"PK\x03\x04\0\0\0\0", "found a binary file"),
-        (b"a: b\n" * 500_000, "more than 2 MiB"),
     ],
 )
 def test_files_that_are_no_conf(load, raw, words):
     message = problem(load, raw)
     assert "a.yml: " in message
     assert words in message
+
+
+def test_a_file_that_is_too_large_for_a_conf_is_not_parsed(load, monkeypatch):
+    monkeypatch.setattr(schema, "MAX_YAML_BYTES", 1 << 20)
+    assert "found more than 1 MiB" in problem(load, b"a: b\n" * 250_000)
 
 
 def test_byte_order_mark_and_line_ends(load):

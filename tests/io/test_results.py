@@ -292,6 +292,26 @@ def test_large_runs_are_paged_from_a_generator(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_page_holds_no_pictures_larger_than_a_tile(folders):
+    gt = noise(300, 600, 3)
+    results.write_result(folders, "a.png", gt, gt, gt)
+    [row] = sheets.finished_rows(folders, [("a.png", ["a.png"])])
+    shapes = [tile.shape for tile in (row.masked, *row.samples, row.gt)]
+    assert shapes == [(128, 256, 3)] * 3
+
+
+def test_results_are_read_back_whatever_their_size_and_profile(folders, monkeypatch, recwarn):
+    gt, mask = noise(8, 8, 3), noise(8, 8, 3, seed=1)
+    photo = Image.fromarray(gt)
+    photo.info["icc_profile"] = noise(3 << 20).tobytes()
+    results.write_result(folders, "a.png", photo, gt, mask, mark="m")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert results.read_mark(Path(folders["srs"], "a.png")) == "m"
+    assert np.array_equal(results.read_result(Path(folders["srs"], "a.png")), gt)
+    assert results.is_written(folders, "a.png", gt, mask, mark="m")
+    assert not recwarn.list
+
+
 def test_rows_are_read_back_from_disk(folders):
     gt, mask, sample = (noise(8, 8, 3, seed=seed) for seed in range(3))
     results.write_result(folders, "a.png", sample, gt, mask)

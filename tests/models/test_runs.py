@@ -207,6 +207,18 @@ def test_a_name_of_the_hub_is_fetched_once(here, capsys, hub):
     assert [call for call in hub if not call[2]] == online
 
 
+def test_averaged_weights_of_the_hub_are_fetched_from_their_folder(here, capsys, hub):
+    (here / "source" / "unet").rename(here / "source" / "unet_ema")
+    options = write_foreign(here, model_path="hf://owner/name")
+    assert run_here(capsys, *options).status == 0
+
+
+def test_the_depth_of_scans_is_checked_for_networks_of_folders_too(here):
+    write_foreign(here, depth_min=100.0, depth_max=100.0)
+    with pytest.raises(UserError, match="depth_min and depth_max: the first has to be below"):
+        load_conf("c.yml")
+
+
 def test_without_network_one_line_says_how_to_fetch(here, hub):
     write_foreign(here, model_path="hf://google/ddpm-cat-256")
     with pytest.raises(UserError) as caught:

@@ -238,6 +238,20 @@ def test_results_depend_on_no_batch_and_resume_goes_on(here, tmp_path):
     assert load_yaml(Path("log/run/run.yml"))["full_size"] is True
 
 
+def test_a_profile_of_other_colours_and_a_resolution_of_0_are_left_behind(here, tmp_path):
+    options = write_photo(tmp_path, data={"mask_path": "m.png"}, suffix=".jpg")
+    Path("gt/00.jpg").unlink()
+    photo = Image.fromarray(photo_of(30, 40))
+    photo.convert("CMYK").save("gt/a.jpg", icc_profile=b"for inks", dpi=(300, 300))
+    photo.save("gt/b.tif", x_resolution=0, y_resolution=0, resolution_unit=2)
+    Image.fromarray(mask_of(30, 40, (3, 3, 6, 6))).save("m.png")
+    ended = here(*options, "--set", "all_formats=true")
+    assert ended.status == 0, ended.err
+    with Image.open("log/run/inpainted/a.png") as a, Image.open("log/run/inpainted/b.png") as b:
+        assert (a.mode, "icc_profile" in a.info, round(a.info["dpi"][0])) == ("RGB", False, 300)
+        assert "dpi" not in b.info
+
+
 def test_a_mask_of_another_shape_names_both_sizes(here, tmp_path):
     options = write_photo(tmp_path)
     Image.fromarray(mask_of(8, 8, (1, 1, 3, 3))).save("mask/00.png")
@@ -286,9 +300,9 @@ def test_what_does_not_go_together_is_refused_by_name(here, tmp_path, changes, p
 def test_no_cut_of_a_photo_has_the_seed_of_another_pictures_cut(here, tmp_path, monkeypatch):
     seeds, steps = [], Inpainter.steps
 
-    def noted(self, gt, mask, of_batch):
+    def noted(self, gt, mask, of_batch, *rest):
         seeds.extend(of_batch)
-        return steps(self, gt, mask, of_batch)
+        return steps(self, gt, mask, of_batch, *rest)
 
     monkeypatch.setattr(Inpainter, "steps", noted)
     assert here(*write_photo(tmp_path, images=2, samples_per_image=2)).status == 0

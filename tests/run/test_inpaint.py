@@ -50,9 +50,9 @@ def calls(monkeypatch):
     """Seeds of every batch that the network was run for."""
     seen, steps = [], Inpainter.steps
 
-    def noting(self, gt, mask, seeds):
+    def noting(self, gt, mask, seeds, *rest):
         seen.append(list(seeds))
-        return steps(self, gt, mask, seeds)
+        return steps(self, gt, mask, seeds, *rest)
 
     monkeypatch.setattr(Inpainter, "steps", noting)
     return seen
@@ -355,8 +355,8 @@ def limit_memory(monkeypatch, most, kind="cuda"):
     """Let batches of more than ``most`` images run out of memory in the third step."""
     steps = Inpainter.steps
 
-    def limited(self, gt, mask, seeds):
-        for number, step in enumerate(steps(self, gt, mask, seeds)):
+    def limited(self, gt, mask, seeds, *rest):
+        for number, step in enumerate(steps(self, gt, mask, seeds, *rest)):
             if number == 2 and len(seeds) > most:
                 raise no_memory(kind)
             yield step
@@ -383,6 +383,27 @@ def test_a_batch_that_does_not_fit_is_halved_with_the_same_result(
     assert_same(results(LOG), first, levels=1)
 
 
+def test_windows_that_do_not_fit_are_halved_with_the_same_result(here, tmp_path, monkeypatch):
+    options = write_run(tmp_path, 1, full_size=True, windows=True, data={"mask_path": "genhalf"})
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)).save(
+        "gt/00.png"
+    )
+    assert here(*options).status == 0
+    first, sizes, steps = results(LOG), [], Inpainter.steps
+
+    def limited(self, gt, mask, seeds, windows_at_once):
+        sizes.append(windows_at_once)
+        if windows_at_once > 2:
+            raise no_memory("cuda")
+        return steps(self, gt, mask, seeds, windows_at_once)
+
+    monkeypatch.setattr(Inpainter, "steps", limited)
+    ended = here(*options, *set_(data__batch_size=8))
+    assert (ended.status, sizes) == (0, [8, 4, 2])
+    assert ended.lines == ["warning: batch_size: 8 images at once do not fit into memory, 2 do"]
+    assert_same(results(LOG), first, levels=1)
+
+
 def test_one_image_that_does_not_fit_ends_the_run_in_one_line(here, tmp_path, monkeypatch):
     options = write_run(tmp_path)
     limit_memory(monkeypatch, 0)
@@ -391,6 +412,22 @@ def test_one_image_that_does_not_fit_ends_the_run_in_one_line(here, tmp_path, mo
     [line] = ended.lines
     assert line.startswith("error: batch_size: one image alone does not fit into memory; 0 of 3")
     assert "--resume" in line
+
+
+def test_a_mistyped_folder_is_told_before_the_network_is_read(here, tmp_path, monkeypatch):
+    options = write_run(tmp_path)
+    monkeypatch.setattr(plan, "check_network", lambda _: pytest.fail("reads the network"))
+    ended = here(*options, "--gt", "gtt")
+    assert ended.status == 2
+    assert "gtt" in ended.lines[0]
+
+
+def test_the_only_moment_that_is_kept_is_the_last(here, tmp_path):
+    here(*write_run(tmp_path, 1, save_process=1, paste_known=False))
+    made = pixels("log/run/inpainted/00.png")
+    with Image.open("log/run/process/00.png") as strip:
+        tile = np.asarray(strip)[:128, :128]
+    assert np.array_equal(tile, made.repeat(16, axis=0).repeat(16, axis=1))
 
 
 def test_a_network_that_does_not_fit_is_told_in_one_line(here, tmp_path, monkeypatch):
@@ -437,7 +474,7 @@ def spoil(monkeypatch, wanted, value=float("nan")):
     """Put ``value`` into what the network returns where ``wanted(model, call, image)``."""
     steps = Inpainter.steps
 
-    def spoiling(self, gt, mask, seeds):
+    def spoiling(self, gt, mask, seeds, *rest):
         network, call = self.network, [0]
 
         def spoiled(x, timesteps, y=None):
@@ -450,7 +487,7 @@ def spoil(monkeypatch, wanted, value=float("nan")):
 
         self.network = spoiled
         try:
-            yield from steps(self, gt, mask, seeds)
+            yield from steps(self, gt, mask, seeds, *rest)
         finally:
             self.network = network
 
