@@ -61,7 +61,9 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
     return [*quoted, *flags, *args.overrides]
 
 
-def said_of_fast(conf_path: str, overrides: Sequence[str], times: list[int]) -> str:
+def said_of_fast(
+    conf_path: str, overrides: Sequence[str], made: InpaintConf, times: list[int]
+) -> str:
     """Say what ``--fast``, which walks ``times``, has replaced of a YAML, and what that costs."""
     from guided_diffusion.scheduler import count_steps, get_schedule_jump
 
@@ -70,7 +72,7 @@ def said_of_fast(conf_path: str, overrides: Sequence[str], times: list[int]) -> 
         conf = load_conf(conf_path, InpaintConf, overrides)
         calls = count_steps(get_schedule_jump(**vars(conf.schedule_jump_params)))[0]
         replaced = f"{conf.sampler} with {calls:,}"
-    fast = f"ddnm with {count_steps(times)[0]:,} network calls a picture"
+    fast = f"{made.sampler} with {count_steps(times)[0]:,} network calls a picture"
     return f"--fast: {fast} in place of {replaced}; docs/quality.md says what it costs"
 
 
@@ -89,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     team = Team()
     plan = plan_run(conf, team, resume=args.resume)
     if args.fast and team.is_main:
-        print(said_of_fast(args.conf_path, overrides, plan.times))
+        print(said_of_fast(args.conf_path, overrides, plan.conf, plan.times))
     summary, inpainter = Summary(), inpaint.build(plan) if plan.todo else None
     with locked(conf.log_dir) if team.is_main else contextlib.nullcontext():
         if inpainter:

@@ -422,7 +422,8 @@ class Photo:
     """A photo as it is: ``pixels`` uint8 (H, W, 3), ``known`` uint8 (H, W), 255 = known.
 
     ``mode`` is what it is given back as, L, LA, RGB or RGBA, with ``alpha`` uint8 (H, W) or None;
-    ``info`` its profile and resolution. ``odd`` says what is odd about the mask, if anything.
+    ``info`` its profile and resolution. ``odd`` says what is odd about the mask, if anything, and
+    ``dim`` why the photo will be dark, if it will.
     """
 
     pixels: np.ndarray
@@ -431,6 +432,7 @@ class Photo:
     alpha: np.ndarray | None
     info: dict[str, object]
     odd: str | None = None
+    dim: str | None = None
 
     def image_of(self, pixels: np.ndarray) -> Image.Image:
         """Return other pixels (H, W, 3) as the photo's mode, with its transparency."""
@@ -454,16 +456,18 @@ def load_photo(
         known, odd = _known_of_photo(pair, image, invert_mask, seed, handling)
         info = _profile_and_resolution(image)
         if is_deep(image):
-            gray = np.asarray(as_rgb(image, handling.depth)[0])
-            return Photo(gray, known, "L", None, info, odd)
+            gray = _noted_rgb(image, handling.depth)
+            dim = dim_picture(gray, handling.depth)
+            return Photo(np.asarray(gray), known, "L", None, info, odd, dim)
+        dim = dim_picture(image, handling.depth)
         mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
         if not image.has_transparency_data:
-            return Photo(np.asarray(image.convert("RGB")), known, mode, None, info, odd)
+            return Photo(np.asarray(image.convert("RGB")), known, mode, None, info, odd, dim)
         layers = image.convert("RGBA")
         alpha = None if pair.is_alpha else np.asarray(layers.getchannel("A"))
         suffix = "" if alpha is None else "A"
         pixels = np.asarray(layers.convert("RGB"))
-        return Photo(pixels, known, mode + suffix, alpha, info, odd)
+        return Photo(pixels, known, mode + suffix, alpha, info, odd, dim)
 
 
 def _profile_and_resolution(image: Image.Image) -> dict[str, object]:
@@ -505,9 +509,9 @@ def _known_of_photo(
     return shape_mask(known, photo.size, grow=handling.grow, hard=handling.hard), odd
 
 
-def _noted_rgb(image: Image.Image) -> Image.Image:
+def _noted_rgb(image: Image.Image, depth: tuple[float, float] | None = None) -> Image.Image:
     """Return an upright picture as ``read_rgb`` gives it."""
-    rgb, levels = as_rgb(image)
+    rgb, levels = as_rgb(image, depth)
     rgb.info["origin"] = dataclasses.replace(origin_of(image), levels=levels)
     return rgb
 

@@ -1,7 +1,7 @@
 """The keys for their readers: ``--help``, Markdown tables and JSON Schema.
 
-``python guided_diffusion/config/docs.py`` rewrites the JSON Schemas in ``confs/`` and the READMEs'
-tables after a key has changed.
+``python guided_diffusion/config/docs.py`` rewrites the JSON Schemas in ``confs/`` and
+docs/configuration.md after a key has changed.
 """
 
 import dataclasses

@@ -399,6 +399,11 @@ class InpaintConf(ModelConf):
             "the first has no effect while the second is false",
         )
         require(
+            self.output_format == "png" or self.full_size,
+            "output_format and full_size",
+            "the first has no effect while the second is false",
+        )
+        require(
             not (self.windows and self.guided),
             "windows and classifier_path",
             "a classifier sees squares of one size only",

@@ -16,7 +16,8 @@ from guided_diffusion.io.images import center_crop
 Box = tuple[int, int, int, int]  # left, top, right and bottom, in pixels of the photo
 
 _CELLS = 32  # of the grid on which near holes are found, along the longer side of the photo
-CUT_SEED_STRIDE = 7_368_787_297  # between the seeds of a photo's cuts: more than all its samples
+# Between the seeds of a photo's cuts: beyond those of 7,000 samples, so that none coincide.
+CUT_SEED_STRIDE = 7_368_787_297
 
 
 @dataclass(frozen=True)

@@ -236,17 +236,17 @@ def _check_photos(conf: InpaintConf, pairs: Sequence[Pair], steps: int) -> tuple
 
     ``steps`` is how often a walk predicts.
     """
-    shares, odd, cuts, calls = [], [], 0, 0
+    shares, notes, cuts, calls = [], [], 0, 0
     hidden = not conf.show_progress
     for pair in tqdm(pairs, "checking photos", leave=False, delay=2, disable=hidden):
         photo = load_full(conf, pair)
         shares.append(1 - float(photo.known.mean()) / 255)
-        odd.append((pair.mask_path, photo.odd))
+        notes += [(pair.gt_path, photo.dim), (pair.mask_path, photo.odd)]
         found = find_cuts(photo.known, conf.image_size)
         cuts += len(found)
         calls += steps * sum(_windows_of(conf, photo.known, cut) for cut in found)
     warn_of_extremes(pairs, shares)
-    warn_of_kinds(odd)
+    warn_of_kinds(notes)
     times = conf.samples_per_image
     return shares, f", {cuts * times} cuts, at most {calls * times:,} network calls"
 

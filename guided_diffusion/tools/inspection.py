@@ -45,10 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _side(text: str) -> int:
-    side = int(text)
-    if not 1 <= side <= 8192:
-        raise argparse.ArgumentTypeError("from 1 to 8192")
-    return side
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 8192):
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 8192, found {text!r}")
+    return int(text)
 
 
 def _yaml(keys: Mapping[str, Any]) -> list[str]:

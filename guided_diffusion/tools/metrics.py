@@ -46,7 +46,7 @@ from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.keys import RESULT_FOLDERS, InpaintConf, load_conf
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import list_images, output_name, sample_names
-from guided_diffusion.io.files import write_text_atomic
+from guided_diffusion.io.files import JPEG_SUFFIXES, write_text_atomic
 from guided_diffusion.io.images import read_rgb, to_model_range
 from guided_diffusion.tools.perceptual import LPIPS, MIN_SIDE, load_lpips
 
@@ -133,9 +133,16 @@ def _recorded(record: Path, samples_per_image: int) -> list[str]:
     noted = yaml.safe_load(record.read_text(encoding="utf-8")).get("record")
     seeds = noted.get("seeds") if isinstance(noted, dict) else None
     names = [str(name) for name in seeds] if isinstance(seeds, dict) else []
-    if samples_per_image > 1:
-        names = [re.sub(r"_\d+\.png$", ".png", name) for name in names]
-    return list(dict.fromkeys(names))
+    number = r"_\d+" if samples_per_image > 1 else ""
+    # Results may be JPEGs (output_format: same); their pictures are PNGs.
+    return list(dict.fromkeys(re.sub(rf"{number}\.\w+$", ".png", name) for name in names))
+
+
+def _result(folder: Path, name: str) -> Path | None:
+    """Return the result of a name, a JPEG where there is no PNG; None where there is none."""
+    suffixes = (".png", *JPEG_SUFFIXES, *(suffix.upper() for suffix in JPEG_SUFFIXES))
+    paths = ((folder / name).with_suffix(suffix) for suffix in suffixes)
+    return next((path for path in paths if path.is_file()), None)
 
 
 # ---- measures ------------------------------------------------------------------------------------
@@ -218,7 +225,7 @@ def measure(run: Run, meter: Meter) -> list[dict[str, Any]]:
     rows, missing = [], []
     for name in tqdm(run.pictures, "measuring", delay=2, leave=False):
         names = sample_names(name, run.samples_per_image)
-        found = {n: path for n in names if (path := Path(run.folders["srs"]) / n).is_file()}
+        found = {n: path for n in names if (path := _result(Path(run.folders["srs"]), n))}
         missing += [n for n in names if n not in found]
         if not found:
             continue
@@ -323,7 +330,7 @@ def write_numbers(run: Run, rows: Sequence[dict[str, Any]], out: Path) -> list[P
         "means": means, "each": rows,
     }  # fmt: skip
     text = json.dumps(_finite(tree), indent=1, ensure_ascii=False, allow_nan=False)
-    write_text_atomic(out / "metrics.json", text + "\n")
+    write_text_atomic(out / "metrics.json", _as_utf8(text) + "\n")
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     columns = [f"{key}{part}" for key in KINDS for part in ("", "_hole")]
@@ -333,8 +340,13 @@ def write_numbers(run: Run, rows: Sequence[dict[str, Any]], out: Path) -> list[P
         for sample in row["samples"]:
             own = [sample[key] for key in columns] + [row.get(key, "") for key in extra]
             writer.writerow([row["name"], sample["name"], row["hole_share"], *own])
-    write_text_atomic(out / "metrics.csv", table.getvalue())
+    write_text_atomic(out / "metrics.csv", _as_utf8(table.getvalue()))
     return [out / "metrics.csv", out / "metrics.json"]
+
+
+def _as_utf8(text: str) -> str:
+    """Escape what UTF-8 has not: file names may be any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _finite(tree: Any) -> Any:

@@ -252,6 +252,16 @@ def test_a_profile_of_other_colours_and_a_resolution_of_0_are_left_behind(here, 
         assert "dpi" not in b.info
 
 
+def test_a_scan_that_will_be_dark_is_told(here, tmp_path):
+    options = write_photo(tmp_path)
+    scan = np.mgrid[0:30, 0:40][1] * 100
+    Image.fromarray(scan.astype(np.uint16)).save("gt/00.png")
+    ended = here(*options)
+    assert "gt/00.png: uses 3900 of 65535 and will be dark; depth_max: 4095" in ended.err
+    ended = here(*options, "--set", "depth_max=4095")
+    assert "will be dark" not in ended.err
+
+
 def test_a_mask_of_another_shape_names_both_sizes(here, tmp_path):
     options = write_photo(tmp_path)
     Image.fromarray(mask_of(8, 8, (1, 1, 3, 3))).save("mask/00.png")
@@ -288,6 +298,7 @@ def test_without_a_hole_the_photo_is_the_result(here, tmp_path):
     ("changes", "problem"),
     [
         ({"windows": True, "full_size": False}, "windows and full_size"),
+        ({"output_format": "same", "full_size": False}, "output_format and full_size"),
         ({"data": {"random_flip": True}}, "full_size and data.eval.tiny.random_flip"),
     ],
 )

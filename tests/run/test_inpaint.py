@@ -805,6 +805,13 @@ def test_fast_is_ddnm_in_100_calls_and_says_so(tmp_path, monkeypatch, capsys, ow
     assert conf.schedule_jump_params.jump_n_sample == 1
 
 
+def test_what_is_said_of_fast_is_what_runs(tmp_path, monkeypatch, capsys):
+    options = write_run(tmp_path, 1)
+    monkeypatch.chdir(tmp_path)
+    ended = run_here(capsys, *options, "--fast", "--set", "sampler=repaint")
+    assert "--fast: repaint with 100 network calls a picture" in ended.out
+
+
 def test_keys_that_came_later_leave_the_marks_of_earlier_results_valid(tmp_path):
     write_run(tmp_path, 1)
     conf = load_conf(tmp_path / "c.yml")

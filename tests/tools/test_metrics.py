@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,6 +210,25 @@ def test_the_papers_place(name, place):
     else:
         with pytest.raises(UserError, match="--paper"):
             metrics.paper_place(name)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_results_that_are_jpegs_of_odd_names_are_measured(
+    count, tmp_path, monkeypatch, capsys, alexnet
+):
+    monkeypatch.chdir(tmp_path)
+    options = write_run(tmp_path, images=1, image_size=32, full_size=True, output_format="same")
+    with Image.open("gt/00.png") as image:
+        image.resize((32, 32)).save("gt/a\udcff.jpg", format="JPEG")
+    with Image.open("mask/00.png") as image:
+        image.resize((32, 32)).save("mask/00.png")
+    Path("gt/00.png").unlink()
+    assert run_here(capsys, *options, "--set", f"samples_per_image={count}").status == 0
+    assert metrics.main(["log/run", "--alexnet", alexnet]) == 0
+    assert f"run: n = 1 pictures, {count} results" in capsys.readouterr().out
+    assert "a\\udcff" in Path("log/run/metrics.csv").read_text()
+    [row] = json.loads(Path("log/run/metrics.json").read_text())["each"]
+    assert row["name"] == "a\udcff.png"
 
 
 @pytest.mark.parametrize("by", ["folder", "conf_path"])
