@@ -8,6 +8,8 @@ if __name__ == "__main__":  # before the other imports, which take a second
 import argparse
 import contextlib
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 
 from guided_diffusion import raise_on_ctrl_c
@@ -76,6 +78,13 @@ def said_of_fast(
     return f"--fast: {fast} in place of {replaced}; docs/quality.md says what it costs"
 
 
+def resume_command(processes: int) -> str:
+    """Return the command that goes on with this run."""
+    if processes > 1:
+        return "the same torchrun command with --resume"
+    return shlex.join([arg for arg in sys.orig_argv if arg != "--resume"] + ["--resume"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, build, run; return the exit status: 0, or 1 where a result failed."""
     args = parse_args(argv)
@@ -95,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary, inpainter = Summary(), inpaint.build(plan) if plan.todo else None
     with locked(conf.log_dir) if team.is_main else contextlib.nullcontext():
         if inpainter:
-            summary = inpaint.run(plan, inpainter, team)
+            summary = inpaint.run(plan, inpainter, team, resume_with=resume_command(team.size))
         if team.is_main:
             print(inpaint.conclude(plan, summary))
     return 1 if summary.failures else 0

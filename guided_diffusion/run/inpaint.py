@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import gc
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -67,13 +66,20 @@ def build(plan: Plan) -> Inpainter:
         raise UserError(problem, path=plan.conf.model_path, key="device") from error
 
 
-def run(plan: Plan, inpainter: Inpainter, team: Team, observe: Observer | None = None) -> Summary:
+def run(
+    plan: Plan,
+    inpainter: Inpainter,
+    team: Team,
+    observe: Observer | None = None,
+    *,
+    resume_with: str = "",
+) -> Summary:
     """Make all results of ``plan`` that are still to do, this process its share of them.
 
     A result that fails is noted and the others go on; ``observe`` sees every network call. Returns
     the sum over all processes in the main one; the others need not wait for it and return nothing
     of their own. Raises UserError where nothing more can be written, and KeyboardInterrupt after
-    Ctrl-C, both with a way to go on.
+    Ctrl-C; both say how much is done where ``resume_with``, the command for the rest, is given.
     """
     if team.is_main:
         log_dir = plan.conf.log_dir
@@ -85,10 +91,13 @@ def run(plan: Plan, inpainter: Inpainter, team: Team, observe: Observer | None =
         share = Share(plan, inpainter, team, interrupts, observe)
         try:
             parts = make_all(share)
-        except UserError as error:
-            raise type(error)(f"{error}; {resume_hint(plan, team)}") from error
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(resume_hint(plan, team) if team.is_main else "") from None
+        except (UserError, KeyboardInterrupt) as error:
+            if not resume_with:
+                raise
+            hint = f"{said_of_done(plan, team)}; go on with: {resume_with}"
+            if isinstance(error, UserError):
+                raise type(error)(f"{error}; {hint}") from error
+            raise KeyboardInterrupt(hint if team.is_main else "") from None
     total = Summary(seconds=time.perf_counter() - start)
     for part in parts:
         total.finished += part["finished"]
@@ -119,14 +128,12 @@ def conclude(plan: Plan, summary: Summary) -> str:
     return " ".join(f"{plan.conf.log_dir}: {', '.join(parts)}".split())
 
 
-def resume_hint(plan: Plan, team: Team) -> str:
-    """Say how much is done and with which command the rest will be."""
+def said_of_done(plan: Plan, team: Team) -> str:
+    """Say how much is done."""
     done = len(plan.jobs) - len(plan.todo)
     with contextlib.suppress(UserError):
         done += team.count("written")
-    command = [arg for arg in sys.orig_argv if arg != "--resume"] + ["--resume"]
-    how = shlex.join(command) if team.size == 1 else "the same torchrun command with --resume"
-    return f"{done} of {len(plan.jobs)} results are in {plan.conf.log_dir}; go on with: {how}"
+    return f"{done} of {len(plan.jobs)} results are in {plan.conf.log_dir}"
 
 
 def log(text: str) -> None:

@@ -776,6 +776,22 @@ def test_an_observer_ends_the_run_by_what_it_raises(planned, tmp_path):
     assert not (tmp_path / "log" / "run" / "inpainted").exists()
 
 
+@pytest.mark.parametrize("error", [UserError("the disk is full"), KeyboardInterrupt()], ids=repr)
+def test_only_a_caller_with_a_command_hears_how_to_go_on(planned, monkeypatch, error):
+    def fail(_):
+        raise error
+
+    networks = inpaint.build(planned)
+    monkeypatch.setattr(inpaint, "refuse_changed", fail)
+    for options, told in (
+        ({}, str(error)),
+        ({"resume_with": "x --resume"}, "0 of 2 results are in log/run; go on with: x --resume"),
+    ):
+        with pytest.raises(type(error)) as caught:
+            inpaint.run(planned, networks, dist_util.Team(), **options)
+        assert str(caught.value).removeprefix(f"{error}; ") == told
+
+
 def test_networks_walk_another_way_as_if_they_were_loaded_for_it(planned, tmp_path):
     inpainter = inpaint.build(planned)
     changes = ("timestep_respacing='3'", "schedule_jump_params={t_T: 3}", "seed=9")
