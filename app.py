@@ -35,6 +35,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import list_images
 from guided_diffusion.masks import FAMILIES
 from guided_diffusion.run.orders import (
+    MAX_MASK_GROW,
     MAX_SAMPLES,
     NO_MASK,
     NO_PICTURE,
@@ -315,7 +316,8 @@ def build_page(page: Page) -> tuple[gr.Blocks, gr.I18n]:
                                      label=words("seed"))  # fmt: skip
                 with gr.Row():
                     full_size = gr.Checkbox(True, label=words("full_size"))
-                    mask_grow = gr.Slider(0, 64, conf.mask_grow, step=1, label=words("mask_grow"))
+                    mask_grow = gr.Slider(0, MAX_MASK_GROW, min(conf.mask_grow, MAX_MASK_GROW),
+                                          step=1, label=words("mask_grow"))  # fmt: skip
             with gr.Column():
                 with gr.Row():
                     run = gr.Button(words("run"), variant="primary", elem_id="run")

@@ -6,6 +6,7 @@ makes it, and leaves a YAML that repeats it.
 
 import dataclasses
 import json
+import re
 import secrets
 import shutil
 import threading
@@ -31,7 +32,7 @@ from guided_diffusion.run import inpaint
 from guided_diffusion.run.plan import Plan, plan_run, settings_of_results
 from guided_diffusion.scheduler import count_steps
 
-MAX_SAMPLES = 4
+MAX_SAMPLES, MAX_MASK_GROW = 4, 64
 PAINTED, UPLOADED = "painted", "uploaded"
 NO_PICTURE = "upload a picture first"
 NO_MASK = "upload a mask first"
@@ -64,7 +65,7 @@ class Order:
         for name, value in (
             ("seed", seed),
             ("samples", min(max(int(self.samples), 1), MAX_SAMPLES)),
-            ("mask_grow", int(self.mask_grow or 0)),
+            ("mask_grow", min(int(self.mask_grow or 0), MAX_MASK_GROW)),
             ("full_size", bool(self.full_size)),
         ):
             object.__setattr__(self, name, value)
@@ -106,13 +107,15 @@ class Job:
 class Studio:
     """The networks of one configuration, loaded at the first job and kept, and one job at a time.
 
-    ``overrides`` are KEY=VALUE as test.py's ``--set`` takes them.
+    They are loaded anew where YAML or checkpoint has changed since. ``overrides`` are KEY=VALUE as
+    test.py's ``--set`` takes them.
     """
 
     def __init__(self, conf_path: str, overrides: Sequence[str] = ()) -> None:
         self.conf_path, self.overrides = conf_path, list(overrides)
         self.conf = load_conf(conf_path, InpaintConf, self.overrides)
-        self._inpainter, self._lock = None, threading.Lock()
+        self._inpainter = self._networks = None
+        self._lock = threading.Lock()
 
     def work(self, job: Job) -> None:
         """Do a job, in a thread of its own; what goes wrong is kept in it."""
@@ -142,8 +145,10 @@ class Studio:
         repeat = load_conf(self.conf_path, InpaintConf, [*options, *there])
         marks = settings_of_results(repeat, plan.checkpoints, plan.settings["device"])
         plan = dataclasses.replace(plan, settings=marks)
-        if self._inpainter is None:
-            self._inpainter = inpaint.build(plan)
+        networks = networks_of(plan, [*options, *here])
+        if self._networks != networks:
+            self._inpainter = self._networks = None  # both together may not fit into memory
+            self._inpainter, self._networks = inpaint.build(plan), networks
         inpainter = self._inpainter.walking(plan.conf, plan.times)
         job.total = network_calls(plan)
         job.started = time.monotonic()
@@ -166,10 +171,12 @@ class Studio:
 def write_inputs(order: Order, folder: Path) -> tuple[str, str]:
     """Write picture and mask into ``folder``; return their names, or the family of the mask.
 
-    Raises UserError where one is missing or cannot be read.
+    Raises UserError where one is missing, cannot be read or is too large.
     """
     if not order.picture:
         raise UserError(NO_PICTURE)
+    for path in filter(None, (order.picture, order.mask, *order.strokes)):
+        refuse_large(path)
     picture = f"picture{Path(order.picture).suffix.lower()}"
     shutil.copyfile(order.picture, folder / picture)
     if order.hole in FAMILIES:
@@ -195,6 +202,21 @@ def write_inputs(order: Order, folder: Path) -> tuple[str, str]:
     return picture, "mask.png"
 
 
+def refuse_large(path: str) -> None:
+    """Raise UserError for more than ``PIL.Image.MAX_IMAGE_PIXELS``: pictures are other people's."""
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        with Image.open(path) as image:
+            is_large = limit is not None and image.width * image.height > limit
+    except Image.DecompressionBombError:
+        is_large = True
+    except Exception:  # whoever reads the picture says what is wrong with it
+        return
+    if is_large:
+        problem = "has too many pixels; make the picture smaller first"
+        raise UserError(problem, path=Path(path).name, expected=f"at most {limit}")
+
+
 def options_of(order: Order) -> list[str]:
     """Translate an order into KEY=VALUE."""
     options = [
@@ -207,6 +229,15 @@ def options_of(order: Order) -> list[str]:
         f"mask_grow={order.mask_grow}",
     ]
     return [*(FAST if order.method == "fast" else ()), *options]
+
+
+def networks_of(plan: Plan, options: Sequence[str]) -> tuple[dict, dict]:
+    """Return what tells the networks of a plan from others: checkpoints, and keys of the YAML.
+
+    No order sets such a key: those of ``options``, which made this plan, and of FAST are left out.
+    """
+    own = {re.split("[.=]", option)[0] for option in (*FAST, *options)}
+    return plan.checkpoints, {key: v for key, v in vars(plan.conf).items() if key not in own}
 
 
 def inputs_of(folder: Path, picture: str, mask: str) -> list[str]:

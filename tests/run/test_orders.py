@@ -5,9 +5,10 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
-from run_cases import ROOT, pixels, run_here, write_run
+from run_cases import ROOT, pixels, run_here, tiny_tree, write_run, write_tree
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.run import orders
@@ -88,6 +89,32 @@ def test_networks_are_loaded_once(studio, tmp_path, monkeypatch):
     assert first == again != other
 
 
+def replace_checkpoint(folder, path):
+    state = torch.load(folder / "model.pt", weights_only=True)
+    torch.save({name: 1.5 * tensor for name, tensor in state.items()}, folder / path)
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "yaml"])
+def test_networks_are_loaded_anew_where_they_are_others(studio, tmp_path, how):
+    first = do(studio, order(tmp_path), tmp_path).results[0].read_bytes()
+    if how == "checkpoint":
+        replace_checkpoint(tmp_path, "model.pt")
+    else:
+        replace_checkpoint(tmp_path, "other.pt")
+        write_tree(tmp_path, tiny_tree(model_path="other.pt"))
+    again = do(studio, order(tmp_path), tmp_path).results[0].read_bytes()
+    fresh = do(Studio("c.yml"), order(tmp_path), tmp_path).results[0].read_bytes()
+    assert first != again == fresh
+
+
+def test_an_order_of_every_kind_shares_the_networks(studio, tmp_path, monkeypatch):
+    built, build = [], orders.inpaint.build
+    monkeypatch.setattr(orders.inpaint, "build", lambda plan: built.append(1) or build(plan))
+    for changes in CASES:
+        do(studio, order(tmp_path, **changes), tmp_path)
+    assert built == [1]
+
+
 def test_calls_are_counted_beforehand(studio, tmp_path):
     job = do(studio, order(tmp_path, samples=2), tmp_path)
     assert job.calls == job.total > 0
@@ -150,6 +177,33 @@ def test_mistakes_are_told_in_one_line(studio, tmp_path, changes, told):
     with pytest.raises(UserError, match=told) as caught:
         do(studio, order(tmp_path, **changes), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("which", ["picture", "mask", "strokes"])
+def test_more_pixels_than_pillow_takes_for_safe_are_refused(studio, tmp_path, monkeypatch, which):
+    large = str(tmp_path / "large.png")
+    for width in (21, 60):  # above the limit, and where Pillow itself refuses
+        Image.new("RGBA", (width, 16)).save(large)
+        wish = order(tmp_path, **{which: [large] if which == "strokes" else large})
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 320)
+        with pytest.raises(UserError, match=r"^large\.png: has too many pixels; .* at most 320$"):
+            do(studio, wish, tmp_path)
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+
+
+def test_a_hole_grows_as_far_as_the_control_goes(tmp_path):
+    grown = [order(tmp_path, mask_grow=wish).mask_grow for wish in (None, 3, 64, 1e9)]
+    assert grown == [0, 3, 64, 64]
+
+
+def test_a_fault_of_a_run_is_told_without_the_servers_command(studio, tmp_path, monkeypatch):
+    def fail(_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(orders.inpaint, "refuse_changed", fail)
+    with pytest.raises(UserError, match=r"^the disk is full$"):
+        do(studio, order(tmp_path), tmp_path)
 
 
 def test_the_yaml_names_no_folder_of_this_machine(studio, tmp_path):
