@@ -12,11 +12,19 @@ While it runs, programs can ask it too:
     print(files)
 """
 
+import os
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from guided_diffusion import end_at_once_on_ctrl_c
+
+    end_at_once_on_ctrl_c()
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch, as guided_diffusion/cli.py says
+
 import argparse
 import base64
+import contextlib
 import html
 import io
-import os
 import re
 import secrets
 import shutil
@@ -30,6 +38,7 @@ from typing import Any
 
 from PIL import Image
 
+from guided_diffusion import raise_on_ctrl_c
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import list_images
@@ -62,6 +71,7 @@ except ImportError:
 MAX_UPLOAD = "32mb"
 LONGEST_QUEUE = 16
 SWEEP_SECONDS = 90.0
+KEPT_SECONDS = 24 * 3600.0  # files of whom nobody knows whether they are still there
 FONTS = ["system-ui", "sans-serif"]  # none is fetched from elsewhere
 # English and Chinese, by key; the browser's language decides.
 WORDS = {
@@ -121,6 +131,7 @@ class Page:
     def __init__(self, studio: Studio, folder: Path) -> None:
         self.studio, self.folder = studio, folder
         self._examples = folder / "examples"
+        self._present: set[str] = set()  # visitors who will say that they leave
         self._jobs: dict[str, Job] = {}
         self._uploads: dict[str, set[Path]] = {}
 
@@ -138,12 +149,11 @@ class Page:
     ) -> Iterator[tuple]:
         """Do what the page's button asks for."""
         editor = editor or {"background": None, "layers": [], "composite": None}
-        self._own(request.session_hash, editor["composite"])
         order = Order(
             editor["background"], editor["layers"], mask, hole, method, samples, seed, full_size,
             mask_grow,
         )  # fmt: skip
-        yield from self._tell(order, request)
+        yield from self._tell(order, request, editor["composite"])
 
     def inpaint(
         self,
@@ -162,13 +172,16 @@ class Page:
         order = Order(picture, [], mask, hole, method, samples, seed, full_size, mask_grow)
         yield from self._tell(order, request)
 
-    def _tell(self, order: Order, request: gr.Request) -> Iterator[tuple]:
+    def _tell(self, order: Order, request: gr.Request, *uploads: str | None) -> Iterator[tuple]:
         say = speaker(request)
+        self._sweep()
         session = request.session_hash or secrets.token_hex(8)
-        self._own(session, order.picture, order.mask, *order.strokes)
+        self._folder(session).mkdir(exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=self._folder(session)))
         earlier = self._jobs.get(session)
         job = self._jobs[session] = Job(order, folder)
+        paths = (order.picture, order.mask, *order.strokes, *uploads)
+        self._uploads.setdefault(session, set()).update(Path(path).parent for path in paths if path)
         thread = threading.Thread(target=self.studio.work, args=(job,), daemon=True)
         thread.start()
         try:
@@ -203,12 +216,7 @@ class Page:
 
     def enter(self, request: gr.Request) -> None:
         """Know a visitor, whose uploads are to be kept."""
-        self._uploads.setdefault(request.session_hash, set())
-
-    def _own(self, session: str, *paths: str | None) -> None:
-        """Note uploads, which go when their visitor goes."""
-        uploads = self._uploads.setdefault(session, set())
-        uploads |= {Path(path).parent for path in paths if path}
+        self._present.add(request.session_hash)
 
     def cancel(self, request: gr.Request) -> str:
         """End a visitor's job at the next network call; one that waits is Gradio's to end."""
@@ -219,19 +227,34 @@ class Page:
 
     def leave(self, request: gr.Request) -> None:
         """End a visitor's job, and delete the visitor's files."""
-        if job := self._jobs.pop(request.session_hash, None):
-            job.is_cancelled = True
-        folders = self._uploads.pop(request.session_hash, set())
-        folders = folders.difference(*self._uploads.values())  # equal files are one file
-        self._delete({*folders, self._folder(request.session_hash)})
+        self._present.discard(request.session_hash)
+        self._forget(request.session_hash)
         timer = threading.Timer(SWEEP_SECONDS, self._sweep)
         timer.daemon = True
         timer.start()
 
+    def _forget(self, session: str) -> None:
+        if job := self._jobs.pop(session, None):
+            job.is_cancelled = True
+        folders = self._uploads.pop(session, set())
+        folders = folders.difference(*self._uploads.values())  # equal files are one file
+        self._delete({*folders, self._folder(session)})
+
     def _sweep(self) -> None:
-        """Delete what was uploaded but never used, once nobody is there."""
-        if not self._uploads:
-            self._delete({f for f in self.folder.glob("*") if f.stat().st_mtime < time.time() - 60})
+        """Delete what was uploaded but never used, and what belongs to programs that are gone.
+
+        A program may leave without a word, so it counts as gone a day after its last job.
+        """
+        for session, job in list(self._jobs.items()):
+            if session not in self._present and time.monotonic() - job.asked > KEPT_SECONDS:
+                self._forget(session)
+        sessions = {*self._present, *self._uploads}
+        owned = {self._folder(session) for session in sessions}.union(*self._uploads.values())
+        oldest = time.time() - (KEPT_SECONDS if sessions else 60)
+        for folder in set(self.folder.glob("*")) - owned:
+            with contextlib.suppress(FileNotFoundError):  # somebody else deletes it, too
+                if folder.stat().st_mtime < oldest:
+                    self._delete({folder})
 
     def _delete(self, folders: set[Path]) -> None:
         for folder in folders - {self._examples}:
@@ -239,9 +262,7 @@ class Page:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _folder(self, session: str) -> Path:
-        folder = self.folder / f"session-{re.sub('[^0-9a-zA-Z]', '', session)}"
-        folder.mkdir(exist_ok=True)
-        return folder
+        return self.folder / f"session-{re.sub('[^0-9a-zA-Z]', '', session)}"
 
     def examples(self) -> list[str]:
         """Copy some of the configuration's pictures to where the page may show them."""
@@ -357,13 +378,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=7860, help="port to listen at")
     parser.add_argument("--share", action="store_true", help="a public address, through Gradio's "
                         "servers")  # fmt: skip
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 1 <= args.port <= 65535:
+        raise UserError(key="--port", expected="1 to 65535", got=args.port)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the configuration, then serve the page until Ctrl-C."""
     args = parse_args(argv)
     studio = Studio(args.conf_path, args.overrides)
+    raise_on_ctrl_c()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that files are deleted then too
     with tempfile.TemporaryDirectory(prefix="repaint-page-", ignore_cleanup_errors=True) as name:
         folder = Path(name).resolve()
@@ -378,7 +403,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )  # fmt: skip
         except OSError as error:
             raise UserError(str(error), key="--port", got=args.port) from error
-        print(f"http://{args.host}:{args.port}" + f" and {demo.share_url}" * args.share, flush=True)
+        addresses = f"http://{args.host}:{args.port}", demo.share_url  # None: there is no such
+        print(" and ".join(filter(None, addresses)), flush=True)
         try:
             signal.pause()
         finally:

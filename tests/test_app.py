@@ -18,12 +18,16 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 from run_cases import ENVIRONMENT, ROOT, run_apart
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.run.orders import Cancelled
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
@@ -37,6 +41,14 @@ EXAMPLE = ".gallery-item"
 # ---- Without a browser ---------------------------------------------------------------------------
 
 
+@pytest.fixture
+def app():
+    pytest.importorskip("gradio", reason="the page needs requirements-app.txt")
+    import app
+
+    return app
+
+
 def test_without_gradio_it_says_what_to_install(tmp_path):
     (tmp_path / "gradio.py").write_text("raise ImportError")
     code = "import runpy, sys; sys.path[:0] = sys.argv[1:]; sys.argv[1:] = []; " \
@@ -48,13 +60,72 @@ def test_without_gradio_it_says_what_to_install(tmp_path):
     assert ended.stderr == "error: gradio is not installed: pip install -r requirements-app.txt\n"
 
 
-def test_no_folder_of_this_machine_is_told():
-    pytest.importorskip("gradio", reason="the page needs requirements-app.txt")
-    import app
-
+def test_no_folder_of_this_machine_is_told(app):
     told = "/tmp/repaint-page-x/session-1/tmp2/picture.png: mask: expected 3/4 of ./a/b, see http://x/y"
     expected = "picture.png: mask: expected 3/4 of ./a/b, see http://x/y"
     assert app.without_folders(told) == expected
+
+
+def test_ctrl_c_while_it_starts_ends_it_in_one_line_and_torch_finds_its_settings(tmp_path):
+    stand_in = "import os, signal; print(os.environ.get('GOMP_SPINCOUNT'), flush=True); "
+    (tmp_path / "torch.py").write_text(stand_in + "os.kill(os.getpid(), signal.SIGINT)")
+    environment = {key: value for key, value in ENVIRONMENT.items() if key != "GOMP_SPINCOUNT"}
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "app.py")], capture_output=True, text=True,
+        env=environment | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "2000\n", "interrupted\n")
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "65536", "70000"])
+def test_a_port_that_cannot_be_is_told(app, port):
+    with pytest.raises(UserError, match=f"--port: expected 1 to 65535, found {port}$"):
+        app.parse_args(["--conf_path", "c.yml", "--port", port])
+
+
+@pytest.mark.parametrize("public", [None, "https://x.gradio.live"])
+def test_only_addresses_that_are_there_are_told(app, monkeypatch, capsys, public):
+    def nothing(*_, **__):
+        pass
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    demo = SimpleNamespace(share_url=public, queue=nothing, launch=nothing, close=nothing)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "x")  # main sets it, and it goes with the test
+    monkeypatch.setattr(app, "Studio", nothing)
+    monkeypatch.setattr(app, "build_page", lambda _: (demo, None))
+    monkeypatch.setattr(app.signal, "signal", nothing)
+    monkeypatch.setattr(app.signal, "pause", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        app.main(["--conf_path", "c.yml", "--share"])
+    expected = "http://127.0.0.1:7860" + (f" and {public}" if public else "")
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_files_of_whom_nobody_hears_go_after_a_day(app, tmp_path):
+    def work(job):
+        job.error = Cancelled()
+
+    page = app.Page(SimpleNamespace(work=work), tmp_path)
+    tab, program = (SimpleNamespace(session_hash=name, headers={}) for name in ("tab", "program"))
+    page.enter(tab)
+    for name in ("tab", "program", "unused"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "photo.png").touch()
+    for request in (tab, program):
+        list(page.inpaint(str(tmp_path / request.session_hash / "photo.png"), request=request))
+    names = {path.name for path in tmp_path.iterdir()}
+    page._sweep()
+    assert {path.name for path in tmp_path.iterdir()} == names
+    for job in page._jobs.values():
+        job.asked -= 25 * 3600
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, time.time() - 25 * 3600))
+    page._sweep()
+    assert {path.name for path in tmp_path.iterdir()} == {"tab", "session-tab"}
+    page.leave(tab)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- With one ------------------------------------------------------------------------------------
