@@ -1,13 +1,16 @@
 """The benchmarks run, and their plain port computes what the networks do; nothing asserts time."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from network_cases import relative
+from run_cases import tiny_tree, write_tree
 from torch import nn
 
 from guided_diffusion.config.keys import FAST, InpaintConf, load_conf
@@ -69,6 +72,18 @@ def test_the_sampler_is_timed_and_exact(what, tmp_path):
             assert row["peak_gb"] is None or row["peak_gb"] > 0.005
 
 
+@pytest.mark.parametrize("name", ["sampler", "end_to_end", "quality"])
+def test_torch_finds_how_its_threads_are_to_wait(tmp_path, name):
+    stand_in = "import os; print(os.environ.get('GOMP_SPINCOUNT'), flush=True); os._exit(0)"
+    (tmp_path / "torch.py").write_text(stand_in)
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "benchmarks" / f"{name}.py")],
+        capture_output=True, text=True, env=environment | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert ended.stdout == "2000\n", ended.stderr
+
+
 def test_a_picture_is_timed_from_noise_to_result():
     command = [sys.executable, end_to_end.__file__, "--network", "demo", "--at_most", "0.01"]
     ended = subprocess.run(command, capture_output=True, text=True)
@@ -82,6 +97,36 @@ def test_a_picture_is_timed_from_noise_to_result():
     for _, _, measured, seconds, _ in rows[2:]:
         assert measured == "1"
         assert float(seconds.replace(",", "")) > 0
+
+
+def write_tiny(folder, **changes):
+    """Write a configuration of a moment, without checkpoint; return the options that name it."""
+    write_tree(folder, tiny_tree(model_path="absent.pt", diffusion_steps=250, **changes))
+    return ["--conf_path", str(folder / "c.yml"), "--at_most", "0", "--device", "cpu"]
+
+
+def test_a_conditional_network_is_timed_too(tmp_path, capsys):
+    end_to_end.main(write_tiny(tmp_path, class_cond=True, num_classes=3, compile=False))
+    assert "| plain port, published schedule | 2,410 | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learn_sigma": False}, "learn_sigma: .* nothing else; expected true, found false$"),
+        ({"predict_xstart": True}, "predict_xstart: .* expected false, found true$"),
+        ({"inpa_inj_time_shift": 0}, "inpa_inj_time_shift: .* expected 1, found 0$"),
+    ],
+)
+def test_what_the_plain_port_cannot_walk_is_refused(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        end_to_end.main(write_tiny(tmp_path, **changes))
+
+
+def test_the_plain_port_takes_no_folder():
+    conf = SimpleNamespace(follows_folder=True, model_path="folder")
+    with pytest.raises(UserError, match=r"model_path: the plain port reads no folder; .*folder$"):
+        end_to_end.refuse_other_ways(conf)
 
 
 @pytest.mark.parametrize(

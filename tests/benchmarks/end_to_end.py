@@ -14,6 +14,7 @@ that is there.
 import argparse
 import dataclasses
 import itertools
+import os
 import sys
 import tempfile
 import time
@@ -21,6 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch, as guided_diffusion/cli.py says
 
 import torch
 from torch import Tensor
@@ -35,10 +38,17 @@ from sampler import NETWORKS, configuration, machine, positive, with_checkpoints
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.dist_util import get_device
+from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import Step
 from guided_diffusion.run.inpainter import Inpainter, noise_source
 from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import create_gaussian_diffusion, create_schedule, load_model
+
+# The plain port walks no other way.
+PLAIN_KEYS = {
+    "learn_sigma": True, "predict_xstart": False, "clip_denoised": True,
+    "rescale_timesteps": False, "inpa_inj_sched_prev": True, "inpa_inj_time_shift": 1,
+}  # fmt: skip
 
 
 @dataclass
@@ -69,6 +79,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def refuse_other_ways(conf: InpaintConf) -> None:
+    """Raise UserError for a configuration that the plain port cannot walk."""
+    if conf.follows_folder:
+        problem = "the plain port reads no folder; give a checkpoint"
+        raise UserError(problem, key="model_path", got=conf.model_path)
+    for key, value in PLAIN_KEYS.items():
+        expected, got = (str(one).lower() for one in (value, getattr(conf, key)))
+        if expected != got:
+            problem = "the plain port knows nothing else"
+            raise UserError(problem, key=key, expected=expected, got=got)
+
+
 def ways_of(conf: InpaintConf, batch: int, device: torch.device) -> list[Way]:
     """Return the ways, with their networks loaded."""
     generator = torch.Generator().manual_seed(0)
@@ -93,7 +115,8 @@ def ways_of(conf: InpaintConf, batch: int, device: torch.device) -> list[Way]:
     fast = with_schedule("100", "ddnm", t_T=100, jump_n_sample=1)
     inpainter = Inpainter(*published)
 
-    network = partial(plain.unet, load_model(conf, device))
+    y = torch.arange(batch, device=device) % conf.num_classes  # without class_cond it is not used
+    network = partial(plain.unet, load_model(conf, device), y=y)
 
     def port() -> Iterator[Tensor]:
         generators = [torch.Generator(device).manual_seed(seed) for seed in range(batch)]
@@ -153,7 +176,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = get_device(args.device)
     args.classifier = False
     with tempfile.TemporaryDirectory() as folder:
-        conf = with_checkpoints(configuration(args, device), folder)
+        conf = configuration(args, device)
+        refuse_other_ways(conf)
+        conf = with_checkpoints(conf, folder)
         ways = ways_of(conf, args.batch_size, device)
         for way in ways:
             measure(way, device, args.at_most)

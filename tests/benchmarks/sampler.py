@@ -43,6 +43,8 @@ from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch, as guided_diffusion/cli.py says
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
