@@ -130,7 +130,8 @@ def assert_same_numbers(first, second):
     assert first.keys() == second.keys()
     for name, rows in first.items():
         for one, other in zip(rows, second[name], strict=True):
-            assert one.pop("picture") == other.pop("picture")
+            for key in ("picture", "pixels"):
+                assert one.pop(key) == other.pop(key)
             assert one == pytest.approx(other, rel=1e-4), name
 
 
@@ -238,6 +239,89 @@ def test_a_key_at_its_default_leaves_blocks_valid(folder):
     write_tree(folder, tiny_tree(image_size=SIDE, clip_denoised=False))
     with pytest.raises(UserError, match="another model, seed or YAML"):
         start(settings="repaint-t10", count=1)
+
+
+def test_finished_blocks_of_other_pictures_are_refused_and_the_tables_stay(folder):
+    start(settings="mirror", count=2)
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    write_pictures(folder / "others", random_pictures(3, seed=9))  # of the same names
+    problem = r"mirror\.json: was made with other --pictures: .*; expected \d\.png with pixels "
+    for settings in ("mirror", "repaint-t10"):  # also where they are not asked for
+        with pytest.raises(UserError, match=problem):
+            start("--pictures", "others", settings=settings, count=2)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_blocks_of_another_model_do_not_enter_the_tables(folder):
+    start(settings="ddim-t10", count=1)
+    for more in (["--set", "seed=9"], ["--set", "clip_denoised=false"]):
+        with pytest.raises(UserError, match=r"ddim-t10\.json: was made with another model"):
+            start(*more, settings="mirror", count=1)
+    assert blocks().keys() == {"nn2/ddim-t10", "genhalf/ddim-t10"}
+
+
+def test_baselines_are_of_one_size_and_nearest_of_one_set(folder):
+    write_pictures(folder / "train", random_pictures(2, seed=4))
+    start("--train", "train", settings="baselines", count=1)
+    start(settings="baselines", count=1)  # nearest is left out, and its blocks stay
+    with pytest.raises(UserError, match=r"nearest\.json: was made with another model"):
+        start("--train", "pictures", settings="baselines", count=1)
+    for name in ("nearest", "mirror"):
+        setting = quality.Setting(name)
+        digests = {quality.digest_of(setting, quality.Model([], [], 0, size)) for size in (32, 64)}
+        assert len(digests) == 2
+
+
+def test_blocks_without_the_pixels_of_their_pictures_are_told_by_name(folder):
+    start(settings="mirror", count=1)
+    for path in Path("out/blocks").rglob("*.json"):
+        tree = json.loads(path.read_text())
+        del tree["rows"][0]["pixels"]
+        path.write_text(json.dumps(tree))
+    start(settings="mirror", count=2)
+    assert {tuple("pixels" in row for row in rows) for rows in blocks().values()} == {(False, True)}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: "\0",
+        lambda text: text.replace('"lpips"', '"lp"'),
+        lambda text: text.replace('"digest"', '"dig"'),
+        lambda text: text.replace('"setting": "mirror"', '"setting": "m"'),
+    ],
+    ids=range(6),
+)
+def test_a_damaged_block_is_one_line(folder, damage):
+    start(settings="mirror", count=1)
+    path = Path("out/blocks/nn2/mirror.json")
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(UserError, match=r"nn2/mirror\.json: is no whole block: remove it"):
+        start(settings="mirror", count=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [(None, "No such file or directory"), (b"\xff", "'utf-8' codec")]
+)
+def test_a_list_of_pictures_that_cannot_be_read_is_one_line(folder, content, problem):
+    if content:
+        (folder / "list.txt").write_bytes(content)
+    with pytest.raises(UserError, match=f"list.txt: --pictures: cannot be read: {problem}"):
+        start("--pictures", "list.txt")
+
+
+def test_the_machine_is_the_one_of_the_configuration(folder, monkeypatch):
+    asked = []
+
+    def get_device(name=None):
+        asked.append(name)
+        return torch.device("cpu")
+
+    monkeypatch.setattr(quality, "get_device", get_device)
+    start("--set", "device=cpu", settings="mirror", count=1)
+    assert set(asked) == {"cpu"}
 
 
 def numbers(setting, calls, lpips):

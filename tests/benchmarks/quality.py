@@ -139,6 +139,16 @@ class Way:
         return count_steps(self.times)[0] if self.times else 0
 
 
+@dataclass(frozen=True)
+class Model:
+    """What tells one model, run by one YAML, from another."""
+
+    network: list[Any]
+    overrides: list[str]
+    seed: int
+    image_size: int
+
+
 # ---- what is to be done --------------------------------------------------------------------------
 
 
@@ -151,24 +161,29 @@ def choose_settings(words: Sequence[str]) -> list[Setting]:
     return [setting_of(name) for name in dict.fromkeys(names)]
 
 
-def choose_ways(args: argparse.Namespace) -> list[Way]:
-    """Check each setting against the program at hand; what that does not know is left out."""
+def load_base(args: argparse.Namespace) -> tuple[InpaintConf, Model]:
+    """Return what all settings start from, and what the results of it depend on."""
     base = load_conf(args.conf_path, InpaintConf, args.overrides)
     if base.image_size < MIN_SIDE:
         expected = f"at least {MIN_SIDE}, for LPIPS"
         raise UserError(
             path=args.conf_path, key="image_size", expected=expected, got=base.image_size
         )
-    model = [what_model(base), args.overrides, base.seed or 0]
+    model = what_model(base, args.overrides)
+    return dataclasses.replace(base, seed=model.seed), model
+
+
+def choose_ways(args: argparse.Namespace, base: InpaintConf, model: Model) -> list[Way]:
+    """Check each setting against the program at hand; what that does not know is left out."""
     ways, refused = [], {}
     for setting in choose_settings(args.settings):
-        digest = digest_of([setting.overrides, *model])
         if setting.name in BASELINES:
             if setting.name == "nearest" and args.train is None:
                 refused.setdefault("needs --train, the training pictures", []).append(setting.name)
                 continue
-            digest = digest_of([setting.name, args.train, base.seed or 0])
-            ways.append(Way(setting, dataclasses.replace(base, seed=base.seed or 0), [], digest))
+            if setting.name == "nearest":
+                setting = Setting(setting.name, {"--train": args.train})
+            ways.append(Way(setting, base, [], digest_of(setting, model)))
             continue
         # A YAML may say ddnm; a program that knows no samplers has this one.
         keys = ({"sampler": "repaint"} if hasattr(base, "sampler") else {}) | setting.overrides
@@ -179,15 +194,16 @@ def choose_ways(args: argparse.Namespace) -> list[Way]:
         except UserError as error:
             refused.setdefault(str(error), []).append(setting.name)
             continue
-        ways.append(Way(setting, dataclasses.replace(conf, seed=base.seed or 0), times, digest))
+        conf = dataclasses.replace(conf, seed=base.seed)
+        ways.append(Way(setting, conf, times, digest_of(setting, model)))
     for reason, names in refused.items():
         print(f"left out: {', '.join(names)}: {reason}")
     within = [way for way in ways if args.most_calls is None or way.calls <= args.most_calls]
     return sorted(within, key=lambda way: way.calls)
 
 
-def what_model(conf: InpaintConf) -> list[Any]:
-    """Return what tells one model, run by one YAML, from another.
+def what_model(conf: InpaintConf, overrides: list[str]) -> Model:
+    """Return what the results of a configuration depend on.
 
     Only keys that differ from their defaults count: keys that a later version of the program adds
     leave blocks valid.
@@ -199,12 +215,50 @@ def what_model(conf: InpaintConf) -> list[Any]:
     names = sorted(name for name in vars(conf) if getattr(conf, name) != defaults.get(name))
     ignored = ("name", "data", "overview", "show_progress", "model_path", "classifier_path")
     keys = {name: str(getattr(conf, name)) for name in names if name not in ignored}
-    return [[fingerprint(path) for path in paths], keys, get_device(conf.device).type]
+    network = [[fingerprint(path) for path in paths], keys, get_device(conf.device).type]
+    return Model(network, overrides, conf.seed or 0, conf.image_size)
 
 
-def digest_of(tree: Any) -> str:
-    """Return a short fingerprint of what a block depends on."""
+def digest_of(setting: Setting, model: Model) -> str:
+    """Return a short fingerprint of what a block depends on, but for its pictures."""
+    tree = [setting.overrides, model.network, model.overrides, model.seed]
+    if setting.name in BASELINES:  # no network has a part in these
+        tree = [setting.name, setting.overrides, model.seed, model.image_size]
     return hashlib.sha256(repr(tree).encode()).hexdigest()[:16]
+
+
+def check_blocks(args: argparse.Namespace, conf: InpaintConf, model: Model) -> None:
+    """Refuse an ``--out`` with blocks of another model or of other pictures: tables show them all.
+
+    Pictures are told by name and by their pixels; blocks of earlier versions have names alone.
+    """
+    paths = sorted((args.out / "blocks").glob("*/*.json"))
+    trees = {path: quality_report.read_block(path) for path in paths}
+    most = max((len(tree["rows"]) for tree in trees.values()), default=0)
+    wanted = [
+        (output_name(path), digest_of_pixels(load_crop(path, conf.image_size)))
+        for path in args.paths[:most]
+    ]
+    for path, tree in trees.items():
+        refuse_other(path, tree, digest_of(Setting(tree["setting"], tree["overrides"]), model))
+        for row, (name, pixels) in zip(tree["rows"], wanted, strict=False):
+            found = row["picture"], row.get("pixels", pixels)
+            if found != (name, pixels):
+                problem = "was made with other --pictures: take another --out or remove it"
+                expected, got = (f"{n} with pixels {p}" for n, p in ((name, pixels), found))
+                raise UserError(problem, path=path, expected=expected, got=got)
+
+
+def refuse_other(path: Path, tree: dict[str, Any], digest: str) -> None:
+    """Raise UserError for a block with another digest."""
+    if tree["digest"] != digest:
+        problem = "was made with another model, seed or YAML: take another --out or remove it"
+        raise UserError(problem, path=path)
+
+
+def digest_of_pixels(picture: np.ndarray) -> str:
+    """Return a short fingerprint of a picture, uint8 (S, S, 3)."""
+    return hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).hexdigest()[:12]
 
 
 def choose_pictures(where: str, count: int) -> list[str]:
@@ -214,7 +268,11 @@ def choose_pictures(where: str, count: int) -> list[str]:
     are the few.
     """
     if where.endswith(".txt"):
-        paths = Path(where).read_text(encoding="utf-8").splitlines()
+        try:
+            paths = Path(where).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            problem = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+            raise UserError(problem, path=where, key="--pictures") from error
     else:
         paths = list_images(where, key="--pictures")
     order = np.random.default_rng(0).permutation(len(paths))[:count]
@@ -307,6 +365,7 @@ def measure(
     return [
         {
             "picture": names[i],
+            "pixels": digest_of_pixels(gt[i]),
             "lpips": whole[i].item(),
             "lpips_hole": inside[i].item(),
             "hole": hole_error(results[i], gt[i], holes[i]),
@@ -330,20 +389,8 @@ class Block:
             "calls": way.calls, "digest": way.digest, "seconds": 0.0, "rows": [],
         }  # fmt: skip
         if self.path.is_file():
-            tree = json.loads(self.path.read_text(encoding="utf-8"))
-            if tree["digest"] != way.digest:
-                problem = (
-                    "was made with another model, seed or YAML: take another --out or remove it"
-                )
-                raise UserError(problem, path=self.path)
-            self.tree = tree
-
-    def check(self, names: Sequence[str]) -> None:
-        """Refuse to mix pictures: those made have to be the first of those wanted."""
-        for row, name in zip(self.rows, names, strict=False):
-            if row["picture"] != name:
-                problem = "was made with other --pictures: take another --out or remove it"
-                raise UserError(problem, path=self.path, expected=name, got=row["picture"])
+            self.tree = quality_report.read_block(self.path)
+            refuse_other(self.path, self.tree, way.digest)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -362,13 +409,13 @@ class Block:
         write_png(sheet, montage(results, COLUMNS))
         self.tree["rows"] = [*self.rows, *rows]
         self.tree["seconds"] += seconds
-        self.tree["machine"] = machine()
+        self.tree["machine"] = machine(self.way.conf)
         write_text_atomic(self.path, json.dumps(self.tree, indent=1))
 
 
-def machine() -> str:
+def machine(conf: InpaintConf) -> str:
     """Describe processor or GPU, and torch, in a few words."""
-    device = get_device()
+    device = get_device(conf.device)
     cores = "" if device.type == "cuda" else f"{os.cpu_count()} cores of "
     return f"{cores}{sampler.machine(device)}, PyTorch {torch.__version__}"
 
@@ -380,7 +427,6 @@ def make(way: Way, blocks: Sequence[Block], args: argparse.Namespace, bar: tqdm)
     inpainter = Inpainter(way.conf, way.times) if way.times else None
     for block in blocks:
         inputs = load_inputs(args.paths, block.family, way.conf)
-        block.check(inputs.names)
         show_inputs(block.path.parent, inputs)
         for start in range(len(block.rows), args.count, args.batch_size):
             part = slice(start, min(start + args.batch_size, args.count))
@@ -449,8 +495,10 @@ def left_to_do(
 def main(argv: Sequence[str] | None = None) -> None:
     """Make what is missing, then write tables and plot of all that is in ``--out``."""
     args = parse_args(argv)
-    ways = choose_ways(args)
     args.paths = choose_pictures(args.pictures, args.count)
+    base, model = load_base(args)
+    check_blocks(args, base, model)
+    ways = choose_ways(args, base, model)
     todo = list(left_to_do(ways, args))
     total = sum(calls for *_, calls in todo)
     print(f"{sum(len(blocks) for _, blocks, _ in todo)} blocks of {len(ways) * len(args.masks)} "

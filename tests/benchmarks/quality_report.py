@@ -42,21 +42,42 @@ class Numbers:
 Blocks = dict[str, dict[str, Numbers]]  # by mask and setting, the cheapest first
 
 
+def read_block(path: Path) -> dict[str, Any]:
+    """Return a block as quality.py writes it; raises UserError for anything else."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        family_of(tree["setting"])
+        numbers_of(tree, len(tree["rows"]))
+        is_whole = {"digest", "overrides", "machine"} <= tree.keys()
+        is_whole = is_whole and all("picture" in row for row in tree["rows"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise UserError("is no whole block: remove it, and it is made anew", path=path)
+    return tree
+
+
+def numbers_of(tree: dict[str, Any], count: int) -> Numbers:
+    """Return the numbers of a block's first ``count`` pictures."""
+    rows = tree["rows"][:count]
+    values = {key: np.array([row[key] for row in rows], float) for key in MEASURES}
+    return Numbers(tree["setting"], int(tree["calls"]), float(tree["seconds"]), values)
+
+
 def read_blocks(out: Path, count: int) -> tuple[Blocks, set[str]]:
     """Return the numbers of the first ``count`` pictures below ``out``, and who made them.
 
-    Blocks of fewer pictures are left out, so that all figures are of the same ones.
+    Blocks of fewer pictures are left out, so that all figures are of the same ones. Raises
+    UserError for a damaged block.
     """
     blocks, machines = {}, set()
     for family in FAMILIES:
         found = []
         for path in sorted((out / "blocks" / family).glob("*.json")):
-            tree = json.loads(path.read_text(encoding="utf-8"))
-            rows = tree["rows"][:count]
-            if len(rows) < count:
+            tree = read_block(path)
+            if len(tree["rows"]) < count:
                 continue
-            values = {key: np.array([row[key] for row in rows]) for key in MEASURES}
-            found.append(Numbers(tree["setting"], tree["calls"], tree["seconds"], values))
+            found.append(numbers_of(tree, count))
             machines.add(tree["machine"])
         if found:
             found.sort(key=lambda one: (one.calls, one.setting))
