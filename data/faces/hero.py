@@ -11,6 +11,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from guided_diffusion.cli import command_line
+from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import write_image
 
 TILE, GAP, COLUMNS = 112, 6, 2  # px, px, pictures side by side
@@ -21,6 +23,10 @@ def main() -> None:
     """Lay the tiles out, and the strip below them."""
     log = ROOT / "log/demo"
     names = sorted(path.stem for path in (log / "gt").glob("*.png"))
+    if len(names) <= STRIP_OF:
+        problem = "first run: python test.py --conf_path confs/demo.yml"
+        expected = f"at least {STRIP_OF + 1} pictures"
+        raise UserError(problem, path=log / "gt", expected=expected, got=len(names))
     rows = -(-len(names) // COLUMNS)
     width = COLUMNS * (4 * TILE + 2 * GAP) + 2 * GAP
     sheet = Image.new("RGB", (width, rows * (TILE + GAP) + GAP), "white")
@@ -39,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -34,7 +34,13 @@ const { values } = parseArgs({
     size: { type: "string", default: "64" },
   },
 });
-const [start, count, size] = [values.start, values.count, values.size].map(Number);
+const [start, count, size] = [["start", 0], ["count", 1], ["size", 1]].map(([key, lowest]) => {
+  const number = /^\d+$/.test(values[key]) ? Number(values[key]) : NaN;
+  if (Number.isSafeInteger(number) && number >= lowest) return number;
+  const found = JSON.stringify(values[key]);
+  console.error(`error: --${key}: expected a whole number, at least ${lowest}, found ${found}`);
+  process.exit(2);
+});
 
 mkdirSync(values.out, { recursive: true });
 for (let seed = start; seed < start + count; seed++) {
