@@ -210,6 +210,34 @@ def test_other_pictures_in_the_folder_are_told(tmp_path):
         make_masks.main(["--kind", "nn2", "--size", "8", "--out", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        Image.new("RGB", (32, 32), (0, 255, 254)),
+        Image.new("L", (32, 16), 255),
+        Image.new("RGBA", (32, 32)),
+        None,
+    ],
+    ids=["photo", "not square", "transparent", "damaged"],
+)
+def test_a_file_that_is_no_mask_is_not_overwritten(tmp_path, theirs):
+    path = tmp_path / "000002.png"
+    path.write_bytes(b"\x89PNG half") if theirs is None else theirs.save(path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"000002\.png: --out: is no mask and would be overwritten"):
+        make_masks.main(["--kind", "thick", "--size", "32", "--count", "3", "--out", str(tmp_path)])
+    assert [each.name for each in tmp_path.iterdir()] == ["000002.png"]
+    assert path.read_bytes() == before
+
+
+def test_masks_are_replaced_by_masks(tmp_path):
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "000001.png")
+    for kind in ("thick", "ev2li"):
+        make_masks.main(["--kind", kind, "--size", "32", "--count", "2", "--out", str(tmp_path)])
+    for path in tmp_path.iterdir():
+        assert np.array_equal(np.array(Image.open(path)), draw("ev2li", 32))
+
+
 def test_nothing_half_written_stays(tmp_path, monkeypatch):
     def fail(self, path, format):
         Path(path).write_bytes(b"\x89PNG half")
@@ -242,6 +270,7 @@ def test_help_speaks_of_polarity():
         ({"--size": "7"}, "--size: expected a whole number in 8..16384, found 7"),
         ({"--seed": "-1"}, "--seed: expected a whole number in 0.."),
         ({"--out": None}, "the following arguments are required: --out"),
+        ({"--out": ""}, "--out: the path is empty"),
     ],
 )
 def test_bad_options_make_no_folder(tmp_path, change, message):

@@ -79,6 +79,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="also write a contact sheet of the first 64, DIR_preview.png, beside the folder",
     )
     options = parser.parse_args(argv)
+    if not options.out:
+        raise UserError("the path is empty", key="--out")
     if options.kind not in FAMILIES:
         raise UserError(key="--kind", expected=f"one of {', '.join(FAMILIES)}", got=options.kind)
     for key, low, high in (
@@ -95,9 +97,26 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _is_mask(path: Path) -> bool:
+    """Return whether a file may be an earlier mask: a square of black and white alone."""
+    try:
+        with Image.open(path) as image:
+            is_alike = image.mode in ("L", "RGB") and image.width == image.height
+            return is_alike and bool(np.isin(np.asarray(image), (0, 255)).all())
+    except Exception:  # Pillow's decoders raise anything at all over a damaged file
+        return False
+
+
 def _prepare_folder(folder: Path, written: set[str]) -> None:
-    """Make the folder, and warn of pictures in it that a run over the folder would also take."""
+    """Make the folder, and warn of pictures in it that a run over the folder would also take.
+
+    Raises UserError where a file that is no mask would be overwritten.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for name in sorted(written.intersection(path.name for path in folder.iterdir())):
+        if not _is_mask(folder / name):
+            problem = "is no mask and would be overwritten: take another folder, or remove it"
+            raise UserError(problem, path=folder / name, key="--out")
     others = [
         path.name
         for path in folder.rglob("*")
