@@ -144,10 +144,10 @@ def wanted_entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
 def unpack(path: Path, data: Path, record: Path) -> str:
     """Unpack the files below datasets/ from the archive ``path`` into ``data``; return a summary.
 
-    They go into a fresh folder first and are then renamed one by one. A file that is there, is
-    different and was not brought by an earlier archive is the user's or ships with the program: it
-    stays. ``record`` becomes the list of what was brought, as JSON: name to size in bytes. Raises
-    Refused, with nothing written, and OSError where the disk refuses.
+    They go into a fresh folder first and are then renamed one by one. A file that is there and is
+    different is the user's, was changed since, or ships with the program: it stays. ``record``
+    becomes the list of what was brought, as JSON: name to size in bytes. Raises Refused, with
+    nothing written, and OSError where the disk refuses.
     """
     check_zip(path, every_byte=True)
     datasets = (data / "datasets").resolve()
@@ -162,14 +162,15 @@ def unpack(path: Path, data: Path, record: Path) -> str:
             _check_inside(data / name, datasets)
         folder = Path(tempfile.mkdtemp(prefix=".unpack-", dir=datasets))
         try:
-            kept = _bring(archive, entries, folder, data, _brought(record) or {})
+            kept = _bring(archive, entries, folder, data)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    sizes = {name: entry.file_size for name, entry in entries.items() if name not in kept}
+    others = {*kept} - {*(_brought(record) or {})}  # that no archive has brought
+    sizes = {name: entry.file_size for name, entry in entries.items() if name not in others}
     new = record.with_name(f"{record.name}.new")
     new.write_text(json.dumps(sizes, indent=0), encoding="utf-8")
     put_in_place(new, record)
-    summary = f"{len(sizes)} files unpacked into data/"
+    summary = f"{len(entries) - len(kept)} files unpacked into data/"
     if kept:
         summary += f"; {len(kept)} kept as they are here, such as data/{kept[0]}"
     outside = total - len(entries)
@@ -177,11 +178,7 @@ def unpack(path: Path, data: Path, record: Path) -> str:
 
 
 def _bring(
-    archive: zipfile.ZipFile,
-    entries: dict[str, zipfile.ZipInfo],
-    folder: Path,
-    data: Path,
-    earlier: dict[str, int],
+    archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo], folder: Path, data: Path
 ) -> list[str]:
     """Move the entries by way of ``folder`` below ``data``; return the names left as they were."""
     fresh = {name: Path(archive.extract(entry, folder)) for name, entry in entries.items()}
@@ -191,8 +188,7 @@ def _bring(
     kept = []
     for name, source in fresh.items():
         target = data / name
-        is_other = os.path.lexists(target) and not _same(source, target)
-        if is_other and name not in earlier:
+        if os.path.lexists(target) and not _same(source, target):
             kept.append(name)
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -219,15 +215,18 @@ def _brought(record: Path) -> dict[str, int] | None:
     return None
 
 
-def check_unpacked(data: Path, record: Path) -> None:
-    """Refuse if a file that the archive brought is gone or has another size."""
+def check_unpacked(data: Path, record: Path) -> list[str]:
+    """Return the files that the archive brought and that have another size now.
+
+    Refused if one is gone.
+    """
     sizes = _brought(record)
     if sizes is None:
         raise Refused(f"{record.name} cannot be read")
-    for name, size in sizes.items():
-        path = data / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise Refused(f"data/{name} is gone or changed")
+    for name in sizes:
+        if not (data / name).is_file():
+            raise Refused(f"data/{name} is gone")
+    return [name for name, size in sizes.items() if (data / name).stat().st_size != size]
 
 
 def put_in_place(path: Path, final: Path) -> None:

@@ -107,7 +107,12 @@ def is_here(file: File) -> bool:
     """Whether the file is here and whole; a broken one is moved out of the way."""
     if file.record.is_file():
         try:
-            check_unpacked(file.settings.root / "data", file.record)
+            changed = check_unpacked(file.settings.root / "data", file.record)
+            if changed:
+                say(
+                    f"{file.name}: {len(changed)} changed here and left alone, such as "
+                    f"data/{changed[0]}: removed, it is fetched again"
+                )
             return True
         except Refused as reason:
             say(f"{file.name}: fetched again: {reason}")
@@ -351,8 +356,8 @@ Fetch models and data into data/. Without a NAME: {", ".join(DEFAULT[:2])},
 data.zip (the face example and the masks), {DEFAULT[3]} and {DEFAULT[4]}.
 
 A transfer that broke off goes on where it stopped when the same command is given again. What is
-complete is left alone. Each file is checked before it gets its name. Files on Google Drive need
-gdown (pip install gdown).""",
+complete is left alone, pictures that were changed here too. Each file is checked before it gets its
+name. Files on Google Drive need gdown (pip install gdown).""",
         epilog="""\
 environment:
   REPAINT_MIRROR   an http(s) address or a folder with the files, asked before their own source

@@ -162,14 +162,29 @@ def test_what_others_put_there_stays(tmp_path, data):
     )
     assert mine.read_bytes() == b"my own picture"
     assert (data / "datasets/gts/demo/0.png").read_bytes() == b"shipped"
-    check_unpacked(data, record)  # what was kept is not missed
-    # What an archive brought, the next one may replace.
-    write(archive, (FINE, b"newer"))
+    assert check_unpacked(data, record) == []  # what was kept is not missed
+
+
+def test_a_picture_that_was_changed_since_stays_and_stays_known(tmp_path, data):
+    lost, edited, same_size = (data / f"datasets/gts/face/{number}.png" for number in range(3))
+    names = [f"data/datasets/gts/face/{number}.png" for number in range(3)]
+    archive = write(tmp_path / "x.zip", *((name, b"fine") for name in names))
+    record = data / "datasets/data.zip.contents"
     unpack(archive, data, record)
-    assert (data / "datasets/gts/face/0.png").read_bytes() == b"newer"
+    edited.write_bytes(b"my own")
+    assert check_unpacked(data, record) == ["datasets/gts/face/1.png"]
+    same_size.write_bytes(b"mine")
+    lost.unlink()
+    told = unpack(archive, data, record)
+    assert told.startswith("1 files unpacked into data/; 2 kept as they are here, such as data/")
+    found = [path.read_bytes() for path in (lost, edited, same_size)]
+    assert found == [b"fine", b"my own", b"mine"]
+    edited.unlink()
+    with pytest.raises(Refused, match=r"data/datasets/gts/face/1\.png is gone"):
+        check_unpacked(data, record)
 
 
-def test_link_in_a_folder_is_replaced_and_not_followed(tmp_path, data):
+def test_link_in_a_folder_is_not_followed(tmp_path, data):
     victim = tmp_path / "victim.txt"
     victim.write_bytes(b"mine")
     picture = data / "datasets/gts/face/0.png"
@@ -178,7 +193,11 @@ def test_link_in_a_folder_is_replaced_and_not_followed(tmp_path, data):
     record = data / "datasets/data.zip.contents"
     record.write_text(json.dumps({"datasets/gts/face/0.png": 4}))
     unpack(write(tmp_path / "x.zip", (FINE, b"fine")), data, record)
-    assert (victim.read_bytes(), picture.read_bytes()) == (b"mine", b"fine")
+    assert (victim.read_bytes(), picture.readlink()) == (b"mine", victim)
+    victim.write_bytes(b"fine")
+    unpack(tmp_path / "x.zip", data, record)
+    victim.write_bytes(b"mine")
+    assert picture.read_bytes() == b"fine"
 
 
 def test_folder_that_leads_out_is_told(tmp_path, data):

@@ -245,8 +245,21 @@ def test_lost_picture_is_fetched_again(checkout, server):
     picture.unlink()
     done = checkout.run("data", REPAINT_MIRROR=server.url)
     assert done.returncode == 0
-    assert "fetched again: data/datasets/gts/face/0.png is gone or changed" in done.out
+    assert "fetched again: data/datasets/gts/face/0.png is gone" in done.out
     assert picture.read_bytes() == b"picture"
+
+
+def test_changed_picture_is_told_and_left_alone(checkout, server):
+    server.files["data.zip"] = File(data_zip(prefix=""))
+    assert checkout.run("data", REPAINT_MIRROR=server.url).returncode == 0
+    picture = checkout.root / "data/datasets/gts/face/0.png"
+    picture.write_bytes(b"my own")
+    asked = len(server.requests)
+    done = checkout.run("data", REPAINT_MIRROR=server.url)
+    assert (done.returncode, len(server.requests)) == (0, asked)
+    name = "data/datasets/gts/face/0.png"
+    assert f"1 changed here and left alone, such as {name}: removed, it is fetched" in done.out
+    assert picture.read_bytes() == b"my own"
 
 
 def test_stalled_line_is_left_and_resumed(checkout, server):
