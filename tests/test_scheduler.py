@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from guided_diffusion import scheduler
+from guided_diffusion.config.keys import load_conf
 from guided_diffusion.errors import UserError
 from guided_diffusion.scheduler import count_steps, get_schedule_jump
 from guided_diffusion.tools import plot_schedule
@@ -265,6 +266,28 @@ def test_measure(tmp_path, monkeypatch, capsys):
     *_, line = capsys.readouterr().out.splitlines()
     # 19 18 17 16 17 18 17 16 15: eight transitions with six calls, of 38 that an image takes.
     assert line == "tiny: 6.3 s an image on cpu, 0.167 s a network call"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried")])
+def test_measure_where_memory_is_too_small_is_one_line(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("guided_diffusion.run.inpainter.Inpainter", fail)
+    conf = load_conf(write_conf(tmp_path / "tiny.yml", t_T=20))
+    told = "data.batch_size: the network with 1 image at once does not fit into memory"
+    with pytest.raises(UserError) as caught:
+        plot_schedule.measure_call(conf, [1, 0])
+    assert str(caught.value) == told
+
+
+def test_measure_shows_other_faults_as_they_are(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("guided_diffusion.run.inpainter.Inpainter", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        plot_schedule.measure_call(load_conf(write_conf(tmp_path / "tiny.yml", t_T=20)), [1, 0])
 
 
 def test_plot_of_a_configuration(tmp_path, monkeypatch, capsys):

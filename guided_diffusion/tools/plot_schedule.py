@@ -107,8 +107,22 @@ def measure_call(conf: InpaintConf, times: list[int]) -> tuple[float, str]:
     """Return the seconds that a network call takes for one picture, and the device's name.
 
     The first transitions of the walk ``times`` are run as in a real run, in batches of the
-    configuration's size. Raises UserError for a device or checkpoint that cannot be used.
+    configuration's size. Raises UserError for a device or checkpoint that cannot be used, and
+    where memory is too small.
     """
+    from guided_diffusion.dist_util import is_out_of_memory
+
+    try:
+        return _time_call(conf, times)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        n = conf.data.batch_size
+        problem = f"the network with {n} image{'s' * (n > 1)} at once does not fit into memory"
+        raise UserError(problem, key="data.batch_size") from error
+
+
+def _time_call(conf: InpaintConf, times: list[int]) -> tuple[float, str]:
     import torch
 
     from guided_diffusion.run.inpainter import Inpainter
