@@ -4,11 +4,15 @@ What a step sees hangs on the seed and the step's number alone: not on how many 
 on what is in memory.
 """
 
+import contextlib
+import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -25,6 +29,9 @@ from guided_diffusion.training.trainer import share
 Tensor = torch.Tensor
 # More readers than this wait for the disk, or compete with the training on a CPU.
 MOST_READERS = 4
+# How torch begins to say that a reader is dead; it tells otherwise of what a reader raises.
+_DEAD = "DataLoader worker (pid"
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def load_images(conf: TrainConf) -> TrainingImages:
@@ -84,10 +91,14 @@ class _Steps(Dataset):
 
 
 def _prepare_reader(number: int) -> None:
-    """Leave a person's signals to the training, which ends its readers itself."""
+    """Leave signals to the training, which ends its readers itself, and end when it is killed.
+
+    Otherwise a reader whose pictures nobody takes any more would wait for ever.
+    """
     del number
-    for name in ("SIGINT", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def batches(
@@ -129,14 +140,14 @@ def batches(
 
 def _told_of_dead_readers(loader: DataLoader, conf: TrainConf) -> Iterator[tuple]:
     """Yield the loader's items; raises UserError where the system ended a reader."""
-    items = iter(loader)
+    items = _items(loader)
     while True:
         try:
             item = next(items)
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if _DEAD not in str(error):
                 raise
             raise UserError(
                 "a process that reads pictures was killed, perhaps because memory is short; lower "
@@ -144,6 +155,50 @@ def _told_of_dead_readers(loader: DataLoader, conf: TrainConf) -> Iterator[tuple
                 key="cache_gb",
             ) from error
         yield item
+
+
+def _items(loader: DataLoader) -> Iterator[tuple]:
+    """Yield the loader's items; RuntimeError where a reader is dead, but only while one is awaited.
+
+    torch raises wherever the news finds the main thread: within a step, or a checkpoint.
+    """
+    others = set(multiprocessing.active_children())
+    items, is_awaited = iter(loader), False
+    readers = set(multiprocessing.active_children()) - others
+
+    def look(*_: object) -> None:
+        if is_awaited and any(reader.exitcode for reader in readers):
+            raise RuntimeError(f"{_DEAD} unknown) is dead")
+
+    with _on_ended_process(look) if readers else contextlib.nullcontext():
+        try:
+            while True:
+                is_awaited = True
+                look()
+                item = next(items, None)
+                is_awaited = False
+                if item is None:
+                    return
+                yield item
+        finally:
+            is_awaited = False
+            if readers:
+                items._shutdown_workers()  # now, though a traceback may hold them
+            for reader in readers:
+                reader.kill()  # one that did not end in time: it ignores what torch sends
+
+
+@contextlib.contextmanager
+def _on_ended_process(handler: Callable[..., None]) -> Iterator[None]:
+    """Call ``handler`` when a child ends; only the main thread is told of signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGCHLD, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, earlier)
 
 
 def _as_it_is(item: tuple) -> tuple:

@@ -1,6 +1,10 @@
 """The pictures of a step: the same whoever reads them, and not ended by one bad file."""
 
+import contextlib
 import multiprocessing
+import os
+import signal
+import time
 import warnings
 from pathlib import Path
 
@@ -143,12 +147,80 @@ def test_too_many_bad_pictures_end_a_training(tmp_path, readers):
         list(batches(images, conf, range(12), readers))
 
 
-def test_a_reader_that_is_killed_is_one_line(tmp_path):
-    conf = classes(tmp_path, cache_gb=0)
+# ---- readers -------------------------------------------------------------------------------------
+
+
+def read(conf):
+    """Return steps that one reader reads, begun, and the reader."""
     before = set(multiprocessing.active_children())
     found = batches(load_images(conf), conf, range(1000), 1)
     next(found)
     [reader] = set(multiprocessing.active_children()) - before
+    return found, reader
+
+
+def test_a_reader_that_is_killed_is_one_line_when_the_next_pictures_are_due(tmp_path):
+    found, reader = read(classes(tmp_path, cache_gb=0))
     reader.kill()
+    os.waitid(os.P_PID, reader.pid, os.WEXITED | os.WNOWAIT)  # here torch would raise
+    with pytest.raises(UserError, match=r"cache_gb: a process that reads pictures was killed"):
+        next(found)
+
+
+def test_a_reader_that_is_killed_while_it_is_waited_for_is_one_line(tmp_path, monkeypatch):
+    original = pictures._Steps.__getitem__
+
+    def getitem(steps, step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(steps, step)
+
+    monkeypatch.setattr(pictures._Steps, "__getitem__", getitem)
+    found, _ = read(classes(tmp_path, cache_gb=0))
     with pytest.raises(UserError, match=r"cache_gb: a process that reads pictures was killed"):
         list(found)
+
+
+def test_what_a_reader_raises_is_not_told_as_its_death(tmp_path, monkeypatch):
+    def getitem(steps, step):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(pictures._Steps, "__getitem__", getitem)
+    with pytest.raises(RuntimeError, match="a defect"):
+        read(classes(tmp_path, cache_gb=0))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_processes_ends_no_reader_before_the_training(tmp_path, number):
+    found, reader = read(classes(tmp_path, cache_gb=0))
+    os.kill(reader.pid, number)
+    for _ in range(10):
+        next(found)
+    assert reader.is_alive()
+    found.close()
+    assert not reader.is_alive()
+
+
+def train_until_killed(conf, sender):
+    found, reader = read(conf)
+    sender.send(reader.pid)
+    time.sleep(600)
+    next(found)
+
+
+def test_readers_end_with_a_training_that_is_killed(tmp_path):
+    # More than a pipe holds: a reader waits for who takes it.
+    conf = classes(tmp_path, cache_gb=0, image_size=256, attention_resolutions="")
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    training = context.Process(target=train_until_killed, args=(conf, sender))
+    training.start()
+    sender.close()
+    reader = receiver.recv()
+    training.kill()
+    training.join()
+    try:
+        assert receiver.poll(5)  # closed by the last who could write
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(reader, signal.SIGKILL)
