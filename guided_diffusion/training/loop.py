@@ -200,12 +200,14 @@ def train(trainer: Trainer, images: TrainingImages, sample_diffusion: GaussianDi
             is_last = trainer.step == conf.iterations
             saves = stops or is_last or trainer.step % conf.save_interval == 0
             shows = conf.sample_interval and (is_last or trainer.step % conf.sample_interval == 0)
+            looks = bool(saves or shows) and not stops  # who stops it may not wait for long
             if saves or shows or trainer.step % conf.log_interval == 0:
                 row = window.row(trainer.step, learning_rate(conf, trainer.step - 1))
                 speed = f"{row['images_per_s']:.1f}"
                 bar.set_postfix({"loss": f"{row['loss']:.4f}", "images/s": speed})
                 if evaluator:
-                    _record(trainer, evaluator, row, saves, bool(shows) and not stops)
+                    row |= evaluator.held_out_losses() if looks else {}
+                    _record(trainer, evaluator, row, saves, looks and bool(shows))
                 window.restart()
             if stops:
                 raise KeyboardInterrupt(files.last_saved(conf) if is_main() else "")
@@ -223,8 +225,6 @@ def _begin_files(trainer: Trainer, images: TrainingImages) -> None:
 def _record(trainer: Trainer, evaluator: Evaluator, row: Row, saves: bool, shows: bool) -> None:
     """Write what is due after a step; the log comes first, for it is cut back when resumed."""
     folder, step = Path(trainer.conf.out_dir), trainer.step
-    if saves or shows:
-        row |= evaluator.held_out_losses()
     append_log(folder / "log.csv", row)
     if saves:
         files.save(trainer, evaluator.images)

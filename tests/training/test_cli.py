@@ -241,6 +241,8 @@ def test_ctrl_c_saves_the_step_and_the_training_goes_on_as_if_it_had_not_been(
     told = capfd.readouterr().err
     assert "a second Ctrl-C ends at once" in told
     assert "interrupted: the last checkpoint is of step 5" in told
+    last = read_log(tmp_path / "out" / "log.csv")[-1]
+    assert (last["step"], np.isfinite(last["held_out"])) == (5, False)  # it would take its time
     monkeypatch.undo()
     assert train.main(["--conf_path", conf, "--resume"]) == 0
     other = ["--set", f"out_dir={tmp_path / 'whole'}"]
