@@ -43,8 +43,8 @@ from guided_diffusion.training.trainer import (
 # ---- Processes -----------------------------------------------------------------------------------
 
 
-# How the backends and the store begin to say that a process is gone, each in its own exception.
-_LOST = ("gloo", "nccl", "connection", "broken pipe", "store", "timed out")
+# How gloo says that a process is gone; NCCL and the store have exceptions of their own for it.
+_LOST = ("gloo/transport", "gloo connectfullmesh")
 _GRACE = 60  # seconds for the step and its checkpoint when torchrun is gone
 
 
@@ -67,9 +67,10 @@ def process_group(conf: TrainConf, device: torch.device) -> Iterator[None]:
         if orphaned.is_set() and is_main():
             raise UserError(f"torchrun has ended; {files.last_saved(conf)}") from None
         raise
-    except (RuntimeError, ValueError) as error:
-        lost = any(word in str(error).lower() for word in _LOST)
-        if isinstance(error, UserError) or is_out_of_memory(error) or not lost:
+    except RuntimeError as error:
+        is_lost = isinstance(error, torch.distributed.DistError)
+        is_lost = is_lost or any(word in str(error).lower() for word in _LOST)
+        if is_out_of_memory(error) or not is_lost:
             raise
         problem = "no connection to the other processes; the same command with --resume goes on"
         raise UserError(f"{problem}; {files.last_saved(conf)}") from error
