@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from guided_diffusion.cli import Interrupts
 from guided_diffusion.config.keys import TrainConf
+from guided_diffusion.config.schema import shown
 from guided_diffusion.dist_util import is_main, is_out_of_memory, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -114,6 +115,33 @@ def any_process(here: bool) -> bool:
     return bool(flag)
 
 
+# Beside what a resumed training must keep: how often all processes meet.
+_MEETINGS = ("iterations", "log_interval", "save_interval", "sample_interval")
+
+
+def refuse_differences(conf: TrainConf, names: Sequence[str], start: int) -> None:
+    """Raise UserError where a process would train otherwise than the first; all call this.
+
+    ``names`` are its pictures', ``start`` is the step from which it goes on.
+    """
+    if world_size() == 1:
+        return
+    own = files.run_settings(conf, names)
+    own |= {name: getattr(conf, name) for name in _MEETINGS} | {"out_dir": f"step {start}"}
+    views = [own] * world_size()
+    torch.distributed.all_gather_object(views, own)
+    for number, view in enumerate(views):
+        differing = [name for name in own if view.get(name) != views[0].get(name)]
+        if differing:
+            raise UserError(
+                "this process has other settings, pictures or checkpoints than the first; all need "
+                "the same YAML and pictures, and an out_dir that they share",
+                key=f"process {number}: {' and '.join(differing)}",
+                expected=", ".join(shown(views[0].get(name)) for name in differing),
+                got=", ".join(shown(view.get(name)) for name in differing),
+            )
+
+
 # ---- The loop ------------------------------------------------------------------------------------
 
 
@@ -150,6 +178,7 @@ def build_and_train(conf: TrainConf, device: torch.device, start: int) -> None:
         files.check_disk(conf, sum(p.numel() for p in model.parameters()))
         images = load_images(conf)
         with process_group(conf, device):
+            refuse_differences(conf, images.names, start)
             trainer = Trainer(conf, model, diffusion, device)
             if start:
                 files.load(trainer, start)

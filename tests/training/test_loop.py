@@ -1,5 +1,6 @@
 """What the processes of a training tell each other, and of each other."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -52,3 +53,45 @@ def test_another_failure_is_not_told_as_a_lost_process(tmp_path, team, error):
     with pytest.raises(type(error)) as caught, loop.process_group(tiny_conf(tmp_path), CPU):
         raise error
     assert caught.value is error
+
+
+# ---- one training --------------------------------------------------------------------------------
+
+
+def meet(monkeypatch, *processes):
+    """Let processes compare (conf, names, start), one after the other; raises as the last does."""
+    met = []
+
+    def gather(views, own):
+        met.append(own)
+        views[:] = met
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    for process in processes:
+        loop.refuse_differences(*process)
+
+
+def test_processes_that_agree_go_on_whatever_their_folders_are_called(tmp_path, team, monkeypatch):
+    conf = tiny_conf(tmp_path)
+    other = dataclasses.replace(conf, data_dir="elsewhere", out_dir="there", cache_gb=1)
+    meet(monkeypatch, (conf, ["a.png"], 3), (other, ["a.png"], 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": 0}, r"process 1: out_dir: .* expected 'step 3', found 'step 0'"),
+        ({"names": ["b.png"]}, r"process 1: data_dir: .*pictures .*expected '1 pictures \(list"),
+        ({"lr": 0.5}, r"process 1: lr: .*expected 0\.001, found 0\.5"),
+        ({"log_interval": 7, "seed": 9}, r"process 1: seed and log_interval: "),
+    ],
+    ids=str,
+)
+def test_a_process_that_would_train_otherwise_is_named(
+    tmp_path, team, monkeypatch, changes, message
+):
+    conf, changes = tiny_conf(tmp_path), dict(changes)
+    start, names = changes.pop("start", 3), changes.pop("names", ["a.png"])
+    other = dataclasses.replace(conf, **changes)
+    with pytest.raises(UserError, match=message):
+        meet(monkeypatch, (conf, ["a.png"], 3), (other, names, start))
