@@ -19,7 +19,7 @@ import yaml
 from guided_diffusion.config.checkpoint_flags import shapes_of
 from guided_diffusion.config.keys import ModelConf, TrainConf
 from guided_diffusion.config.schema import conf_to_dict, shown
-from guided_diffusion.dist_util import is_main, world_size
+from guided_diffusion.dist_util import is_main, is_out_of_memory, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import TrainingImages, list_images, names_below
@@ -75,7 +75,7 @@ def last_saved(conf: TrainConf) -> str:
 
 
 def load_opt(path: Path, mmap: bool = True) -> dict:
-    """Return the optimizer's file; raises UserError where it is damaged or another's.
+    """Return the optimizer's file; raises UserError if it is unreadable, damaged or another's.
 
     Mapped from the file it is good for a look; what will be changed is read into memory.
     """
@@ -83,7 +83,11 @@ def load_opt(path: Path, mmap: bool = True) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if {"step", "settings", "optimizer", "sampler"} <= set(state):
             return state
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or error}", path=path) from error
     except Exception as error:  # a damaged file makes torch raise nearly anything
+        if is_out_of_memory(error):
+            raise
         raise UserError("is damaged and cannot be resumed", path=path) from error
     raise UserError("is not an optimizer's file of this program", path=path)
 

@@ -139,13 +139,48 @@ def test_other_pictures_are_refused_and_moved_ones_are_not(tmp_path):
         check(conf, CPU, resume=True)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK damaged", b"\x80\x02cos\nsystem\n(S'true'\ntR."])
+@pytest.mark.parametrize("content", [b"", b"PK damaged"])
 def test_a_damaged_optimizer_is_one_line(tmp_path, content):
     conf = tiny_conf(tmp_path)
     saved(conf)
     checkpoint_path(conf, "opt", 3).write_bytes(content)
     with pytest.raises(UserError, match=r"opt000003.pt: is damaged and cannot be resumed"):
         check(conf, CPU, resume=True)
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_nothing_in_an_optimizer_is_executed(tmp_path, monkeypatch, mmap):
+    monkeypatch.chdir(tmp_path)
+    kinds = ("step", "settings", "optimizer", "sampler")
+    torch.save({**dict.fromkeys(kinds, 0), "extra": Evil()}, "opt.pt")
+    with pytest.raises(UserError, match=r"opt\.pt: is damaged and cannot be resumed"):
+        files.load_opt(Path("opt.pt"), mmap=mmap)
+    assert not Path("executed").exists()
+
+
+def test_an_optimizer_that_the_system_refuses_is_told_as_that(tmp_path):
+    with pytest.raises(UserError, match=r"opt\.pt: cannot be read: No such file or directory"):
+        files.load_opt(tmp_path / "opt.pt")
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        files.load_opt(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=repr
+)
+def test_an_optimizer_for_which_memory_is_short_is_not_called_damaged(tmp_path, monkeypatch, error):
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(type(error)) as caught:
+        files.load_opt(tmp_path / "opt.pt")
+    assert caught.value is error
 
 
 def test_somebody_elses_optimizer_is_one_line(tmp_path):
