@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 
     raise_on_ctrl_c()
     if args.export is not None:
-        print(files.export(conf, args.export))
+        if is_main():
+            print(files.export(conf, args.export))
         return 0
     device = get_device(conf.device)
     try:

@@ -27,6 +27,7 @@ from guided_diffusion.io.checkpoints import check_fits, load_state_dict, write_w
 from guided_diffusion.io.files import (
     check_folder,
     refuse_inside,
+    refuse_overwriting,
     remove_leftovers,
     write_checkpoint,
     write_text_atomic,
@@ -42,6 +43,11 @@ FREE_KEYS = (
     *("sample_respacing", "device", "compile", "microbatch", "use_checkpoint"),
 )
 
+# What a training writes into its folder; a file that was exported to there may be written anew.
+_OWN_FILES = re.compile(
+    r"(model|ema_.+_|opt)\d{6,}\.pt|(samples|inpainted)_\d{6,}\.png"
+    r"|log\.csv(\.\d+)?|loss\.png|test\.yml|held_out\.txt"
+)
 _NAMED = 5  # so many pictures are named, and the others counted
 
 
@@ -201,12 +207,17 @@ def load(trainer: Trainer, step: int) -> None:
 
 
 def export(conf: TrainConf, path: str) -> str:
-    """Write the newest first average in half precision to ``path``; return what was done."""
+    """Write the newest first average in half precision to ``path``; return what was done.
+
+    Raises UserError where there is no checkpoint, and where ``path`` is a file of the training.
+    """
     if not path:
         raise UserError("--export: the path is empty")
     step = newest_step(conf)
     if step is None:
         raise UserError("no complete checkpoint to export", path=conf.out_dir)
+    own = (file for file in Path(conf.out_dir).iterdir() if _OWN_FILES.fullmatch(file.name))
+    refuse_overwriting([path], own)
     source = checkpoint_path(conf, f"ema_{conf.ema_rates[0]}_", step)
     state = {name: value.half() for name, value in load_state_dict(source).items()}
     write_weights(path, state)
