@@ -114,11 +114,21 @@ def test_gradients_are_cut_to_their_largest_norm(tmp_path):
     assert math.isclose(window.row(1, 0.1)["grad_norm"], norm, rel_tol=1e-5)
 
 
-def test_dropout_is_drawn_anew_in_every_step_and_repeatably(tmp_path):
+def test_dropout_is_drawn_repeatably(tmp_path):
     first, second = (steps(make_trainer(tiny_conf(tmp_path, dropout=0.5)), 2) for _ in range(2))
     without = steps(make_trainer(tiny_conf(tmp_path)), 2)
     assert torch.equal(weights(first), weights(second))
     assert not torch.allclose(weights(first), weights(without), atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0, 0.5])
+def test_dropout_is_drawn_anew_in_every_step(tmp_path, monkeypatch, dropout):
+    trainer = shaken(make_trainer(tiny_conf(tmp_path, dropout=dropout, lr=1e-12)))
+    drawn = trainer._draw((3, 8, 8))
+    monkeypatch.setattr(trainer, "_draw", lambda _: drawn)
+    [batch] = batches(load_images(trainer.conf), trainer.conf, range(1), 0)
+    first, second = (trainer.train_step(*batch)[0] for _ in range(2))
+    assert torch.allclose(first, second, rtol=1e-4, equal_nan=True) == (dropout == 0)
 
 
 @pytest.mark.parametrize(
