@@ -23,8 +23,8 @@ class GroupNorm32(nn.GroupNorm):
 def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
     """Embed ``timesteps`` (N,) as (N, dim) float32: dim/2 cosines, then as many sines.
 
-    Frequencies fall geometrically from 1 to 1/10000 (Vaswani et al. 2017, section 3.5); an odd
-    ``dim`` ends with a zero.
+    Frequency i of ``half`` = dim // 2 is 10000^(-i/half), from 1 to 10000^(-(half-1)/half) (Vaswani
+    et al. 2017, section 3.5); an odd ``dim`` ends with a zero.
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half

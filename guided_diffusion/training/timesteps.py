@@ -2,8 +2,9 @@
 
 Every random number hangs on (seed, what it is for, step) alone, and every process can draw all of a
 batch's numbers. So a training that was stopped goes on as if it had not been, and any number of
-processes that share a batch sees what one would see. Only a sampler of times that watches the
-losses has a memory, which is saved.
+processes that share a batch sees what one would see; but each drops out by its own number, as
+``Trainer.train_step`` seeds it. Only a sampler of times that watches the losses has a memory, which
+is saved.
 """
 
 import functools
