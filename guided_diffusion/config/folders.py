@@ -233,9 +233,19 @@ def _check_unet(folder: ModelFolder, stated: Mapping[str, Any]) -> None:
         )
     if unet["class_embed_type"] not in (None, "timestep"):
         raise _wrong(path, "class_embed_type", "null or timestep", unet["class_embed_type"])
+    head, most = unet["attention_head_dim"], _narrowest_attention(unet)
+    if head is not None and not _is_count(head, most):
+        raise _wrong(path, "attention_head_dim", f"null or a number from 1 to {most}", head)
     if unet["num_class_embeds"] is not None and not _is_count(unet["num_class_embeds"], 1_000_000):
         raise _wrong(path, "num_class_embeds", "a number of classes", unet["num_class_embeds"])
     _sample_size(folder)
+
+
+def _narrowest_attention(unet: Mapping[str, Any]) -> int:
+    """Return the fewest channels of those levels that have heads; the middle always has."""
+    widths = unet["block_out_channels"]
+    levels = zip(unet["down_block_types"], widths, strict=True)
+    return min([widths[-1], *(width for kind, width in levels if "Attn" in str(kind))])
 
 
 def _is_count(value: object, most: int) -> bool:

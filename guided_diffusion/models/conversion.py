@@ -96,7 +96,7 @@ def _with_joined_products(
     joined, head_channels = {}, folder.unet["attention_head_dim"]
     for name, tensor in state.items():
         if ".to_q." in name:
-            parts = [state[name.replace(".to_q.", f".to_{part}.")] for part in "qkv"]
+            parts = _products(folder, state, name)
             width = len(tensor)
             heads = 1 if new_attention_order or not head_channels else width // head_channels
             stacked = torch.stack([part.reshape(heads, -1, *part.shape[1:]) for part in parts], 1)
@@ -105,6 +105,23 @@ def _with_joined_products(
         if not re.search(r"\.to_[kv]\.", name):
             joined[name] = tensor
     return joined
+
+
+def _products(folder: ModelFolder, state: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """Return the tensors of queries, keys and values; ``name`` is the queries'.
+
+    Raises UserError where one is missing or of another shape, or queries are not of whole heads.
+    """
+    names = [name.replace(".to_q.", f".to_{part}.") for part in "qkv"]
+    shapes = [tuple(state[each].shape) if each in state else "no such tensor" for each in names]
+    wanted, rows = shapes[0], shapes[0][0] if shapes[0] else 0
+    if not rows or rows % (folder.unet["attention_head_dim"] or rows):
+        wanted = f"whole heads of {folder.unet['attention_head_dim']} channels"
+    for each, shape in zip(names, shapes, strict=True):
+        if shape != wanted:
+            problem = f"has other weights than its config.json says: {short(each)}"
+            raise UserError(problem, path=folder.name, expected=wanted, got=shape)
+    return [state[each] for each in names]
 
 
 def _converted(folder: ModelFolder, name: str) -> str:
