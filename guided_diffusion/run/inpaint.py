@@ -91,13 +91,14 @@ def run(
         share = Share(plan, inpainter, team, interrupts, observe)
         try:
             parts = make_all(share)
-        except (UserError, KeyboardInterrupt) as error:
+        except UserError as error:
             if not resume_with:
                 raise
-            hint = f"{said_of_done(plan, team)}; go on with: {resume_with}"
-            if isinstance(error, UserError):
-                raise type(error)(f"{error}; {hint}") from error
-            raise KeyboardInterrupt(hint if team.is_main else "") from None
+            raise type(error)(f"{error}; {resume_hint(plan, team, resume_with)}") from error
+        except KeyboardInterrupt:
+            is_told = team.is_main and resume_with
+            hint = resume_hint(plan, team, resume_with) if is_told else ""
+            raise KeyboardInterrupt(hint) from None
     total = Summary(seconds=time.perf_counter() - start)
     for part in parts:
         total.finished += part["finished"]
@@ -128,12 +129,12 @@ def conclude(plan: Plan, summary: Summary) -> str:
     return " ".join(f"{plan.conf.log_dir}: {', '.join(parts)}".split())
 
 
-def said_of_done(plan: Plan, team: Team) -> str:
-    """Say how much is done."""
+def resume_hint(plan: Plan, team: Team, command: str) -> str:
+    """Say how much is done and with which command the rest will be."""
     done = len(plan.jobs) - len(plan.todo)
     with contextlib.suppress(UserError):
         done += team.count("written")
-    return f"{done} of {len(plan.jobs)} results are in {plan.conf.log_dir}"
+    return f"{done} of {len(plan.jobs)} results are in {plan.conf.log_dir}; go on with: {command}"
 
 
 def log(text: str) -> None:
@@ -421,7 +422,7 @@ def pictures_a_call(conf: InpaintConf, inputs: Sequence[Inputs], batch_size: int
 
 
 def wanted_transitions(plan: Plan) -> set[int]:
-    """Return the transitions that ``save_process`` keeps, evenly over the walk, the last first."""
+    """Return the transitions that ``save_process`` keeps, evenly over the walk with its end."""
     last = len(plan.times) - 2
     return set(np.linspace(last, 0, plan.conf.save_process).round().astype(int).tolist())
 

@@ -26,7 +26,7 @@ from guided_diffusion.config.keys import FAST, RESULT_FOLDERS, InpaintConf, load
 from guided_diffusion.config.schema import conf_to_dict
 from guided_diffusion.dist_util import Team
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.images import read_rgb, to_uint8
+from guided_diffusion.io.images import open_image, read_rgb, to_uint8
 from guided_diffusion.masks import FAMILIES
 from guided_diffusion.run import inpaint
 from guided_diffusion.run.plan import Plan, plan_run, settings_of_results
@@ -206,10 +206,8 @@ def refuse_large(path: str) -> None:
     """Raise UserError for more than ``PIL.Image.MAX_IMAGE_PIXELS``: pictures are other people's."""
     limit = Image.MAX_IMAGE_PIXELS
     try:
-        with Image.open(path) as image:
+        with Path(path).open("rb") as stream, open_image(stream) as image:
             is_large = limit is not None and image.width * image.height > limit
-    except Image.DecompressionBombError:
-        is_large = True
     except Exception:  # whoever reads the picture says what is wrong with it
         return
     if is_large:

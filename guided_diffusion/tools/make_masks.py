@@ -100,7 +100,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _is_mask(path: Path) -> bool:
     """Return whether a file may be an earlier mask: a square of black and white alone."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             is_alike = image.mode in ("L", "RGB") and image.width == image.height
             return is_alike and bool(np.isin(np.asarray(image), (0, 255)).all())
     except Exception:  # Pillow's decoders raise anything at all over a damaged file
