@@ -178,6 +178,15 @@ class GaussianDiffusion:
             x_start = self.predict_xstart_from_eps(x, t, mean_part)
         return x_start.clamp(-self.clip_range, self.clip_range) if clip else x_start
 
+    def target(self, x_start: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        """Return what a perfect network says of ``q_sample(x_start, t, noise)``, (N, 3, S, S)."""
+        if self.predict_xstart:
+            return x_start
+        if not self.predict_v:
+            return noise
+        signal = self._at("sqrt_alphas_cumprod", t)  # Salimans & Ho 2022, appendix D
+        return _mix(signal, noise, -self._at("sqrt_one_minus_alphas_cumprod", t), x_start)
+
     def pred_log_variance(self, output: Tensor, t: int | Tensor) -> Coefficient:
         """Return the log variance of p(x_{t-1} given x_t), learned (IDDPM eq. 15) or fixed."""
         if not self.learn_sigma:

@@ -109,6 +109,7 @@ def _chain(conf: ModelConf) -> dict[str, Any]:
         "betas": get_named_beta_schedule(conf.noise_schedule, conf.diffusion_steps),
         "learn_sigma": conf.learn_sigma,
         "predict_xstart": conf.predict_xstart,
+        "predict_v": conf.predict_v,
         "clip_denoised": conf.clip_denoised,
     }
     return {**own, "fixed_small": True} if conf.follows_folder else own

@@ -669,6 +669,16 @@ def test_a_velocity_means_the_picture_that_it_was_made_of(t):
     v = signal * eps - noise * x_start
     found = diffusion.pred_xstart(v.float(), x, t, clip=False)
     torch.testing.assert_close(found, x_start, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(diffusion.target(x_start, t, eps), v.float())
+
+
+@pytest.mark.parametrize("kind", [{}, {"predict_xstart": True}, {"predict_v": True}], ids=str)
+def test_the_target_means_the_picture_that_noise_was_added_to(kind):
+    _, x_start, eps, _ = step_inputs()
+    diffusion, t = chain(**kind), torch.tensor([2, 9])
+    x, target = diffusion.q_sample(x_start, t, eps), diffusion.target(x_start, t, eps)
+    found = diffusion.pred_xstart(target, x, t, clip=False)
+    torch.testing.assert_close(found, x_start, rtol=1e-4, atol=1e-4)
 
 
 def test_pictures_are_clipped_to_the_range_that_is_stated():
@@ -918,10 +928,13 @@ def losses_of(diffusion, channels=6):
     return losses, gradient, output, x_start.clamp(-1, 1), noise
 
 
-@pytest.mark.parametrize("predict_xstart", [True, False])
-def test_hybrid_loss(predict_xstart):
-    losses, gradient, output, x_start, noise = losses_of(chain(predict_xstart=predict_xstart))
-    target = x_start if predict_xstart else noise
+@pytest.mark.parametrize("kind", ["eps", "xstart", "v"])
+def test_hybrid_loss(kind):
+    diffusion = chain(predict_xstart=kind == "xstart", predict_v=kind == "v")
+    losses, gradient, output, x_start, noise = losses_of(diffusion)
+    abar = torch.tensor(diffusion.alphas_cumprod[[0, 5]]).float()[:, None, None, None]
+    v = abar.sqrt() * noise - (1 - abar).sqrt() * x_start
+    target = {"eps": noise, "xstart": x_start, "v": v}[kind]
     mse = ((output[:, :3] - target) ** 2).mean((1, 2, 3))
     torch.testing.assert_close(losses["mse"], mse)
     torch.testing.assert_close(losses["loss"], losses["mse"] + losses["vb"])

@@ -102,6 +102,7 @@ class ModelFolder:
             keys |= {
                 "diffusion_steps": len(chain.betas),
                 "predict_xstart": chain.predict_xstart,
+                "predict_v": chain.predict_v,
                 "clip_denoised": chain.clip_denoised,
             }
         return keys

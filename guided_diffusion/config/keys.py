@@ -189,6 +189,8 @@ class ModelConf(Conf):
                                   "it TOGETHER with schedule_jump_params.t_T, which costs quality.",
                                   pattern=STEPS)
     predict_xstart: bool = key(False, "The network predicts the clean picture, not the noise.")
+    predict_v: bool = key(False, "The network predicts the velocity: nearly the noise where there "
+                          "is little of it, nearly the negative picture where there is much.")
     clip_denoised: bool = key(True, "Clip predicted pictures to the range of pixels.")
     rescale_timesteps: bool = key(False, "Multiply the network's time by 1000/diffusion_steps.")
     use_kl: bool = key(False, "Train on the variational bound alone.")
@@ -207,6 +209,11 @@ class ModelConf(Conf):
         super().__post_init__()
         if not self.timestep_respacing:
             self._set("timestep_respacing", str(self.diffusion_steps))
+        require(
+            not (self.predict_xstart and self.predict_v),
+            "predict_xstart and predict_v",
+            "a network predicts one of them, or the noise where both are false",
+        )
         require(
             self.depth_min < self.depth_max if self.depth_max else not self.depth_min,
             "depth_min and depth_max",

@@ -65,8 +65,8 @@ def check_folder(folder: ModelFolder) -> str:
         check_checkpoint(path)
     if folder.scheduler_path is None:
         warnings.warn(
-            f"{folder.name}: has no scheduler_config.json, so that noise_schedule, diffusion_steps "
-            "and predict_xstart are as the YAML says or by default",
+            f"{folder.name}: has no scheduler_config.json, so that noise_schedule, "
+            "diffusion_steps, predict_xstart and predict_v are as the YAML says or by default",
             stacklevel=2,
         )
     said = repr((sorted(folder.unet.items()), sorted(folder.scheduler.items()), files[0].name))

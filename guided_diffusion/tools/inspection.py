@@ -79,7 +79,8 @@ def _of_folder(path: str) -> list[str]:
         keys["image_size"] = 256
     if not folder.scheduler_path:
         lines.append("# warning: has no scheduler_config.json; the chain's keys are a guess")
-        keys |= {"diffusion_steps": 1000, "noise_schedule": "linear", "predict_xstart": False}
+        keys |= {"diffusion_steps": 1000, "noise_schedule": "linear"}
+        keys |= {"predict_xstart": False, "predict_v": False}
     follow = ", ".join(_yaml(folder.keys()))
     lines.append(f"# These follow the folder and may be left out: {follow}")
     with contextlib.suppress(UserError):  # most folders cannot be trained here
@@ -170,7 +171,7 @@ def _of_network(
         return [*lines, *_yaml({"model_path": path, **flags, **published})]
     guesses = {**_heads(flags, mult, is_improved), "use_new_attention_order": False}
     guesses |= {"noise_schedule": "linear", "diffusion_steps": 1000, "predict_xstart": False,
-                "rescale_timesteps": False}  # fmt: skip
+                "predict_v": False, "rescale_timesteps": False}  # fmt: skip
     lines.append(
         f"# warning: shapes cannot tell {', '.join(guesses)}: below are the usual values; if "
         "results are noise, they were others"

@@ -29,7 +29,7 @@ def training_losses(
         vb = vb_terms_bits(diffusion, output, x_start, x, t) * diffusion.num_timesteps
         return {"loss": vb, "vb": vb}
     channels = x.shape[1]
-    target = x_start if diffusion.predict_xstart else noise
+    target = diffusion.target(x_start, t, noise)
     mse = _mean_flat((target - output[:, :channels]) ** 2)
     if not diffusion.learn_sigma:
         return {"loss": mse, "mse": mse}

@@ -151,7 +151,7 @@ def test_complete_form_states_every_published_and_every_ignored_key():
     own = {"num_classes", "seed", "samples_per_image", "precision", "compile", "paste_known"}
     own |= {"invert_mask", "overview", "save_process", "sampler", "ddnm_eta"}
     own |= {"mask_hole", "mask_grow", "mask_hard", "depth_max", "depth_min", "all_formats"}
-    own |= {"full_size", "feather", "windows", "output_format"}
+    own |= {"full_size", "feather", "windows", "output_format", "predict_v"}
     written_here = {"record"}
     fields = {field.name for field in dataclasses.fields(InpaintConf)}
     assert fields - own == stated.keys() - keys.IGNORED_KEYS.keys()
@@ -543,6 +543,7 @@ def test_data_keys_that_must_be_true_say_why(key):
         ),
         ({"use_fp16": True, "precision": "bfloat16"}, ("use_fp16", "precision", "bfloat16")),
         ({"use_fp16": True, "precision": "float32"}, ("use_fp16", "precision")),
+        ({"predict_xstart": True, "predict_v": True}, ("predict_xstart", "predict_v")),
         ({"classifier_path": "c.pt", "num_classes": 1001}, ("num_classes", "classifier_path")),
         (
             {"classifier_path": "c.pt", "image_size": 32, "channel_mult": "1,2"},

@@ -40,6 +40,12 @@ def test_keys_follow_the_folder(here):
     conf = load_conf("c.yml")
     assert (conf.image_size, conf.diffusion_steps, conf.num_classes) == (8, 20, 7)
     assert (conf.class_cond, conf.learn_sigma, conf.predict_xstart) == (True, False, True)
+    assert not conf.predict_v
+
+
+def test_a_velocity_follows_the_folder(here):
+    write_foreign(here, tiny_unet(), scheduler(prediction_type="v_prediction"))
+    assert load_conf("c.yml").predict_v
 
 
 @pytest.mark.parametrize(
@@ -51,6 +57,7 @@ def test_keys_follow_the_folder(here):
         ({"class_cond": True}, "expected false, found true"),
         ({"diffusion_steps": 1000}, "expected 20, found 1000"),
         ({"predict_xstart": True}, "expected false, found true"),
+        ({"predict_v": True}, "expected false, found true"),
         ({"clip_denoised": False}, "expected true, found false"),
         ({"noise_schedule": "cosine"}, "expected linear from 0.0001 to 0.3, found cosine"),
         ({"num_channels": 256}, "expected 8, found 256"),

@@ -138,6 +138,7 @@ def test_dropout_is_drawn_anew_in_every_step(tmp_path, monkeypatch, dropout):
         {"learn_sigma": False},
         {"predict_xstart": True},
         {"learn_sigma": False, "predict_xstart": True},
+        {"predict_v": True},
         {"use_kl": True},
     ],
     ids=str,
