@@ -7,9 +7,10 @@ changed), with masks of each family, by what test.py runs on. Known pixels are p
 result, so that all errors are the hole's. For each picture: LPIPS (AlexNet 0.1) of the whole
 picture and of its hole, as guided_diffusion/tools/perceptual.py defines them; the mean square error
 in the hole, pixels in [0, 1]; and that of the steps from known pixels to their generated
-neighbours, which is the seam. Two more settings make no network call: ``nearest`` pastes in the
+neighbours, which is the seam. Three more settings make no network call: ``nearest`` pastes in the
 picture of ``--train`` that is nearest by the known pixels, ``mirror`` the picture's own mirror
-image, hidden pixels included.
+image, hidden pixels included, and ``posterior``, for the demo's drawn faces, another face with the
+same known pixels, which is what a perfect sampler gives.
 
 Every setting and mask is a *block*: a JSON file of numbers and a PNG of the results in --out,
 written after each batch. The same command goes on where it was interrupted; a larger --count adds
@@ -19,6 +20,7 @@ to do.
 """
 
 import argparse
+import base64
 import dataclasses
 import fnmatch
 import hashlib
@@ -26,6 +28,8 @@ import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -62,6 +66,7 @@ from guided_diffusion.script_util import create_gaussian_diffusion, create_sched
 from guided_diffusion.tools.perceptual import LPIPS, MIN_SIDE, load_lpips
 
 COLUMNS = 16  # of a block's PNG
+FACES = Path(__file__).resolve().parents[2] / "data" / "faces"
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Setting:
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-BASELINES = ("nearest", "mirror")
+BASELINES = ("nearest", "mirror", "posterior")
 CURVE = (
     *(f"repaint-t{t_T}" for t_T in (10, 25, 50, 100, 250, 1000)),
     *(f"repaint-r{r}-t{t_T}" for r in (5, 10) for t_T in (25, 50, 100, 250)),
@@ -83,7 +88,7 @@ CURVE = (
 # Straight down, resampling, and straight down in as many steps as that has calls: the paper's
 # control, which asks whether it is the resampling that helps or only the time (section 5.5).
 RESAMPLING = ("repaint-t25", "repaint-r10-t25", "repaint-t205")
-GROUPS = {"curve": CURVE, "resampling": RESAMPLING, "baselines": BASELINES}
+GROUPS = {"curve": CURVE, "resampling": RESAMPLING, "baselines": ("nearest", "mirror")}
 NAME = re.compile(r"(repaint|ddim|ddnm(?P<eta>[01](?:\.\d+)?))(?:-r(?P<r>\d+))?-t(?P<t_T>\d+)")
 
 
@@ -183,6 +188,9 @@ def choose_ways(args: argparse.Namespace, base: InpaintConf, model: Model) -> li
                 continue
             if setting.name == "nearest":
                 setting = Setting(setting.name, {"--train": args.train})
+            if setting.name == "posterior" and not (FACES / "node_modules").is_dir():
+                refused.setdefault("needs npm install in data/faces", []).append(setting.name)
+                continue
             ways.append(Way(setting, base, [], digest_of(setting, model)))
             continue
         # A YAML may say ddnm; a program that knows no samplers has this one.
@@ -334,6 +342,45 @@ class Nearest:
         return np.where(holes[..., None], self._pictures[where], gt)
 
 
+class Posterior:
+    """Another drawn face with the same known pixels, as data/faces/posterior.mjs draws it."""
+
+    def __init__(self) -> None:
+        node = shutil.which("node")
+        if node is None:
+            raise UserError("node is not installed", key="--settings", got="posterior")
+        self._program = subprocess.Popen(
+            [node, "posterior.mjs"],
+            cwd=FACES,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, names: Sequence[str], gt: np.ndarray, holes: np.ndarray) -> np.ndarray:
+        """Return results, uint8 (N, S, S, 3), for faces whose names are their seeds.
+
+        Raises UserError for a picture that is no such face.
+        """
+        inputs = tqdm(zip(names, gt, holes, strict=True), "faces", len(gt), leave=False, delay=2)
+        return np.stack([self._draw(*each) for each in inputs])
+
+    def _draw(self, name: str, gt: np.ndarray, hole: np.ndarray) -> np.ndarray:
+        stem = Path(name).stem
+        if not (stem.isascii() and stem.isdigit()):
+            raise UserError("is no face of make.mjs", path=name, expected="its seed as its name")
+        pixels, hidden = (base64.b64encode(array.tobytes()).decode() for array in (gt, hole))
+        face = {"seed": int(stem), "size": len(gt), "picture": pixels, "hole": hidden}
+        print(json.dumps(face), file=self._program.stdin, flush=True)
+        line = self._program.stdout.readline()
+        if not line:
+            raise UserError("has ended; its message is above", path=FACES / "posterior.mjs")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise UserError(answer["error"], path=name)
+        return np.frombuffer(base64.b64decode(answer["picture"]), np.uint8).reshape(gt.shape)
+
+
 def mirror(gt: np.ndarray, holes: np.ndarray) -> np.ndarray:
     """Return results with the mirror image in the hole, also where its pixels were hidden."""
     return np.where(holes[..., None], gt[:, :, ::-1], gt)
@@ -424,6 +471,8 @@ def make(way: Way, blocks: Sequence[Block], args: argparse.Namespace, bar: tqdm)
     """Make and measure what is missing of a setting's blocks, batch by batch."""
     if way.setting.name == "nearest":
         nearest = Nearest(args.train, way.conf.image_size)
+    if way.setting.name == "posterior":
+        posterior = Posterior()
     inpainter = Inpainter(way.conf, way.times) if way.times else None
     for block in blocks:
         inputs = load_inputs(args.paths, block.family, way.conf)
@@ -434,6 +483,8 @@ def make(way: Way, blocks: Sequence[Block], args: argparse.Namespace, bar: tqdm)
             began = time.perf_counter()
             if inpainter:
                 results = inpaint(inpainter, gt, inputs.masks[part], start, bar)
+            elif way.setting.name == "posterior":
+                results = posterior(inputs.names[part], gt, holes)
             else:
                 results = (mirror if way.setting.name == "mirror" else nearest)(gt, holes)
             seconds = time.perf_counter() - began

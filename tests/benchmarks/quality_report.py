@@ -25,7 +25,11 @@ MEASURES = {
 }
 PLOTTED = ("lpips", "hole", "border")
 BUDGETS = (10, 25, 50, 100, 250, 500, 1000, 2500)
-BASELINES = {"nearest": "nearest training picture", "mirror": "mirror image"}
+BASELINES = {
+    "nearest": "nearest training picture",
+    "mirror": "mirror image",
+    "posterior": "another face with the same known pixels",
+}
 _KINDS = {"repaint": "RePaint", "ddim": "DDIM steps", "ddnm": "DDNM"}
 
 
