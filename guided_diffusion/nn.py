@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 
 class GroupNorm32(nn.GroupNorm):
-    """GroupNorm over 32 groups that computes in float32 and returns its input's type."""
+    """GroupNorm that computes in float32 and returns its input's type."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(32, channels)
+    def __init__(self, channels: int, groups: int = 32) -> None:
+        super().__init__(groups, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise ``x`` (N, C, ...)."""

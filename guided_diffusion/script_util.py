@@ -58,6 +58,7 @@ def create_model(conf: ModelConf) -> UNetModel:
         use_scale_shift_norm=conf.use_scale_shift_norm,
         resblock_updown=conf.resblock_updown,
         use_new_attention_order=conf.use_new_attention_order,
+        norm_groups=conf.norm_groups,
         dropout=conf.dropout,
         use_checkpoint=conf.use_checkpoint,
     )

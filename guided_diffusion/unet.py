@@ -38,6 +38,7 @@ class TrunkConfig:
     use_scale_shift_norm: bool = True
     resblock_updown: bool = True
     use_new_attention_order: bool = False
+    norm_groups: int = 32  # of each GroupNorm
     dropout: float = 0.0
     use_checkpoint: bool = False  # recompute activations in the backward pass
 
@@ -77,11 +78,11 @@ class ResBlock(nn.Module):
         conv = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.use_checkpoint = cfg.use_checkpoint
         self.use_scale_shift_norm = cfg.use_scale_shift_norm
-        self.in_layers = nn.Sequential(GroupNorm32(channels), nn.SiLU(), conv)
+        self.in_layers = nn.Sequential(GroupNorm32(channels, cfg.norm_groups), nn.SiLU(), conv)
         linear = nn.Linear(4 * cfg.model_channels, out_channels * (1 + cfg.use_scale_shift_norm))
         self.emb_layers = nn.Sequential(nn.SiLU(), linear)
         out = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        norm, dropout = GroupNorm32(out_channels), nn.Dropout(cfg.dropout)
+        norm, dropout = GroupNorm32(out_channels, cfg.norm_groups), nn.Dropout(cfg.dropout)
         self.out_layers = nn.Sequential(norm, nn.SiLU(), dropout, out)
         is_same = out_channels == channels
         self.skip_connection = nn.Identity() if is_same else nn.Conv2d(channels, out_channels, 1)
@@ -124,7 +125,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.num_heads = heads(channels, num_heads, cfg.num_head_channels)
         self.new_order, self.use_checkpoint = cfg.use_new_attention_order, cfg.use_checkpoint
-        self.norm = GroupNorm32(channels)
+        self.norm = GroupNorm32(channels, cfg.norm_groups)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
@@ -250,7 +251,7 @@ class UNetModel(UNetEncoder):
                 self.output_blocks.append(EmbedSequential(*layers))
                 channels = out
         conv = zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
-        self.out = Head(GroupNorm32(channels), nn.SiLU(), conv)
+        self.out = Head(GroupNorm32(channels, cfg.norm_groups), nn.SiLU(), conv)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """``x`` (N, 3, S, S) in [-1, 1], ``timesteps`` and ``y`` (N,) → (N, out_channels, S, S)."""
@@ -295,13 +296,16 @@ class EncoderUNetModel(UNetEncoder):
         if pool == "attention":
             side = cfg.image_size >> (len(cfg.channel_mult) - 1)
             head = [AttentionPool(side, channels, cfg.num_head_channels, out_channels)]
-            self.out = nn.Sequential(GroupNorm32(channels), nn.SiLU(), *head)
+            norm = GroupNorm32(channels, cfg.norm_groups)
+            self.out = nn.Sequential(norm, nn.SiLU(), *head)
         elif pool == "adaptive":
             head = [nn.AdaptiveAvgPool2d(1), zero_module(nn.Conv2d(channels, out_channels, 1))]
-            self.out = nn.Sequential(GroupNorm32(channels), nn.SiLU(), *head, nn.Flatten())
+            norm = GroupNorm32(channels, cfg.norm_groups)
+            self.out = nn.Sequential(norm, nn.SiLU(), *head, nn.Flatten())
         elif pool in ("spatial", "spatial_v2"):
             first, last = nn.Linear(all_channels, 2048), nn.Linear(2048, out_channels)
-            between = [nn.ReLU()] if pool == "spatial" else [GroupNorm32(2048), nn.SiLU()]
+            norm = GroupNorm32(2048, cfg.norm_groups)
+            between = [nn.ReLU()] if pool == "spatial" else [norm, nn.SiLU()]
             self.out = nn.Sequential(first, *between, last)
         else:
             raise ValueError(f"unknown pool {pool!r}")

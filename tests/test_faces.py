@@ -109,6 +109,11 @@ def stripes(seed):
     return np.repeat(np.array(rows, np.uint8)[:, None], SIDE, axis=1)
 
 
+def faces_of(stems, gt, holes):
+    masks = np.where(holes[..., None], 0, 255).repeat(3, axis=3)
+    return quality.Inputs([f"{stem}.png" for stem in stems], gt, masks)
+
+
 @pytest.fixture
 def posterior(faces, monkeypatch):
     monkeypatch.setattr(quality, "FACES", faces)
@@ -123,19 +128,20 @@ def test_behind_a_hole_is_any_face_with_the_same_known_pixels(posterior):
     holes = np.zeros((len(gt), SIDE, SIDE), bool)
     holes[:, 3] = True  # all of the clothes
     holes[:, 1, 1:] = True  # of the skin a pixel is known
-    results = posterior([f"{seed}.png" for seed in seeds], gt, holes)
+    faces = faces_of(seeds, gt, holes)
+    results = posterior(faces)
     assert np.array_equal(results[:, :3], gt[:, :3])
     clothes, counts = np.unique(results[:, 3, 0], axis=0, return_counts=True)
     assert len(clothes) == 8
     assert counts.max() < 20
     assert (results[:, 3] == gt[:, 3]).all(axis=(1, 2)).mean() < 0.5
-    assert np.array_equal(results, posterior([f"{seed}.png" for seed in seeds], gt, holes))
+    assert np.array_equal(results, posterior(faces))
 
 
 def test_what_is_no_drawn_face_is_told(posterior):
     gt, holes = stripes(5)[None], np.ones((1, SIDE, SIDE), bool)
     holes[0, 0] = False
     with pytest.raises(UserError, match=r"^7\.png: is not the face that make\.mjs draws from 7$"):
-        posterior(["7.png"], gt, holes)
+        posterior(faces_of(["7"], gt, holes))
     with pytest.raises(UserError, match=r"^anna\.png: is no face .* expected its seed as its name"):
-        posterior(["anna.png"], gt, holes)
+        posterior(faces_of(["anna"], gt, holes))

@@ -45,16 +45,17 @@ def test_group_norm_of_one_number_a_group():
     assert torch.allclose(out.flatten(), norm.bias, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("groups", [32, 8])
 @pytest.mark.parametrize("shape", [(2, 64, 5), (2, 64, 3, 5), (3, 64)])
-def test_group_norm_by_hand(shape):
+def test_group_norm_by_hand(shape, groups):
     generator = np.random.default_rng(0)
     x = generator.normal(2.0, 3.0, shape)
-    norm = GroupNorm32(64)
+    norm = GroupNorm32(64, groups)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
-    groups = x.reshape(shape[0], 32, -1)
-    spread = np.sqrt(groups.var(-1, keepdims=True) + 1e-5)
-    normed = ((groups - groups.mean(-1, keepdims=True)) / spread).reshape(shape)
+    grouped = x.reshape(shape[0], groups, -1)
+    spread = np.sqrt(grouped.var(-1, keepdims=True) + 1e-5)
+    normed = ((grouped - grouped.mean(-1, keepdims=True)) / spread).reshape(shape)
     per_channel = (1, 64) + (1,) * (len(shape) - 2)
     weight, bias = (p.detach().numpy().reshape(per_channel) for p in (norm.weight, norm.bias))
     got = norm(torch.tensor(x, dtype=torch.float32)).detach().numpy()

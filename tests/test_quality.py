@@ -68,6 +68,11 @@ def test_errors_are_those_of_hole_and_border():
     assert quality.border_error(result, gt, hole) == pytest.approx(np.square(across).mean())
 
 
+def inputs_of(gt, holes):
+    masks = np.where(holes[..., None], 0, 255).repeat(3, axis=3)
+    return quality.Inputs([f"{i}.png" for i in range(len(gt))], gt, masks)
+
+
 def write_pictures(folder, pictures):
     folder.mkdir()
     for number, pixels in enumerate(pictures):
@@ -81,7 +86,7 @@ def test_the_nearest_picture_is_pasted_in(tmp_path):
     training[7][holes[1]] = 0  # the same where it is known
     write_pictures(tmp_path / "train", training)
     order = sorted(range(20), key=str)  # as files are sorted
-    results = quality.Nearest(str(tmp_path / "train"), SIDE)(gt, holes)
+    results = quality.Nearest(str(tmp_path / "train"), SIDE)(inputs_of(gt, holes))
     for i in range(3):
         known = ~holes[i]
         errors = [np.square(training[k].astype(float) - gt[i])[known].sum() for k in order]
@@ -95,7 +100,7 @@ def test_the_mirror_image_is_pasted_in():
     gt = random_pictures(1)
     holes = np.zeros((1, SIDE, SIDE), bool)
     holes[0, :, SIDE // 2 :] = True
-    result = quality.mirror(gt, holes)[0]
+    result = quality.mirror(inputs_of(gt, holes))[0]
     assert np.array_equal(result, result[:, ::-1])
     assert np.array_equal(result[:, : SIDE // 2], gt[0, :, : SIDE // 2])
 

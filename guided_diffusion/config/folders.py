@@ -24,7 +24,7 @@ NEEDS = "pip install -r requirements-diffusers.txt"
 # they are stated they have to be true of it.
 NETWORK_KEYS = (
     "num_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "num_head_channels",
-    "use_scale_shift_norm", "resblock_updown", "noise_schedule",
+    "use_scale_shift_norm", "resblock_updown", "norm_groups", "noise_schedule",
 )  # fmt: skip
 _HUB_NAME = re.compile(r"hf://(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?/?", re.ASCII)
 _MOST_JSON = 1 << 24  # bytes
@@ -45,7 +45,7 @@ _UNET_DEFAULTS = {
     "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3],
     "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
     "time_embedding_type": "positional", "class_embed_type": None, "num_class_embeds": None,
-    "resnet_time_scale_shift": "default", "downsample_type": "conv",
+    "resnet_time_scale_shift": "default", "downsample_type": "conv", "norm_num_groups": 32,
 }  # fmt: skip
 _SCHEDULER_DEFAULTS = {
     "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
@@ -117,6 +117,7 @@ class ModelFolder:
             "use_scale_shift_norm": unet["resnet_time_scale_shift"] == "scale_shift",
             "resblock_updown": unet["downsample_type"] == "resnet"
             or any(str(kind).startswith("Resnet") for kind in unet["down_block_types"]),
+            "norm_groups": unet["norm_num_groups"],
         }
         if (size := _sample_size(self)) is not None:
             attends = ["Attn" in str(kind) for kind in unet["down_block_types"]]

@@ -172,6 +172,10 @@ class ModelConf(Conf):
     use_scale_shift_norm: bool = key(True, "The time scales and shifts the normalised features.")
     resblock_updown: bool = key(True, "Residual blocks resize, not single convolutions.")
     use_new_attention_order: bool = key(False, "Split q, k and v before the heads, not after.")
+    norm_groups: int = key(32, "Groups into which each normalisation divides its channels; a new "
+                           "network with 32 channels in a level needs fewer, such as 8, for a "
+                           "group of one channel loses its mean, and with it the colour.",
+                           choices=(1, 2, 4, 8, 16, 32))
     class_cond: bool = key(False, "The network takes a class label.")
     num_classes: int = key(1000, "Number of class labels.", low=1, high=1_000_000)
     learn_sigma: bool = key(True, "The network has 6 output channels: the noise and its variance.")

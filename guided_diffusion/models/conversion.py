@@ -22,8 +22,8 @@ _NEEDED: dict[str, tuple] = {
     "time_embedding_dim": (None,), "center_input_sample": (False,), "class_embed_type": (None,),
     "downsample_type": ("conv",), "upsample_type": ("conv",), "downsample_padding": (1,),
     "mid_block_type": ("UNetMidBlock2D",), "mid_block_scale_factor": (1,),
-    "add_attention": (True,), "act_fn": ("silu", "swish"), "norm_num_groups": (32,),
-    "attn_norm_num_groups": (None, 32), "norm_eps": (1e-5,),
+    "add_attention": (True,), "act_fn": ("silu", "swish"), "norm_eps": (1e-5,),
+    "norm_num_groups": (32, 16, 8, 4, 2, 1),
     "resnet_time_scale_shift": ("default", "scale_shift"),
 }  # fmt: skip
 _INNER = {
@@ -74,8 +74,10 @@ def _check(folder: ModelFolder) -> None:
     for key, allowed in _NEEDED.items():
         if unet.get(key, allowed[0]) not in allowed:
             raise _impossible(folder, key, " or ".join(map(str, allowed)), unet[key])
-    if unet.get("attn_norm_num_groups") is None and unet["resnet_time_scale_shift"] != "default":
-        raise _impossible(folder, "attn_norm_num_groups", 32, None)  # attends without norm
+    groups, in_attention = unet["norm_num_groups"], unet.get("attn_norm_num_groups")
+    attends_without = in_attention is None and unet["resnet_time_scale_shift"] != "default"
+    if attends_without or in_attention not in (None, groups):
+        raise _impossible(folder, "attn_norm_num_groups", groups, in_attention)
     down = ["DownBlock2D", "AttnDownBlock2D"]
     if not all(kind in down for kind in unet["down_block_types"]):
         raise _impossible(folder, "down_block_types", " and ".join(down), unet["down_block_types"])

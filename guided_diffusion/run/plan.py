@@ -73,7 +73,7 @@ _WITHOUT_EFFECT_ON_RESULTS = (
 # Keys that came later. At their defaults they leave the marks of earlier results valid.
 _LATER_KEYS = (
     *("sampler", "ddnm_eta", "mask_hole", "mask_grow", "mask_hard", "depth_min", "depth_max"),
-    *("full_size", "feather", "windows", "output_format", "predict_v"),
+    *("full_size", "feather", "windows", "output_format", "predict_v", "norm_groups"),
 )
 
 

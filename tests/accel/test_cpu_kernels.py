@@ -152,14 +152,15 @@ def test_the_exponential_is_exact_to_rounding():
 
 @pytest.mark.parametrize("size", [(2, 2), (3, 5), (8, 8), (13, 17), (32, 32)])
 @pytest.mark.parametrize("widths", [(32,), (64,), (32, 64)])
-def test_normalisation(size, widths):
+@pytest.mark.parametrize("groups", [32, 8])
+def test_normalisation(size, widths, groups):
     maps = [random(3, *size, width, seed=width) for width in widths]
-    norm = nn.GroupNorm(32, sum(widths))
+    norm = nn.GroupNorm(groups, sum(widths))
     with torch.no_grad():
         norm.weight.copy_(random(sum(widths), seed=5))
         norm.bias.copy_(random(sum(widths), seed=6))
     x = torch.cat(maps, dim=3).permute(0, 3, 1, 2).double()
-    reference = F.group_norm(x, 32, norm.weight.double(), norm.bias.double(), norm.eps)
+    reference = F.group_norm(x, groups, norm.weight.double(), norm.bias.double(), norm.eps)
     own = {name: random(3, sum(widths), seed=i) for i, name in enumerate(("gain", "offset"), 7)}
     for count, scaled in [(1, False), (1, True), (3, True)]:
         condition = {name: rows[:count] for name, rows in own.items()} if scaled else {}

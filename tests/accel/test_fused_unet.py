@@ -53,6 +53,7 @@ def exact(network, *arguments):
         {},
         {"out_channels": 3},
         {"use_scale_shift_norm": False},
+        {"norm_groups": 8},
         {"resblock_updown": False},
         {"use_new_attention_order": True, "num_head_channels": 32},
         {"channel_mult": (1, 2, 3), "num_res_blocks": 2, "attention_resolutions": (4, 8)},

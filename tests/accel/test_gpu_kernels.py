@@ -159,6 +159,7 @@ X, T, Y = random(3, 3, 16, 16), torch.tensor([5, 100, 900]), torch.tensor([4, 0,
         ({}, torch.bfloat16, 5e-2),
         ({"resblock_updown": False}, torch.float16, 5e-3),
         ({"use_scale_shift_norm": False}, torch.float32, 1e-5),
+        ({"norm_groups": 8}, torch.float32, 1e-5),
         ({"num_res_blocks": 0}, torch.float32, 1e-5),
     ],
 )

@@ -31,9 +31,8 @@ from guided_diffusion.unet import (
 
 def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """Normalise in the type of the norm's own weights, which is float32."""
-    return F.group_norm(x.type(norm.weight.dtype), 32, norm.weight, norm.bias, norm.eps).type(
-        x.dtype
-    )
+    h = x.type(norm.weight.dtype)
+    return F.group_norm(h, norm.num_groups, norm.weight, norm.bias, norm.eps).type(x.dtype)
 
 
 def conv3x3(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,11 +122,20 @@ class Inputs:
     names: list[str]
     gt: np.ndarray
     masks: np.ndarray
+    first: int = 0  # the number of the first picture
 
     @property
     def holes(self) -> np.ndarray:
         """Where pixels are generated: bool (N, S, S)."""
         return self.masks[:, :, :, 0] < 128
+
+    def part(self, start: int, stop: int) -> "Inputs":
+        """Return the pictures from ``start`` to before ``stop``."""
+        own = slice(start, stop)
+        return Inputs(self.names[own], self.gt[own], self.masks[own], self.first + start)
+
+
+Method = Callable[[Inputs], np.ndarray]  # gives results, uint8 (N, S, S, 3)
 
 
 @dataclass(frozen=True)
@@ -301,20 +310,18 @@ def load_inputs(paths: Sequence[str], family: str, conf: InpaintConf) -> Inputs:
 
 
 @torch.inference_mode()
-def inpaint(
-    inpainter: Inpainter, gt: np.ndarray, mask: np.ndarray, first: int, bar: tqdm
-) -> np.ndarray:
-    """Return results for pictures ``first``, ``first`` + 1, …; all uint8 (N, S, S, 3)."""
+def inpaint(inpainter: Inpainter, inputs: Inputs, bar: tqdm) -> np.ndarray:
+    """Return what the network makes of the pictures, as a ``Method``."""
     tensors = (
         torch.stack([convert(picture) for picture in pictures]).to(inpainter.device)
-        for convert, pictures in ((to_model_range, gt), (mask_to_tensor, mask))
+        for convert, pictures in ((to_model_range, inputs.gt), (mask_to_tensor, inputs.masks))
     )
     known, keep = tensors
-    x, seed = known, inpainter.conf.seed + first
-    for step in inpainter.steps(known, keep, range(seed, seed + len(gt))):
+    x, seed, count = known, inpainter.conf.seed + inputs.first, len(inputs.gt)
+    for step in inpainter.steps(known, keep, range(seed, seed + count)):
         x = step.x
         if step.pred_xstart is not None:
-            bar.update(len(gt))
+            bar.update(count)
     return to_uint8(condition(x, known, keep))
 
 
@@ -325,8 +332,9 @@ class Nearest:
         paths = tqdm(list_images(folder, key="--train"), "training pictures", leave=False, delay=2)
         self._pictures = np.stack([load_crop(path, size) for path in paths])
 
-    def __call__(self, gt: np.ndarray, holes: np.ndarray) -> np.ndarray:
-        """Return results, uint8 (N, S, S, 3); ``holes`` is bool (N, S, S)."""
+    def __call__(self, inputs: Inputs) -> np.ndarray:
+        """Paste in, as a ``Method``."""
+        gt, holes = inputs.gt, inputs.holes
         known = np.repeat(~holes[..., None], 3, axis=3).reshape(len(gt), -1).astype(np.float32)
         target = known * gt.reshape(len(gt), -1)
         best, where = np.full(len(gt), np.inf, np.float32), np.zeros(len(gt), int)
@@ -357,13 +365,13 @@ class Posterior:
             text=True,
         )
 
-    def __call__(self, names: Sequence[str], gt: np.ndarray, holes: np.ndarray) -> np.ndarray:
-        """Return results, uint8 (N, S, S, 3), for faces whose names are their seeds.
+    def __call__(self, inputs: Inputs) -> np.ndarray:
+        """Draw, as a ``Method``, for faces whose names are their seeds.
 
         Raises UserError for a picture that is no such face.
         """
-        inputs = tqdm(zip(names, gt, holes, strict=True), "faces", len(gt), leave=False, delay=2)
-        return np.stack([self._draw(*each) for each in inputs])
+        faces = list(zip(inputs.names, inputs.gt, inputs.holes, strict=True))
+        return np.stack([self._draw(*face) for face in tqdm(faces, "faces", leave=False, delay=2)])
 
     def _draw(self, name: str, gt: np.ndarray, hole: np.ndarray) -> np.ndarray:
         stem = Path(name).stem
@@ -381,9 +389,21 @@ class Posterior:
         return np.frombuffer(base64.b64decode(answer["picture"]), np.uint8).reshape(gt.shape)
 
 
-def mirror(gt: np.ndarray, holes: np.ndarray) -> np.ndarray:
-    """Return results with the mirror image in the hole, also where its pixels were hidden."""
-    return np.where(holes[..., None], gt[:, :, ::-1], gt)
+def mirror(inputs: Inputs) -> np.ndarray:
+    """Paste the mirror image into the hole, also where its pixels were hidden; a ``Method``."""
+    return np.where(inputs.holes[..., None], inputs.gt[:, :, ::-1], inputs.gt)
+
+
+def method_of(way: Way, args: argparse.Namespace, bar: tqdm) -> Method:
+    """Return what makes a setting's results; what it reads is read now."""
+    if way.setting.name == "nearest":
+        return Nearest(args.train, way.conf.image_size)
+    if way.setting.name == "posterior":
+        return Posterior()
+    if way.setting.name == "mirror":
+        return mirror
+    inpainter = Inpainter(way.conf, way.times)
+    return lambda inputs: inpaint(inpainter, inputs, bar)
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -403,10 +423,9 @@ def border_error(result: np.ndarray, gt: np.ndarray, hole: np.ndarray) -> float:
     return float(np.concatenate(errors).mean())
 
 
-def measure(
-    lpips: LPIPS, names: Sequence[str], results: np.ndarray, gt: np.ndarray, holes: np.ndarray
-) -> list[dict[str, Any]]:
+def measure(lpips: LPIPS, inputs: Inputs, results: np.ndarray) -> list[dict[str, Any]]:
     """Return a row of numbers for each picture."""
+    names, gt, holes = inputs.names, inputs.gt, inputs.holes
     x, y = (torch.stack([to_model_range(p) for p in pictures]) for pictures in (results, gt))
     whole, inside = lpips(x, y, torch.from_numpy(holes))
     return [
@@ -469,27 +488,16 @@ def machine(conf: InpaintConf) -> str:
 
 def make(way: Way, blocks: Sequence[Block], args: argparse.Namespace, bar: tqdm) -> None:
     """Make and measure what is missing of a setting's blocks, batch by batch."""
-    if way.setting.name == "nearest":
-        nearest = Nearest(args.train, way.conf.image_size)
-    if way.setting.name == "posterior":
-        posterior = Posterior()
-    inpainter = Inpainter(way.conf, way.times) if way.times else None
+    method = method_of(way, args, bar)
     for block in blocks:
         inputs = load_inputs(args.paths, block.family, way.conf)
         show_inputs(block.path.parent, inputs)
         for start in range(len(block.rows), args.count, args.batch_size):
-            part = slice(start, min(start + args.batch_size, args.count))
-            gt, holes = inputs.gt[part], inputs.holes[part]
+            part = inputs.part(start, min(start + args.batch_size, args.count))
             began = time.perf_counter()
-            if inpainter:
-                results = inpaint(inpainter, gt, inputs.masks[part], start, bar)
-            elif way.setting.name == "posterior":
-                results = posterior(inputs.names[part], gt, holes)
-            else:
-                results = (mirror if way.setting.name == "mirror" else nearest)(gt, holes)
+            results = method(part)
             seconds = time.perf_counter() - began
-            rows = measure(args.lpips, inputs.names[part], results, gt, holes)
-            block.add(rows, results, seconds)
+            block.add(measure(args.lpips, part, results), results, seconds)
 
 
 def show_inputs(folder: Path, inputs: Inputs) -> None:

@@ -151,7 +151,7 @@ def test_complete_form_states_every_published_and_every_ignored_key():
     own = {"num_classes", "seed", "samples_per_image", "precision", "compile", "paste_known"}
     own |= {"invert_mask", "overview", "save_process", "sampler", "ddnm_eta"}
     own |= {"mask_hole", "mask_grow", "mask_hard", "depth_max", "depth_min", "all_formats"}
-    own |= {"full_size", "feather", "windows", "output_format", "predict_v"}
+    own |= {"full_size", "feather", "windows", "output_format", "predict_v", "norm_groups"}
     written_here = {"record"}
     fields = {field.name for field in dataclasses.fields(InpaintConf)}
     assert fields - own == stated.keys() - keys.IGNORED_KEYS.keys()

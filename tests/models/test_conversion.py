@@ -27,6 +27,7 @@ def conf_of(folder, **keys):
     [
         {},
         {"layers_per_block": 2, "attention_head_dim": 16},
+        {"norm_num_groups": 8},
         {"num_class_embeds": 5, "out_channels": 6, "resnet_time_scale_shift": "scale_shift",
          "attn_norm_num_groups": 32},
         {"down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "attention_head_dim": None,
@@ -54,6 +55,8 @@ def test_a_converted_network_computes_the_same(tmp_path, changes, new_order):
         {"downsample_padding": 0},
         {"norm_eps": 1e-6},
         {"attn_norm_num_groups": None, "resnet_time_scale_shift": "scale_shift"},
+        {"attn_norm_num_groups": 16},
+        {"norm_num_groups": 64},
         {"act_fn": "gelu"},
         {"up_block_types": ["UpBlock2D", "UpBlock2D"]},
         {"down_block_types": ["SkipDownBlock2D", "DownBlock2D"]},

@@ -309,7 +309,7 @@ def test_a_full_disk_is_found_before_it_is_full(tmp_path, monkeypatch):
         ({"timestep_respacing": "20"}, 20),
         ({"timestep_respacing": "20,30"}, 50),
         ({"learn_sigma": False, "noise_schedule": "cosine", "predict_xstart": True}, 250),
-        ({"predict_v": True}, 250),
+        ({"predict_v": True, "norm_groups": 8}, 250),
     ],
 )
 def test_the_yaml_beside_the_checkpoint_runs_at_once(tmp_path, changes, steps):
@@ -326,7 +326,7 @@ def test_the_yaml_beside_the_checkpoint_runs_at_once(tmp_path, changes, steps):
     assert torch.equal(model.out[2].weight, trainer.model.out[2].weight)
     assert len(pair_images(test.data.gt_path, test.data.mask_path, max_len=test.data.max_len)) == 8
     kept = ("noise_schedule", "predict_xstart", "predict_v", "learn_sigma", "diffusion_steps")
-    for key in (*kept, "name"):
+    for key in (*kept, "norm_groups", "name"):
         assert getattr(test, key) == getattr(conf, key)
 
 
