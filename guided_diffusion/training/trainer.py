@@ -7,6 +7,7 @@ kept, report.py what a person sees of it, and loop.py repeats the step.
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -80,6 +81,25 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def uses_bfloat16(conf: TrainConf, device: torch.device) -> bool:
+    """Return whether to multiply in bfloat16; warn where a CPU would have to imitate it."""
+    wanted = conf.precision == "bfloat16"
+    if wanted and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        problem = "bfloat16 is slow on this CPU, which has no AVX-512; it trains in float32"
+        warnings.warn(problem, stacklevel=3)
+        return False
+    return wanted
+
+
+def memory_format(device: torch.device, *, bf16: bool) -> torch.memory_format:
+    """Return how feature maps lie in memory in a training.
+
+    A CPU has kernels for channels_last in bfloat16; in float32 it normalises them slowly.
+    """
+    is_slow = device.type == "cpu" and not bf16
+    return torch.contiguous_format if is_slow else torch.channels_last
+
+
 def shared_between_processes(model: UNetModel, device: torch.device) -> torch.nn.Module:
     """Return ``model``, with its gradients averaged over all processes where there are several."""
     if world_size() == 1:
@@ -127,9 +147,10 @@ class Trainer:
         device: torch.device,
     ) -> None:
         self.conf, self.diffusion, self.device = conf, diffusion, device
-        self.bf16 = conf.precision == "bfloat16"
+        self.bf16 = uses_bfloat16(conf, device)
         allow_tf32(conf.precision != "float32")
-        self.model = model.to(device, memory_format=torch.channels_last).train()
+        self.memory_format = memory_format(device, bf16=self.bf16)
+        self.model = model.to(device, memory_format=self.memory_format).train()
         self.shared = shared_between_processes(self.model, device)
         # Compiled last: so the compiler sees where gradients are exchanged and lets the exchange
         # of some overlap with the computation of others.
@@ -178,7 +199,7 @@ class Trainer:
             torch.manual_seed(
                 int(generator(conf.seed, DROPOUT, self.step).integers(2**32)) + rank()
             )
-        x = (images.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        x = (images.to(device).float() / 127.5 - 1).contiguous(memory_format=self.memory_format)
         y = None if labels is None else labels.to(device)
         t, weights, noise = self._draw(x.shape[1:])
         for group in self.optimizer.param_groups:

@@ -96,11 +96,24 @@ def test_what_saves_memory_does_not_change_what_is_learnt(tmp_path, changes):
     assert torch.allclose(plain, thrifty, rtol=1e-3, atol=1e-5)
 
 
-def test_bfloat16_learns_nearly_the_same(tmp_path):
+def capability(monkeypatch, name):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: name)
+
+
+def test_bfloat16_learns_nearly_the_same(tmp_path, monkeypatch):
+    capability(monkeypatch, "AVX512")
     confs = (tiny_conf(tmp_path), tiny_conf(tmp_path, precision="bfloat16"))
     exact, rounded = (gradients(steps(shaken(make_trainer(conf)), 1)) for conf in confs)
     assert exact.dtype == rounded.dtype == torch.float32
     assert 1e-4 < ((rounded - exact).norm() / exact.norm()).item() < 5e-2
+
+
+def test_a_cpu_does_not_imitate_bfloat16(tmp_path, monkeypatch):
+    capability(monkeypatch, "AVX2")
+    plain = gradients(steps(make_trainer(tiny_conf(tmp_path)), 1))
+    with pytest.warns(UserWarning, match="no AVX-512; it trains in float32"):
+        trainer = make_trainer(tiny_conf(tmp_path, precision="bfloat16"))
+    assert torch.equal(gradients(steps(trainer, 1)), plain)
 
 
 def test_gradients_are_cut_to_their_largest_norm(tmp_path):
