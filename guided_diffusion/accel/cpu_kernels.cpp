@@ -15,7 +15,7 @@
 
 #include "cpu_kernels.h"
 
-enum { ROWS = LANES == 16 ? 8 : 4, COLUMNS = 2 };  // of the product that registers hold
+enum { ROWS = LANES == 16 ? 8 : 6, COLUMNS = 2 };  // of the product that registers hold
 enum { BLOCK = COLUMNS * LANES };                  // output channels computed together
 enum { TILE = 4, PATCH = 6, POINTS = PATCH * PATCH, TAPS = 9 };
 enum { TILES = 16, MORE_TILES = 32 };  // of a block, at most; more where it transforms weights
