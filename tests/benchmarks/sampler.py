@@ -74,7 +74,7 @@ NETWORKS = {
     "256": {},
     "demo": {
         "image_size": 64, "num_channels": 64, "channel_mult": "0.5,1,1.5,2", "num_res_blocks": 2,
-        "attention_resolutions": "16,8", "num_head_channels": 32,
+        "attention_resolutions": "16,8", "num_head_channels": 32, "norm_groups": 8,
     },
 }  # fmt: skip
 # What Inpainter builds beside a classifier, and nobody calls.
