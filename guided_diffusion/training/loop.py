@@ -60,12 +60,13 @@ def process_group(conf: TrainConf, device: torch.device) -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    orphaned = _watch_parent()
+    torchrun = os.getppid()
+    _watch_parent(torchrun)
     try:
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=3))
         yield
     except KeyboardInterrupt:
-        if orphaned.is_set() and is_main():
+        if os.getppid() != torchrun and is_main():  # whichever process noticed it first
             raise UserError(f"torchrun has ended; {files.last_saved(conf)}") from None
         raise
     except RuntimeError as error:
@@ -80,18 +81,16 @@ def process_group(conf: TrainConf, device: torch.device) -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
-def _watch_parent() -> threading.Event:
-    """Interrupt this process when torchrun is gone; return what is set then.
+def _watch_parent(parent: int) -> None:
+    """Interrupt this process when its ``parent``, torchrun, is gone.
 
     Without torchrun nobody would end the others when one of them fails. A process that waits for
     one that is gone cannot be interrupted, and is ended after a while.
     """
-    parent, orphaned = os.getppid(), threading.Event()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        orphaned.set()
         is_noted = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # by ``Interrupts``
         os.kill(os.getpid(), signal.SIGTERM if is_noted else signal.SIGINT)
         time.sleep(_GRACE)
@@ -100,7 +99,6 @@ def _watch_parent() -> threading.Event:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    return orphaned
 
 
 def any_process(here: bool) -> bool:

@@ -1,7 +1,6 @@
 """What the processes of a training tell each other, and of each other."""
 
 import dataclasses
-import threading
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ def team(monkeypatch):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(loop, "_watch_parent", threading.Event)
+    monkeypatch.setattr(loop, "_watch_parent", lambda parent: None)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +52,16 @@ def test_another_failure_is_not_told_as_a_lost_process(tmp_path, team, error):
     with pytest.raises(type(error)) as caught, loop.process_group(tiny_conf(tmp_path), CPU):
         raise error
     assert caught.value is error
+
+
+def test_the_end_of_torchrun_is_told_whoever_noticed_it(tmp_path, team, monkeypatch):
+    """The others stop the first before it has looked for itself."""
+    conf = tiny_conf(tmp_path)
+    with pytest.raises(KeyboardInterrupt), loop.process_group(conf, CPU):
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="torchrun has ended"), loop.process_group(conf, CPU):
+        monkeypatch.setattr("os.getppid", lambda: 1)
+        raise KeyboardInterrupt
 
 
 # ---- one training --------------------------------------------------------------------------------
