@@ -60,7 +60,7 @@ def test_the_end_of_torchrun_is_told_whoever_noticed_it(tmp_path, team, monkeypa
     with pytest.raises(KeyboardInterrupt), loop.process_group(conf, CPU):
         raise KeyboardInterrupt
     with pytest.raises(UserError, match="torchrun has ended"), loop.process_group(conf, CPU):
-        monkeypatch.setattr("os.getppid", lambda: 1)
+        monkeypatch.setattr("os.getppid", lambda: -1)
         raise KeyboardInterrupt
 
 
