@@ -170,9 +170,9 @@ def _of_network(
         lines.append("# the shapes are those of a published checkpoint, with whose keys it goes")
         return [*lines, *_yaml({"model_path": path, **flags, **published})]
     guesses = {**_heads(flags, mult, is_improved), "use_new_attention_order": False}
-    guesses |= {"norm_groups": 32}
-    guesses |= {"noise_schedule": "linear", "diffusion_steps": 1000, "predict_xstart": False,
-                "predict_v": False, "rescale_timesteps": False}  # fmt: skip
+    guesses |= {"norm_groups": 32, "noise_schedule": "linear", "diffusion_steps": 1000,
+                "predict_xstart": False, "predict_v": False,
+                "rescale_timesteps": False}  # fmt: skip
     lines.append(
         f"# warning: shapes cannot tell {', '.join(guesses)}: below are the usual values; if "
         "results are noise, they were others"
