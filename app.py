@@ -271,7 +271,12 @@ class Page:
         except UserError:  # a page for visitors' pictures needs none of its own
             return []
         self._examples.mkdir()
-        return [shutil.copy(path, str(self._examples)) for path in found]
+        copies = []
+        for number, path in enumerate(found):
+            copy = self._examples / f"{number}_{Path(path).name}"  # names may be equal
+            with contextlib.suppress(OSError):  # not to be read, or no file
+                copies.append(shutil.copy(path, str(copy)))
+        return copies
 
 
 def speaker(request: gr.Request) -> Any:

@@ -92,6 +92,14 @@ def test_what_is_no_number_is_one_line_and_makes_nothing(draw, tmp_path, option,
     assert not (tmp_path / "faces").exists()
 
 
+@pytest.mark.parametrize("option", ["--sizes=64", "--out", "32"])
+def test_an_unknown_option_is_one_line_too(draw, option):
+    ended = draw(option)
+    assert ended.returncode == 2
+    assert re.fullmatch(r"error: .+\n", ended.stderr)
+    assert option.split("=")[0] in ended.stderr
+
+
 def test_faces_have_their_numbers_for_names(draw, tmp_path):
     assert draw("--out", "faces", "--start", "7", "--count", "2").returncode == 0
     assert sorted(path.name for path in (tmp_path / "faces").iterdir()) == [

@@ -7,21 +7,30 @@ import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { avatar, render, style } from "./style.mjs";
 
-const { values } = parseArgs({
-  options: {
-    out: { type: "string", default: "train" },
-    start: { type: "string", default: "0" },
-    count: { type: "string", default: "20000" },
-    size: { type: "string", default: "64" },
-  },
-});
+const defaults = { out: "train", start: "0", count: "20000", size: "64" };
+const options = Object.fromEntries(
+  Object.entries(defaults).map(([key, value]) => [key, { type: "string", default: value }]),
+);
+const { values } = parsed(options);
 const [start, count, size] = [["start", 0], ["count", 1], ["size", 1]].map(([key, lowest]) => {
   const number = /^\d+$/.test(values[key]) ? Number(values[key]) : NaN;
   if (Number.isSafeInteger(number) && number >= lowest) return number;
   const found = JSON.stringify(values[key]);
-  console.error(`error: --${key}: expected a whole number, at least ${lowest}, found ${found}`);
-  process.exit(2);
+  return refuse(`--${key}: expected a whole number, at least ${lowest}, found ${found}`);
 });
+
+function parsed(options) {
+  try {
+    return parseArgs({ options });
+  } catch (error) {
+    return refuse(error.message);
+  }
+}
+
+function refuse(problem) {
+  console.error(`error: ${problem}`);
+  process.exit(2);
+}
 
 mkdirSync(values.out, { recursive: true });
 for (let seed = start; seed < start + count; seed++) {

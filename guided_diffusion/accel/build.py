@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from guided_diffusion.io.cache import cache_folder, is_own_path
+from guided_diffusion.io.files import is_running
 
 Library = TypeVar("Library")
 _FOLDER = Path(__file__).parent
@@ -92,16 +93,8 @@ def _remove_leftovers(folder: Path) -> None:
     """Remove the folders of builds on this machine whose process was killed."""
     for path in folder.glob(f"{_BUILDING}-{platform.node()}-*-*"):
         number = path.name.split("-")[-2]
-        if number.isdecimal() and not _is_running(int(number)):
+        if number.isdecimal() and not is_running(int(number)):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # else it is another user's
-    return True
 
 
 def _fingerprint(compiler: list[str]) -> str:

@@ -1,7 +1,9 @@
 """CUDA graphs and ``torch.compile`` around a network, which both want one batch size."""
 
 import contextlib
+import functools
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from guided_diffusion.accel.layout import Module, twin
 from guided_diffusion.dist_util import is_out_of_memory
+from guided_diffusion.io.cache import cache_folder
 from guided_diffusion.unet import AttentionBlock, Head, ResBlock
 
 # Blocks of different shapes that are compiled, each once; PyTorch's own limit is for debugging.
@@ -114,15 +117,20 @@ def with_compiled_blocks(network: Module) -> Module:
     return network
 
 
+@functools.cache
+def _private_folder() -> tempfile.TemporaryDirectory:
+    """Return a folder that goes with the program."""
+    return tempfile.TemporaryDirectory(prefix="repaint-")
+
+
 @contextlib.contextmanager
 def _compiler_settings() -> Iterator[None]:
     """Set for a first call what compiling needs.
 
-    Compiled code is kept for later runs in ~/.cache/repaint, unless TORCHINDUCTOR_CACHE_DIR says
-    otherwise: the compiler takes its folder from nowhere else, and looks for it until the end.
+    Compiled code is kept for later runs where the kernels are, unless others may write there. The
+    compiler takes its folder from the environment alone, and looks for it until the end.
     """
-    cache = os.path.expanduser("~/.cache/repaint")  # noqa: PTH111 - pathlib's fails without a home
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() or _private_folder().name))
     limits = {
         name: max(getattr(torch._dynamo.config, name), _MOST_SHAPES)
         for name in ("cache_size_limit", "accumulated_cache_size_limit")

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -165,9 +164,11 @@ def write_image(
 ) -> None:
     """Write a JPEG where ``path`` ends like one, else a PNG; as ``write_png``.
 
-    ``options`` are Pillow's ``icc_profile`` and ``dpi``. A JPEG has quality 95 and full colour.
+    ``options`` are Pillow's ``icc_profile`` and ``dpi``. A JPEG has quality 95 and full colour, and
+    cannot keep transparency.
     """
     if Path(path).suffix.lower() in JPEG_SUFFIXES:
+        image = image.convert(image.mode.removesuffix("A"))
         note = {} if mark is None else {"comment": f"{MARK}:{mark}"}
         options |= {"format": "JPEG", "quality": 95, "subsampling": "4:4:4", **note}
     else:
@@ -189,20 +190,17 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
         machine, process = leftover.name[1:5], int(leftover.name[5:11], 16)
         with contextlib.suppress(OSError):
             is_old = time.time() - leftover.stat().st_mtime > 24 * 3600
-            if is_old or (machine == _machine() and not _is_other_alive(process)):
+            is_own = process == os.getpid() & 0xFFFFFF  # this one has no files underway yet
+            if is_old or (machine == _machine() and (is_own or not is_running(process))):
                 leftover.unlink()
 
 
-def _is_other_alive(process: int) -> bool:
-    """Whether another process of this number runs: this one has no files underway yet."""
-    if process == os.getpid() & 0xFFFFFF:
-        return False
+def is_running(process: int) -> bool:
+    """Whether a process of this number runs on this machine."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # else it is another user's
     return True
 
 
@@ -298,6 +296,8 @@ if hasattr(os, "register_at_fork"):
 
 def write_checkpoint(path: str | os.PathLike, state: object) -> None:
     """Write what ``torch.save`` can, whole or not at all; raises as ``atomic_path``."""
+    import torch  # it takes seconds, which programs that write pictures alone need not wait
+
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         refusals: list[OSError] = []
         try:

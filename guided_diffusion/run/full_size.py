@@ -223,10 +223,12 @@ def blend(mask: np.ndarray, feather: int) -> np.ndarray:
     Over the ``feather`` pixels around the hole it falls evenly. Half-known pixels are mixed.
     """
     hole = 255 - mask
-    reach = feather // 2
-    if not reach:
+    if not feather:
         return hole
     # A box mean of the hole grown by its radius is 1 on the hole, and 0 twice the radius away.
-    grown = np.pad(255 - grow_hole(mask, reach), reach, mode="edge")
-    soft = np.asarray(Image.fromarray(grown).filter(ImageFilter.BoxBlur(reach)))
-    return np.maximum(hole, soft[reach:-reach, reach:-reach])
+    # Where half of an odd number is no whole one, the radius is the larger half.
+    growth = feather // 2
+    radius = feather - growth
+    grown = np.pad(255 - grow_hole(mask, growth), radius, mode="edge")
+    soft = np.asarray(Image.fromarray(grown).filter(ImageFilter.BoxBlur(radius)))
+    return np.maximum(hole, soft[radius:-radius, radius:-radius])

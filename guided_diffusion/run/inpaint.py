@@ -112,7 +112,11 @@ def conclude(plan: Plan, summary: Summary) -> str:
     write_record(plan, "failed" if summary.failures else "finished", summary)
     if plan.conf.overview:
         images = {job.pair.name: job.pair for job in plan.jobs}
-        names = [(name, result_names(plan.conf, pair)) for name, pair in images.items()]
+        # A file in the place of a result that failed is an earlier run's.
+        names = [
+            (name, [n for n in result_names(plan.conf, pair) if n not in summary.failures])
+            for name, pair in images.items()
+        ]
         sheet = Path(plan.conf.log_dir) / "overview.png"
         write_overview(sheet, finished_rows(result_folders(plan.conf), names))
     earlier = len(plan.jobs) - len(plan.todo)

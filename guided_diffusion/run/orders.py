@@ -24,13 +24,14 @@ from PIL import Image
 
 from guided_diffusion.config.keys import FAST, RESULT_FOLDERS, InpaintConf, load_conf
 from guided_diffusion.config.schema import conf_to_dict
-from guided_diffusion.dist_util import Team
+from guided_diffusion.dist_util import Team, get_device
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.images import open_image, read_rgb, to_uint8
 from guided_diffusion.masks import FAMILIES
 from guided_diffusion.run import inpaint
-from guided_diffusion.run.plan import Plan, plan_run, settings_of_results
+from guided_diffusion.run.plan import Plan, checkpoints_of, plan_run, settings_of_results
 from guided_diffusion.scheduler import count_steps
+from guided_diffusion.script_util import check_network
 
 MAX_SAMPLES, MAX_MASK_GROW = 4, 64
 PAINTED, UPLOADED = "painted", "uploaded"
@@ -108,12 +109,15 @@ class Studio:
     """The networks of one configuration, loaded at the first job and kept, and one job at a time.
 
     They are loaded anew where YAML or checkpoint has changed since. ``overrides`` are KEY=VALUE as
-    test.py's ``--set`` takes them.
+    test.py's ``--set`` takes them. Raises UserError where keys, device or checkpoints are wrong.
     """
 
     def __init__(self, conf_path: str, overrides: Sequence[str] = ()) -> None:
         self.conf_path, self.overrides = conf_path, list(overrides)
         self.conf = load_conf(conf_path, InpaintConf, self.overrides)
+        get_device(self.conf.device)
+        for path in checkpoints_of(self.conf).values():
+            check_network(path)
         self._inpainter = self._networks = None
         self._lock = threading.Lock()
 

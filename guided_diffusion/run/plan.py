@@ -5,6 +5,7 @@ batches of any size, over processes, and again after an interruption. A result i
 the fingerprint of all it was made from; resuming needs to know no more than that.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -121,9 +122,7 @@ def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -
     """
     times = create_schedule(conf, create_gaussian_diffusion(conf))
     device = dist_util.get_device(conf.device)
-    checkpoints = {"model_path": conf.model_path}
-    if conf.guided:
-        checkpoints["classifier_path"] = conf.classifier_path
+    checkpoints = checkpoints_of(conf)
     stamps = {path: stamp for path in checkpoints.values() if (stamp := stamp_of(path))}
     for folder in (conf.log_dir, *result_folders(conf).values()):
         refuse_inside(folder, conf.data.gt_path, key="gt_path")
@@ -147,6 +146,7 @@ def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -
     finished = []
     if team.is_main:
         _check_folders(conf, jobs)
+        _refuse_replacing_a_configuration(conf)
         refuse_overwriting(_files_to_write(conf, jobs), _files_to_read(conf, pairs))
         if recorded:
             _refuse_other_settings(conf, recorded["settings"], settings)
@@ -170,6 +170,12 @@ def refuse_changed(plan: Plan) -> None:
     for path, stamp in plan.stamps.items():
         if stamp_of(path) not in (None, stamp):
             raise StoppedError("has changed since this run began to read it", path=path)
+
+
+def checkpoints_of(conf: InpaintConf) -> dict[str, str]:
+    """Return the paths of the checkpoints that a run loads by their YAML keys."""
+    keys = ("model_path", "classifier_path") if conf.guided else ("model_path",)
+    return {key: getattr(conf, key) for key in keys}
 
 
 def result_folders(conf: InpaintConf) -> dict[str, str]:
@@ -374,6 +380,17 @@ def _finished(conf: InpaintConf, jobs: Sequence[Job], settings: dict[str, str]) 
 
 def _record_path(conf: InpaintConf) -> Path:
     return Path(conf.log_dir) / "run.yml"
+
+
+def _refuse_replacing_a_configuration(conf: InpaintConf) -> None:
+    """Raise UserError where the record would take the place of a YAML that somebody wrote."""
+    path, tree = _record_path(conf), None
+    if os.path.lexists(path):
+        with contextlib.suppress(UserError):
+            tree = read_yaml(path)
+    if isinstance(tree, dict) and "model_path" in tree and "record" not in tree:
+        problem = "the record of this run would overwrite this configuration; rename it"
+        raise UserError(problem, path=path)
 
 
 def _read_record(conf: InpaintConf) -> dict[str, Any] | None:

@@ -58,11 +58,6 @@ class Windows:
             total[y : y + size, x : x + size] += self._weight
         self._total = total.where(total > 0, 1)  # beyond all windows there is nothing to divide
 
-    @property
-    def calls(self) -> int:
-        """How many network calls one prediction takes."""
-        return -(-len(self._places) // self._batch_size)
-
     def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """``x`` (1, 3, H, W), ``timesteps`` and ``y`` (1,) → (1, C, H, W)."""
         labels = [] if y is None else [y]

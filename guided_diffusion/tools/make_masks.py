@@ -1,12 +1,10 @@
 """Write a folder of masks: ``python guided_diffusion/masks.py``."""
 
 import argparse
-import contextlib
 import math
-import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,28 +14,11 @@ if __name__ == "__main__":  # as a script its own folder comes first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.files import remove_leftovers, write_image
 from guided_diffusion.masks import FAMILIES, MAX_SIZE, MIN_SIZE, generated_share, make_mask
 
 MAX_COUNT = 1_000_000  # file names have six digits
 PREVIEW_TILES, PREVIEW_COLUMNS, PREVIEW_SIDE, PREVIEW_GAP = 64, 8, 128, 4
-
-
-@contextlib.contextmanager
-def _replaced_when_done(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside ``path`` that takes its place once the block has ended well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    with _replaced_when_done(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
 
 
 def _contact_sheet(masks: Sequence[np.ndarray]) -> np.ndarray:
@@ -110,10 +91,16 @@ def _is_mask(path: Path) -> bool:
 def _prepare_folder(folder: Path, written: set[str]) -> None:
     """Make the folder, and warn of pictures in it that a run over the folder would also take.
 
-    Raises UserError where a file that is no mask would be overwritten.
+    Raises UserError where it cannot be made, or a file that is no mask would be overwritten.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in sorted(written.intersection(path.name for path in folder.iterdir())):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        present = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror or error})"
+        raise UserError(problem, path=folder, key="--out") from error
+    remove_leftovers(folder)
+    for name in sorted(written & present):
         if not _is_mask(folder / name):
             problem = "is no mask and would be overwritten: take another folder, or remove it"
             raise UserError(problem, path=folder / name, key="--out")
@@ -139,23 +126,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     folder = Path(options.out)
     shares, tiles = [], []
-    try:
-        _prepare_folder(folder, {f"{index:06d}.png" for index in range(options.count)})
-        for index in range(options.count):
-            rng = np.random.default_rng([options.seed, index])
-            mask = make_mask(options.kind, options.size, rng)
-            _write_png(folder / f"{index:06d}.png", mask)
-            shares.append(100 * generated_share(mask))
-            if options.preview and index < PREVIEW_TILES:
-                tiles.append(mask)
-        if options.preview:
-            # Beside the folder: inside it a later run would take the sheet for a mask.
-            sheet = folder.resolve().with_name(f"{folder.resolve().name}_preview.png")
-            _write_png(sheet, _contact_sheet(tiles))
-    except OSError as error:
-        raise UserError(
-            f"cannot be written ({error.strerror or error})", path=folder, key="--out"
-        ) from error
+    _prepare_folder(folder, {f"{index:06d}.png" for index in range(options.count)})
+    for index in range(options.count):
+        rng = np.random.default_rng([options.seed, index])
+        mask = make_mask(options.kind, options.size, rng)
+        write_image(folder / f"{index:06d}.png", Image.fromarray(mask))
+        shares.append(100 * generated_share(mask))
+        if options.preview and index < PREVIEW_TILES:
+            tiles.append(mask)
+    if options.preview:
+        # Beside the folder: inside it a later run would take the sheet for a mask.
+        sheet = folder.resolve().with_name(f"{folder.resolve().name}_preview.png")
+        write_image(sheet, Image.fromarray(_contact_sheet(tiles)))
     print(
         f"{options.count} {options.kind} masks of {options.size}x{options.size} in {folder}, "
         f"generated pixels: mean {np.mean(shares):.1f} %, min {min(shares):.1f} %, "

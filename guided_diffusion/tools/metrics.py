@@ -74,13 +74,17 @@ PAPER_MASKS = {"thick": "Wide", "thin": "Narrow", "nn2": "2x super-resolution",
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left: folders by their YAML keys, and the names of its pictures."""
+    """What a run left: folders by their YAML keys, and the names of its pictures.
+
+    ``failures`` are the names of results that it could not make; a file there is an earlier run's.
+    """
 
     name: str
     log_dir: Path
     folders: dict[str, str]  # srs, gts, gt_keep_masks
     pictures: list[str]
     samples_per_image: int
+    failures: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def find_run(conf_path: str | None, folder: str | None) -> Run:
     ``run.yml`` in the log folder says what was run, ``--set`` included, and which results
     are the run's; without one, as the published program leaves it, all pictures of ``gt``
     are. A log folder that was moved keeps its own ``inpainted``, ``gt`` and ``gt_keep_mask``.
-    Raises ``UserError`` where anything is missing.
+    Raises ``UserError`` where anything is missing, and warns of a run that has not ended.
     """
     conf = load_conf(conf_path, InpaintConf) if conf_path is not None else None
     log_dir = Path(folder if conf is None else conf.log_dir)
@@ -123,26 +127,37 @@ def find_run(conf_path: str | None, folder: str | None) -> Run:
             problem = "no such folder of results: has the run been made, and all its folders kept?"
             raise UserError(problem, path=path or log_dir, key=f"paths.{key}")
     count = conf.samples_per_image if conf is not None else 1
-    pictures = _recorded(record, count) if record.is_file() else []
-    pictures = pictures or [output_name(path) for path in list_images(folders["gts"])]
-    return Run(conf.name if conf else log_dir.name, log_dir, folders, pictures, count)
-
-
-def _recorded(record: Path, samples_per_image: int) -> list[str]:
-    """Return the names of the pictures of which ``run.yml`` notes results."""
-    noted = yaml.safe_load(record.read_text(encoding="utf-8")).get("record")
-    seeds = noted.get("seeds") if isinstance(noted, dict) else None
-    names = [str(name) for name in seeds] if isinstance(seeds, dict) else []
-    number = r"_\d+" if samples_per_image > 1 else ""
+    noted = _noted(record)
+    if noted.get("state") == "started":
+        warnings.warn(f"{record}: this run has not ended, and results of an earlier one may be "
+                      "among its own", stacklevel=2)  # fmt: skip
+    number = r"_\d+" if count > 1 else ""
     # Results may be JPEGs (output_format: same); their pictures are PNGs.
-    return list(dict.fromkeys(re.sub(rf"{number}\.\w+$", ".png", name) for name in names))
+    pictures = [re.sub(rf"{number}\.\w+$", ".png", name) for name in _names(noted, "seeds")]
+    pictures = pictures or [output_name(path) for path in list_images(folders["gts"])]
+    pictures, failures = list(dict.fromkeys(pictures)), frozenset(_names(noted, "failures"))
+    return Run(conf.name if conf else log_dir.name, log_dir, folders, pictures, count, failures)
 
 
-def _result(folder: Path, name: str) -> Path | None:
-    """Return the result of a name, a JPEG where there is no PNG; None where there is none."""
+def _noted(record: Path) -> dict[str, Any]:
+    """Return what a run noted about itself in ``run.yml``; nothing where there is no such file."""
+    if not record.is_file():
+        return {}
+    noted = yaml.safe_load(record.read_text(encoding="utf-8")).get("record")
+    return noted if isinstance(noted, dict) else {}
+
+
+def _names(noted: dict[str, Any], key: str) -> list[str]:
+    """Return the names of results that stand under a key of a run's notes."""
+    names = noted.get(key)
+    return [str(name) for name in names] if isinstance(names, dict) else []
+
+
+def _result(run: Run, name: str) -> Path | None:
+    """Return the result of a name, a JPEG where there is no PNG; None where the run has none."""
     suffixes = (".png", *JPEG_SUFFIXES, *(suffix.upper() for suffix in JPEG_SUFFIXES))
-    paths = ((folder / name).with_suffix(suffix) for suffix in suffixes)
-    return next((path for path in paths if path.is_file()), None)
+    paths = ((Path(run.folders["srs"]) / name).with_suffix(suffix) for suffix in suffixes)
+    return next((path for path in paths if path.is_file() and path.name not in run.failures), None)
 
 
 # ---- measures ------------------------------------------------------------------------------------
@@ -225,7 +240,7 @@ def measure(run: Run, meter: Meter) -> list[dict[str, Any]]:
     rows, missing = [], []
     for name in tqdm(run.pictures, "measuring", delay=2, leave=False):
         names = sample_names(name, run.samples_per_image)
-        found = {n: path for n in names if (path := _result(Path(run.folders["srs"]), n))}
+        found = {n: path for n in names if (path := _result(run, n))}
         missing += [n for n in names if n not in found]
         if not found:
             continue

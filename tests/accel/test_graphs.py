@@ -22,6 +22,7 @@ from guided_diffusion.accel import accelerate as door
 from guided_diffusion.accel import graphs, layout
 from guided_diffusion.accel.accelerate import Checked, accelerate, accelerate_gradient
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.io import cache
 from guided_diffusion.run.inpainter import classifier_gradient
 from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.unet import EncoderUNetModel, ResBlock
@@ -176,15 +177,21 @@ def test_full_memory_is_no_reason_to_give_up_compiling():
             run(X, T, Y)
 
 
-def test_the_folder_of_compiled_code_is_stable_and_the_users_choice(monkeypatch):
+def test_the_folder_of_compiled_code_is_stable_and_the_users_choice(monkeypatch, tmp_path):
     run = graphs.FixedBatch(lambda x: x, compiled=True)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
-    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setattr(cache, "_CACHE", str(tmp_path / "own"))
     run(X[:1])
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     run(X)  # a larger batch, compiled anew
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/home/somebody/.cache/repaint"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "own")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "own").chmod(0o777)
+    run(torch.cat([X, X]))
+    private = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert private != tmp_path / "own"
+    assert private.stat().st_mode & 0o077 == 0
 
 
 def test_what_compiling_needs_is_put_back(monkeypatch):
@@ -434,10 +441,11 @@ def test_a_plain_port_does_both():
     assert set(operations.names) & COPYING
 
 
-def test_a_plain_port_samples_the_same():
+@pytest.mark.parametrize("predict_v", [False, True])
+def test_a_plain_port_samples_the_same(predict_v):
     generators = [torch.Generator().manual_seed(7) for _ in range(2)]
     gt, mask = X.clamp(-1, 1), (X > 0).float()
-    diffusion = GaussianDiffusion(np.linspace(1e-3, 0.3, 20))
+    diffusion = GaussianDiffusion(np.linspace(1e-3, 0.3, 20), predict_v=predict_v)
     times = get_schedule_jump(20, 1, 4, 3)
 
     def inputs(generator):

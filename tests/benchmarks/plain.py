@@ -202,7 +202,10 @@ def repaint(
         low, high = at(d.posterior_log_variance_clipped, t), at(np.log(d.betas), t)
         fraction = (values + 1) / 2
         log_variance = fraction * high + (1 - fraction) * low
-        x0 = at(d.sqrt_recip_alphas_cumprod, t) * x - at(d.sqrt_recipm1_alphas_cumprod, t) * eps
+        if d.predict_v:  # then eps is v
+            x0 = at(d.sqrt_alphas_cumprod, t) * x - at(d.sqrt_one_minus_alphas_cumprod, t) * eps
+        else:
+            x0 = at(d.sqrt_recip_alphas_cumprod, t) * x - at(d.sqrt_recipm1_alphas_cumprod, t) * eps
         x0 = x0.clamp(-1, 1)
         mean = at(d.posterior_mean_coef1, t) * x0 + at(d.posterior_mean_coef2, t) * x
         nonzero = (t != 0).float().view(-1, 1, 1, 1)

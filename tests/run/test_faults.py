@@ -29,9 +29,10 @@ from run_cases import (
     write_run,
 )
 
+from guided_diffusion.errors import UserError
 from guided_diffusion.io import files
 from guided_diffusion.io import results as io_results
-from guided_diffusion.run import inpainter
+from guided_diffusion.run import inpainter, plan
 
 LONG = {"t_T": 4, "n_sample": 30}  # some tenths of a second an image
 LOG = "log/run"
@@ -404,6 +405,24 @@ def test_inputs_that_vanish_under_the_run_cost_only_themselves(here, tmp_path, m
     ]
     assert "log/run: 2 images, 2 failed (01.png, 02.png), which --resume tries again" in ended.out
     assert sorted(finished(tmp_path)) == ["00.png", "03.png"]
+
+
+def test_the_overview_shows_no_earlier_result_of_what_failed(here, tmp_path):
+    options = write_run(tmp_path, 2, overview=True)
+    assert here(*options).status == 0
+    height = Image.open(Path(LOG, "overview.png")).height
+    with pytest.MonkeyPatch.context() as patch:
+        load = plan.load_pair
+
+        def failing(pair, *rest, **names):
+            if pair.name == "01.png":
+                raise UserError("is gone")
+            return load(pair, *rest, **names)
+
+        patch.setattr(plan, "load_pair", failing)
+        assert here(*options).status == 1
+    assert Path(LOG, "inpainted", "01.png").exists()
+    assert Image.open(Path(LOG, "overview.png")).height < height
 
 
 # ---- nothing gets out ----------------------------------------------------------------------------

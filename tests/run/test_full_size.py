@@ -158,6 +158,14 @@ def test_the_share_falls_evenly_over_the_feather():
     assert (blend(mask, 0) == 255 - mask).all()
 
 
+@pytest.mark.parametrize("feather", range(1, 10))
+def test_the_feather_is_as_wide_as_the_key_says(feather):
+    mask = mask_of(60, 60, (20, 20, 40, 40))
+    share = blend(mask, feather)[30]
+    mixed = np.flatnonzero((share > 0) & (share < 255))
+    assert mixed.tolist() == [*range(20 - feather, 20), *range(40, 40 + feather)]
+
+
 # ---- runs ----------------------------------------------------------------------------------------
 
 HOLES_OF_RUN = [(5, 4, 9, 8), (28, 20, 33, 26)]
@@ -221,6 +229,18 @@ def test_a_jpeg_comes_back_as_a_jpeg_where_asked_and_upright(here, tmp_path):
     ended = here(*options, "--resume")
     assert "1 finished earlier" in ended.out
     assert Path("log/run/inpainted/00.jpg").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("RGBA", "RGB"), ("LA", "L"), ("RGB", "RGB")])
+def test_a_png_that_is_called_a_jpeg_comes_back_as_one(here, tmp_path, mode, kept):
+    data = {"mask_path": "m.png"}
+    options = write_photo(tmp_path, suffix=".jpg", output_format="same", data=data)
+    Image.fromarray(photo_of(40, 30)).convert(mode).save("gt/00.jpg", format="PNG")
+    Image.fromarray(mask_of(40, 30, (3, 3, 6, 6))).save("m.png")
+    assert here(*options).status == 0
+    with Image.open("log/run/inpainted/00.jpg") as image:
+        assert (image.format, image.mode) == ("JPEG", kept)
+    assert "1 finished earlier" in here(*options, "--resume").out
 
 
 def test_results_depend_on_no_batch_and_resume_goes_on(here, tmp_path):

@@ -317,6 +317,19 @@ def test_resume_refuses_a_record_that_is_none(here, tmp_path, content):
     assert here(*options).status == 0
 
 
+def test_a_configuration_in_the_place_of_the_record_stays(here, tmp_path):
+    options = write_run(tmp_path, 1)
+    (tmp_path / "mine").mkdir()
+    own = (tmp_path / options[1]).rename(tmp_path / "mine/run.yml")
+    before = own.read_bytes()
+    ended = here("--conf_path", "mine/run.yml", "--out", "mine")
+    assert ended.status == 2
+    assert ended.lines == [
+        "error: mine/run.yml: the record of this run would overwrite this configuration; rename it"
+    ]
+    assert own.read_bytes() == before
+
+
 def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not(here, tmp_path):
     options = write_run(tmp_path, 1)
     folder = tmp_path / LOG / "inpainted"

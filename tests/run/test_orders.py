@@ -206,6 +206,12 @@ def test_a_fault_of_a_run_is_told_without_the_servers_command(studio, tmp_path, 
         do(studio, order(tmp_path), tmp_path)
 
 
+@pytest.mark.parametrize("key", ["model_path", "classifier_path", "device"])
+def test_what_no_order_could_use_is_told_at_once(studio, key):
+    with pytest.raises(UserError, match="absent"):
+        Studio("c.yml", [f"{key}=absent", "classifier_scale=1", "class_cond=true"])
+
+
 def test_the_yaml_names_no_folder_of_this_machine(studio, tmp_path):
     absolute = Studio("c.yml", [f"model_path={tmp_path / 'model.pt'}"])
     job = do(absolute, order(tmp_path), tmp_path)

@@ -123,6 +123,13 @@ def write_results(folder, count=3, samples=1, record=True):
     return found
 
 
+def note(folder, **notes):
+    """Let a run have noted more about itself."""
+    tree = yaml.safe_load((folder / "run.yml").read_text())
+    tree["record"] |= notes
+    (folder / "run.yml").write_text(yaml.safe_dump(tree))
+
+
 def test_several_samples_are_averaged_and_compared(tmp_path, meter, alexnet, capsys):
     folder = tmp_path / "moved"
     found = write_results(folder, count=3, samples=3)
@@ -167,6 +174,24 @@ def test_missing_results_are_told(tmp_path, meter):
     with pytest.warns(UserWarning, match=r"1 of 3 results are missing, such as 1\.png"):
         rows = metrics.measure(run, meter)
     assert [row["name"] for row in rows] == ["0.png", "2.png"]
+
+
+def test_what_an_earlier_run_left_in_the_place_of_a_failure_does_not_count(tmp_path, meter):
+    write_results(tmp_path / "log", samples=2)
+    failures = dict.fromkeys(["1_2.png", "2_1.png", "2_2.png"], "why")
+    note(tmp_path / "log", state="failed", failures=failures)
+    run = metrics.find_run(None, str(tmp_path / "log"))
+    with pytest.warns(UserWarning, match=r"3 of 6 results are missing, such as 1_2\.png"):
+        rows = metrics.measure(run, meter)
+    samples = [sample["name"] for row in rows for sample in row["samples"]]
+    assert samples == ["0_1.png", "0_2.png", "1_1.png"]
+
+
+def test_a_run_that_has_not_ended_is_told(tmp_path):
+    write_results(tmp_path / "log")
+    note(tmp_path / "log", state="started")
+    with pytest.warns(UserWarning, match=r"log/run\.yml: this run has not ended, and results of"):
+        assert metrics.find_run(None, str(tmp_path / "log")).pictures == ["0.png", "1.png", "2.png"]
 
 
 def test_other_sizes_are_refused_by_name(tmp_path, meter):
