@@ -103,6 +103,18 @@ def test_only_addresses_that_are_there_are_told(app, monkeypatch, capsys, public
     assert capsys.readouterr().out == f"{expected}\n"
 
 
+def test_examples_are_what_can_be_read_each_by_its_own_name(app, tmp_path):
+    pictures, served = tmp_path / "gt", tmp_path / "served"
+    for folder in (pictures / "a", pictures / "b", served):
+        folder.mkdir(parents=True)
+    (pictures / "a/1.png").write_bytes(b"one")
+    (pictures / "b/1.png").write_bytes(b"two")
+    (pictures / "b/2.png").symlink_to("nowhere")
+    studio = SimpleNamespace(conf=SimpleNamespace(data=SimpleNamespace(gt_path=str(pictures))))
+    shown = [Path(path).read_bytes() for path in app.Page(studio, served).examples()]
+    assert shown == [b"one", b"two"]
+
+
 def test_files_of_whom_nobody_hears_go_after_a_day(app, tmp_path):
     def work(job):
         job.error = Cancelled()
