@@ -25,6 +25,7 @@ from guided_diffusion.config.schema import (
     prefix_within,
     types_of,
 )
+from guided_diffusion.io.files import write_text_atomic
 
 
 def markdown_table(cls: type[Conf]) -> str:
@@ -131,8 +132,8 @@ def main() -> None:
     """Rewrite the files that repeat the keys: JSON Schemas in ``confs/``, the page in ``docs/``."""
     root = Path(__file__).resolve().parents[2]
     for name, text in schema_files().items():
-        (root / "confs" / name).write_text(text, encoding="utf-8")
-    (root / "docs" / "configuration.md").write_text(configuration_page(), encoding="utf-8")
+        write_text_atomic(root / "confs" / name, text)
+    write_text_atomic(root / "docs" / "configuration.md", configuration_page())
 
 
 if __name__ == "__main__":
