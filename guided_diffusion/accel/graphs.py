@@ -130,7 +130,9 @@ def _compiler_settings() -> Iterator[None]:
     Compiled code is kept for later runs where the kernels are, unless others may write there. The
     compiler takes its folder from the environment alone, and looks for it until the end.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() or _private_folder().name))
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = cache_folder() or _private_folder().name
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     limits = {
         name: max(getattr(torch._dynamo.config, name), _MOST_SHAPES)
         for name in ("cache_size_limit", "accumulated_cache_size_limit")

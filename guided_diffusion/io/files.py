@@ -168,7 +168,8 @@ def write_image(
     cannot keep transparency.
     """
     if Path(path).suffix.lower() in JPEG_SUFFIXES:
-        image = image.convert(image.mode.removesuffix("A"))
+        if image.mode.endswith("A"):  # of others it would only be a copy
+            image = image.convert(image.mode.removesuffix("A"))
         note = {} if mark is None else {"comment": f"{MARK}:{mark}"}
         options |= {"format": "JPEG", "quality": 95, "subsampling": "4:4:4", **note}
     else:
