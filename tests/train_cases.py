@@ -56,11 +56,11 @@ def tiny_conf(tmp_path, **changes):
     return conf_from_dict(tiny_tree(tmp_path, **changes), TrainConf)
 
 
-def make_trainer(conf):
+def make_trainer(conf, device="cpu"):
     with seeded(conf.seed):
         model = create_model(conf)
     diffusion = create_gaussian_diffusion(conf)
-    return Trainer(conf, model, diffusion, torch.device("cpu"))
+    return Trainer(conf, model, diffusion, torch.device(device))
 
 
 def sample_diffusion(conf):

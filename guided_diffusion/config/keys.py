@@ -537,8 +537,9 @@ class TrainConf(ModelConf):
     precision: str = key("float32", "Arithmetic; tf32, for GPUs, and bfloat16, for GPUs and CPUs "
                          "with AVX-512 BF16 or AMX, are faster and less exact.",
                          choices=("float32", "tf32", "bfloat16"))
-    compile: bool | str = key("auto", "Compile the network, which takes its time at the start and "
-                              "makes each step faster; auto: on a GPU.",
+    compile: bool | str = key("auto", "Compile the network, which takes minutes at the start to "
+                              "make each step faster; auto: do not, because the gain is not "
+                              "measured.",
                               choices=("auto", True, False))
     seed: int = key(0, "Makes a training repeatable.", low=0, high=2**31 - 1)
     device: str | None = key(None, "cpu, cuda, cuda:1 and so on; absent: a GPU if there is one.")

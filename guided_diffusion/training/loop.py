@@ -149,7 +149,7 @@ def describe(trainer: Trainer, images: TrainingImages) -> str:
     millions = sum(p.numel() for p in trainer.parameters) / 1e6
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     tf32 = "on" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "off"
-    compiled = "compiled" if compiles(conf, device) else "not compiled"
+    compiled = "compiled in the first step" if compiles(conf) else "not compiled"
     return (
         f"{conf.name}: {len(images.train)} pictures and {len(images.held_out)} held out, "
         f"{millions:.1f} million parameters, {world_size()} x {where}, "

@@ -70,9 +70,9 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def compiles(conf: TrainConf, device: torch.device) -> bool:
-    """Return whether the network is compiled; ``auto`` is where it pays soon: on a GPU."""
-    return device.type == "cuda" if conf.compile == "auto" else bool(conf.compile)
+def compiles(conf: TrainConf) -> bool:
+    """Return whether the network is compiled; ``auto`` waits for a measurement of the gain."""
+    return conf.compile is True
 
 
 def allow_tf32(allowed: bool) -> None:
@@ -91,13 +91,14 @@ def uses_bfloat16(conf: TrainConf, device: torch.device) -> bool:
     return wanted
 
 
-def memory_format(device: torch.device, *, bf16: bool) -> torch.memory_format:
+def memory_format(device: torch.device, *, bf16: bool, compiled: bool) -> torch.memory_format:
     """Return how feature maps lie in memory in a training.
 
-    A CPU has kernels for channels_last in bfloat16; in float32 it normalises them slowly.
+    A CPU has kernels for channels_last in bfloat16; in float32 it normalises them slowly. A GPU's
+    normalisation rearranges them, unless it is compiled.
     """
-    is_slow = device.type == "cpu" and not bf16
-    return torch.contiguous_format if is_slow else torch.channels_last
+    is_fast = bf16 if device.type == "cpu" else compiled
+    return torch.channels_last if is_fast else torch.contiguous_format
 
 
 def shared_between_processes(model: UNetModel, device: torch.device) -> torch.nn.Module:
@@ -108,6 +109,13 @@ def shared_between_processes(model: UNetModel, device: torch.device) -> torch.nn
 
 
 # ---- The step ------------------------------------------------------------------------------------
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on the device, whose earlier work need not be done for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def learning_rate(conf: TrainConf, step: int) -> float:
@@ -149,12 +157,13 @@ class Trainer:
         self.conf, self.diffusion, self.device = conf, diffusion, device
         self.bf16 = uses_bfloat16(conf, device)
         allow_tf32(conf.precision != "float32")
-        self.memory_format = memory_format(device, bf16=self.bf16)
+        compiled = compiles(conf)
+        self.memory_format = memory_format(device, bf16=self.bf16, compiled=compiled)
         self.model = model.to(device, memory_format=self.memory_format).train()
         self.shared = shared_between_processes(self.model, device)
         # Compiled last: so the compiler sees where gradients are exchanged and lets the exchange
         # of some overlap with the computation of others.
-        self.network = torch.compile(self.shared) if compiles(conf, device) else self.shared
+        self.network = torch.compile(self.shared) if compiled else self.shared
         # The network without weights of its own, to be called with averages.
         self._frame = copy.deepcopy(self.model).to("meta").eval()
         self.names = [name for name, _ in self.model.named_parameters()]
@@ -199,8 +208,8 @@ class Trainer:
             torch.manual_seed(
                 int(generator(conf.seed, DROPOUT, self.step).integers(2**32)) + rank()
             )
-        x = (images.to(device).float() / 127.5 - 1).contiguous(memory_format=self.memory_format)
-        y = None if labels is None else labels.to(device)
+        x = (moved(images, device).float() / 127.5 - 1).contiguous(memory_format=self.memory_format)
+        y = None if labels is None else moved(labels, device)
         t, weights, noise = self._draw(x.shape[1:])
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(conf, self.step)
@@ -228,6 +237,6 @@ class Trainer:
         conf, mine, steps = self.conf, share(self.conf.batch_size), self.diffusion.num_timesteps
         chances = self.sampler.probabilities() if self.sampler else np.full(steps, 1 / steps)
         draws = draw_times(chances, conf.batch_size, generator(conf.seed, TIME, self.step))
-        t, weights = (torch.from_numpy(values[mine]).to(self.device) for values in draws)
+        t, weights = (moved(torch.from_numpy(values[mine]), self.device) for values in draws)
         seeds = generator(conf.seed, NOISE, self.step).integers(2**32, size=conf.batch_size)
         return t, weights, draw_noise(seeds[mine], shape, self.device)

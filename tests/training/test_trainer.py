@@ -296,13 +296,9 @@ def test_the_sampler_with_a_memory_survives_until_the_stop(tmp_path):
         train(trainer, load_images(conf), sample_diffusion(conf))
 
 
-@pytest.mark.parametrize(
-    ("device", "setting", "expected"),
-    [("cpu", "auto", False), ("cuda", "auto", True), ("cpu", True, True), ("cuda", False, False)],
-)
-def test_compiling_is_left_to_gpus_unless_asked_for(tmp_path, device, setting, expected):
-    conf = tiny_conf(tmp_path, compile=setting)
-    assert trainer.compiles(conf, torch.device(device)) is expected
+@pytest.mark.parametrize(("setting", "expected"), [("auto", False), (True, True), (False, False)])
+def test_compiling_is_only_where_it_is_asked_for(tmp_path, setting, expected):
+    assert trainer.compiles(tiny_conf(tmp_path, compile=setting)) is expected
 
 
 def test_gradients_are_exchanged_inside_of_what_is_compiled(tmp_path, monkeypatch):
@@ -357,3 +353,18 @@ def test_sixteen_pictures_are_learnt_by_heart(tmp_path):
     apart = ((pictures[:, None] - pictures[None]) ** 2).mean(axis=(2, 3, 4))
     assert np.median(distances.min(axis=1)) < 0.1 * np.median(apart)
     assert len(set(distances.argmin(axis=1))) >= 6  # and not one of them alone
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and -m gpu")
+@pytest.mark.usefixtures("switches")
+def test_a_step_on_a_gpu_waits_for_nothing(tmp_path):
+    conf = tiny_conf(tmp_path, device="cuda", precision="bfloat16", compile=False)
+    own = make_trainer(conf, torch.device("cuda", 0))
+    (first, _), (second, _) = batches(load_images(conf), conf, range(2))
+    own.train_step(first, None)  # what is made once is made
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        own.train_step(second, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
