@@ -30,11 +30,16 @@ def test_settings_are_chosen_by_group_name_and_pattern():
     ]  # fmt: skip
     chosen = names(quality.choose_settings(["mirror", "ddnm0.85-r5*", "mirror"]))
     assert chosen == ["mirror", "ddnm0.85-r5-t25", "ddnm0.85-r5-t50", "ddnm0.85-r5-t100"]
-    assert quality.choose_settings(["ddnm1-r5-t50", "ddim-t7"])[0].overrides == {
+    settings = quality.choose_settings(["ddnm1-r5-t50", "repaint-j20-r4-t50", "ddim-t7"])
+    assert settings[0].overrides == {
         "timestep_respacing": "50", "schedule_jump_params.t_T": 50,
-        "schedule_jump_params.jump_n_sample": 5, "use_ddim": False, "sampler": "ddnm",
-        "ddnm_eta": 1.0,
+        "schedule_jump_params.jump_length": 10, "schedule_jump_params.jump_n_sample": 5,
+        "use_ddim": False, "sampler": "ddnm", "ddnm_eta": 1.0,
     }  # fmt: skip
+    assert settings[1].overrides["schedule_jump_params.jump_length"] == 20
+    assert [quality_report.label(one.name) for one in settings] == [
+        "DDNM 1, r = 5, t_T 50", "RePaint, r = 4, jumps of 20, t_T 50", "DDIM steps, t_T 7",
+    ]  # fmt: skip
     for word in ("fast", "ddnm-t50", "repaint-t", "repaint0.85-t50", ""):
         with pytest.raises(UserError, match=r"--settings: expected curve, "):
             quality.choose_settings(["curve", word])

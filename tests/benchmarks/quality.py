@@ -89,13 +89,16 @@ CURVE = (
 # control, which asks whether it is the resampling that helps or only the time (section 5.5).
 RESAMPLING = ("repaint-t25", "repaint-r10-t25", "repaint-t205")
 GROUPS = {"curve": CURVE, "resampling": RESAMPLING, "baselines": ("nearest", "mirror")}
-NAME = re.compile(r"(repaint|ddim|ddnm(?P<eta>[01](?:\.\d+)?))(?:-r(?P<r>\d+))?-t(?P<t_T>\d+)")
+NAME = re.compile(
+    r"(repaint|ddim|ddnm(?P<eta>[01](?:\.\d+)?))(?:-j(?P<j>\d+))?(?:-r(?P<r>\d+))?-t(?P<t_T>\d+)"
+)
 
 
 def setting_of(name: str) -> Setting:
     """Return what a name means, such as ddnm0.85-r5-t50: eta .85, jump_n_sample 5, t_T 50.
 
-    Any such name is a setting, listed above or not. Raises ``UserError`` for other names.
+    A j before r is the jump_length, else 10 as published. Any such name is a setting, listed above
+    or not. Raises ``UserError`` for other names.
     """
     match = NAME.fullmatch(name)
     if name in BASELINES:
@@ -107,6 +110,7 @@ def setting_of(name: str) -> Setting:
     keys = {
         "timestep_respacing": str(t_T),
         "schedule_jump_params.t_T": t_T,
+        "schedule_jump_params.jump_length": int(match["j"] or 10),
         "schedule_jump_params.jump_n_sample": repeats,
         "use_ddim": name.startswith("ddim"),
     }

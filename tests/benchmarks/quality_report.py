@@ -100,10 +100,14 @@ def family_of(setting: str) -> str:
     """Return the curve that a setting is a point of; a baseline is its own."""
     if setting in BASELINES:
         return setting
-    kind, eta, repeats = re.fullmatch(r"([a-z]+)([\d.]*)(?:-r(\d+))?-t\d+", setting).groups("1")
-    if kind == "repaint":
-        return f"RePaint, r = {repeats}"
-    return _KINDS[kind] + f" {eta}" * bool(eta) + f", r = {repeats}" * (repeats != "1")
+    name = re.fullmatch(r"([a-z]+)([\d.]*)(?:-j(\d+))?(?:-r(\d+))?-t\d+", setting)
+    kind, eta, jump, repeats = name.groups()
+    parts = [_KINDS[kind] + f" {eta}" * bool(eta)]
+    if repeats or kind == "repaint":
+        parts.append(f"r = {repeats or 1}")
+    if jump:
+        parts.append(f"jumps of {jump}")
+    return ", ".join(parts)
 
 
 def spread(values: Sequence[float] | np.ndarray) -> str:
