@@ -112,7 +112,7 @@ def shared_between_processes(model: UNetModel, device: torch.device) -> torch.nn
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the CPU on the device, whose earlier work need not be done for it."""
+    """Return a tensor of the CPU on the device, without waiting for what a GPU is doing."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
