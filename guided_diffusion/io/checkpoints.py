@@ -9,11 +9,12 @@ import contextlib
 import hashlib
 import os
 import pickle
+import pickletools
 import re
 import stat
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -252,10 +253,12 @@ def _read(path: Path, map_location: str | None) -> Any:
         with once_a_file(path, "checksums") as is_new:
             if is_new:
                 check_archive(path)
+        if _is_program(path):  # torch.load of PyTorch 2.4 would load it as one
+            problem = "is a TorchScript program, which is never run"
+            raise UserError(f"{problem}: save model.state_dict() instead", path=path)
         names, mapped = _NUMPY + _harmless_names(path), can_be_mapped(path) or None
-    stand_ins = [(_StandIn, name) for name in dict.fromkeys(names)]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
+        with warnings.catch_warnings(), _stand_ins_for(names):
             warnings.simplefilter("ignore")  # what torch warns of before it fails says no more
             return torch.load(
                 path, map_location=map_location or "cpu", mmap=mapped, weights_only=True
@@ -268,17 +271,20 @@ def _read(path: Path, map_location: str | None) -> Any:
 
 
 def _unreadable(path: Path, error: Exception, *, is_repacked: bool) -> UserError:
-    text = str(error)
-    if "TorchScript" in text:
-        problem = "is a TorchScript program, which is never run: save model.state_dict() instead"
-        return UserError(problem, path=path)
-    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in text:
+    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
         problem = "holds pickled code, which is never run: save model.state_dict() instead"
         return UserError(problem, path=path)
     if is_repacked:
         problem = f"{DAMAGED}; or, if it was packed anew, save it by torch.save"
         return UserError(problem, path=path)
     return UserError(DAMAGED, path=path)
+
+
+def _is_program(path: Path) -> bool:
+    """Whether an archive is TorchScript, as torch tells it."""
+    with contextlib.suppress(*ZIP_ERRORS), zipfile.ZipFile(path) as archive:
+        return any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())
+    return False
 
 
 class _StandIn:
@@ -291,13 +297,33 @@ class _StandIn:
         pass
 
 
-def _harmless_names(path: Path) -> list[str]:
-    """Return the classes in a checkpoint for which a stand-in may stand."""
+@contextlib.contextmanager
+def _stand_ins_for(names: Iterable[str]) -> Iterator[None]:
+    """Let ``torch.load`` find a stand-in under each of ``names`` (module.class), and none after.
+
+    PyTorch 2.4 has no other way than its list of what is safe, and looks up how a class is called.
+    """
+    before = torch.serialization.get_safe_globals()
+    places = [name.rpartition(".") for name in dict.fromkeys(names)]
+    stand_ins = [type(name, (_StandIn,), {"__module__": module}) for module, _, name in places]
+    torch.serialization.add_safe_globals(stand_ins)
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _harmless_names(path: Path) -> list[str]:
+    """Return the classes that a checkpoint names and for which a stand-in may stand."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            [name] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            steps = pickletools.genops(archive.read(name))  # read, not run
+            named = [place.replace(" ", ".") for code, place, _ in steps if code.name == "GLOBAL"]
     except Exception:  # whatever is wrong, reading the file tells it
         return []
-    return [name for name in names if _HARMLESS.match(name)]
+    return [name for name in named if _HARMLESS.match(name)]
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
