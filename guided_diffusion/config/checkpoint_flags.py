@@ -1,7 +1,6 @@
 """What the shapes of a checkpoint tell: the YAML keys of its network."""
 
 import copy
-import json
 import math
 import re
 import warnings
@@ -9,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from guided_diffusion.config.keys import CHANNEL_MULT_BY_SIZE, InpaintConf, ModelConf
@@ -231,8 +231,10 @@ def _text(value: Any) -> Any:
 def yaml_text(key: str, value: Any) -> str:
     """Write a value as a YAML file has it: lists of numbers as quoted text."""
     value = _text(value)
-    is_text = isinstance(value, str) and (key in _LISTS or value.isdecimal())
-    return f"'{value}'" if is_text else json.dumps(value, ensure_ascii=False).strip('"')
+    if isinstance(value, str) and key in _LISTS:
+        return f"'{value}'"
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def check_channels(path: str, shapes: Shapes) -> None:

@@ -5,7 +5,6 @@ versions saved it, or a network alone. hf://owner/name is such a folder of the H
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -396,7 +395,7 @@ def _betas(folder: ModelFolder) -> np.ndarray:
 
 def _is_number(value: object) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    return is_number and abs(value) < 1e300  # neither NaN nor infinite, nor too large for a float
 
 
 def _named_betas(folder: ModelFolder, steps: int) -> np.ndarray:
@@ -528,7 +527,7 @@ def _fetched(name: str, patterns: list[str], *, online: bool = False) -> Path:
     """Return the hub's folder in its usual cache; what is there already is not asked for again."""
     match = _HUB_NAME.fullmatch(name)
     if not match:
-        raise UserError(key="model_path", expected="hf://owner/name", got=name[:100])
+        raise UserError(path=name[:100], expected="hf://owner/name")
     repository, revision = match.groups()
     try:
         from huggingface_hub import snapshot_download

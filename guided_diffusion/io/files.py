@@ -234,13 +234,16 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 
 def _take_lock(lock: Path) -> int:
     """Return the descriptor of the lock file, locked and with this process's name in it."""
+    misses = 0
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # another process has just removed its empty folder
-            continue
         except OSError as error:
+            misses += 1
+            if isinstance(error, FileNotFoundError) and misses < 100:
+                time.sleep(0.01)  # another process has just removed its empty folder
+                continue
             problem = f"results cannot be written there: {error.strerror}"
             raise UserError(problem, path=lock.parent) from error
         _held.add(handle)

@@ -102,7 +102,7 @@ def _walk(steps: int) -> dict[str, Any]:
     """Return the keys of a walk over a chain that is shorter than the usual walk."""
     if steps >= USUAL_STEPS:
         return {}
-    return {"timestep_respacing": str(steps), "schedule_jump_params": f"{{t_T: {steps}}}"}
+    return {"timestep_respacing": str(steps), "schedule_jump_params": {"t_T": steps}}
 
 
 # ---- A checkpoint --------------------------------------------------------------------------------

@@ -87,7 +87,8 @@ def load_opt(path: Path, mmap: bool = True) -> dict:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if {"step", "settings", "optimizer", "sampler"} <= set(state):
+        is_ours = {"step", "settings", "optimizer", "sampler"} <= set(state)
+        if is_ours and isinstance(state["settings"], dict):
             return state
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}", path=path) from error
@@ -273,7 +274,7 @@ def check(conf: TrainConf, device: torch.device, *, resume: bool) -> int:
     if rest:
         problem = f"cannot be divided among {world_size()} processes"
         raise UserError(problem, key="batch_size", got=conf.batch_size)
-    if conf.microbatch != -1 and own % conf.microbatch:
+    if 0 < conf.microbatch < own and own % conf.microbatch:
         problem = f"{own} pictures a process cannot be divided into parts of {conf.microbatch}"
         raise UserError(problem, key="batch_size and microbatch")
     refuse_inside(conf.out_dir, conf.data_dir, key="data_dir")

@@ -235,7 +235,9 @@ def train(trainer: Trainer, images: TrainingImages, sample_diffusion: GaussianDi
                 bar.set_postfix({"loss": f"{row['loss']:.4f}", "images/s": speed})
                 if evaluator:
                     row |= evaluator.held_out_losses() if looks else {}
-                    _record(trainer, evaluator, row, saves, looks and bool(shows))
+                    _record(
+                        trainer, evaluator, row, saves, plots=looks, shows=looks and bool(shows)
+                    )
                 window.restart()
             if stops:
                 raise KeyboardInterrupt(files.last_saved(conf) if is_main() else "")
@@ -250,13 +252,15 @@ def _begin_files(trainer: Trainer, images: TrainingImages) -> None:
     write_text_atomic(folder / "held_out.txt", readable)
 
 
-def _record(trainer: Trainer, evaluator: Evaluator, row: Row, saves: bool, shows: bool) -> None:
+def _record(
+    trainer: Trainer, evaluator: Evaluator, row: Row, saves: bool, plots: bool, shows: bool
+) -> None:
     """Write what is due after a step; the log comes first, for it is cut back when resumed."""
     folder, step = Path(trainer.conf.out_dir), trainer.step
     append_log(folder / "log.csv", row)
     if saves:
         files.save(trainer, evaluator.images)
-    if shows:
+    if plots:
         write_loss_plot(folder / "loss.png", read_log(folder / "log.csv"))
     if shows and trainer.conf.sample_count:
         evaluator.write_samples(folder / f"samples_{step:06d}.png")

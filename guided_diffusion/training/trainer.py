@@ -56,7 +56,8 @@ def share(batch_size: int) -> slice:
 
 def pictures_at_once(conf: TrainConf) -> int:
     """Return how many pictures a process works on at once."""
-    return conf.batch_size // world_size() if conf.microbatch == -1 else conf.microbatch
+    own = conf.batch_size // world_size()
+    return own if conf.microbatch == -1 else min(own, conf.microbatch)
 
 
 # ---- The network ---------------------------------------------------------------------------------

@@ -109,3 +109,14 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file: .*not a folder"), files.locked(tmp_path / "file/a"):
         pass
+
+
+def test_a_folder_that_always_vanishes_is_one_line(tmp_path, monkeypatch):
+    def mkdir(self, **_):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    told = r"out: results cannot be written there: No such file"
+    with pytest.raises(UserError, match=told), files.locked(tmp_path / "out"):
+        pass

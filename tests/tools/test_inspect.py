@@ -73,6 +73,15 @@ def test_what_it_says_loads_the_checkpoint(tmp_path, capsys, keys):
         load_model(conf(**tree), CPU)
 
 
+@pytest.mark.parametrize(
+    "name", ["m #3.pt", "a: b.pt", "[x].pt", "it's.pt", "'.pt", "12", "模型.pt"]
+)
+def test_paths_are_written_as_yaml(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    torch.save(expanded(create_model(conf(**SMALL))), name)
+    assert told(capsys, name)[1]["model_path"] == name
+
+
 def test_a_stated_size_moves_the_sides_with_attention(tmp_path, capsys):
     torch.save(expanded(create_model(conf(**SMALL))), tmp_path / "m.pt")
     text, tree = told(capsys, tmp_path / "m.pt", "--image_size", 128)

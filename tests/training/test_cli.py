@@ -55,6 +55,13 @@ def test_an_out_dir_among_the_pictures_is_refused(tmp_path):
 # ---- a whole training ----------------------------------------------------------------------------
 
 
+def test_a_training_without_process_pictures_leaves_its_losses(tmp_path):
+    conf = write_conf(tmp_path, sample_interval=0)
+    assert train.main(["--conf_path", conf]) == 0
+    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert pictures == {"loss.png"}
+
+
 def test_a_training_leaves_everything_and_test_py_runs_it(tmp_path, capsys):
     conf = write_conf(tmp_path, sample_interval=3)
     assert train.main(["--conf_path", conf]) == 0

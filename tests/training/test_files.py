@@ -183,10 +183,13 @@ def test_an_optimizer_for_which_memory_is_short_is_not_called_damaged(tmp_path, 
     assert caught.value is error
 
 
-def test_somebody_elses_optimizer_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "state", [{"state": {}}, dict.fromkeys(("step", "settings", "optimizer", "sampler"), 3)]
+)
+def test_somebody_elses_optimizer_is_one_line(tmp_path, state):
     conf = tiny_conf(tmp_path)
     saved(conf)
-    torch.save({"state": {}}, checkpoint_path(conf, "opt", 3))
+    torch.save(state, checkpoint_path(conf, "opt", 3))
     with pytest.raises(UserError, match="is not an optimizer's file of this program"):
         check(conf, CPU, resume=True)
 
@@ -267,6 +270,7 @@ def test_an_optimizer_of_another_step_is_refused(tmp_path):
 def test_batches_have_to_divide(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"batch_size and microbatch: 4 pictures .* parts of 3"):
         check(tiny_conf(tmp_path, microbatch=3), CPU, resume=False)
+    check(tiny_conf(tmp_path, microbatch=5), CPU, resume=False)  # more than there are: all of them
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match=r"batch_size: .*among 3 processes; found 4"):
         check(tiny_conf(tmp_path), CPU, resume=False)

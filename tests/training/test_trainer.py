@@ -87,7 +87,7 @@ def test_averages_follow_the_weights_at_their_rates_and_faster_at_first(tmp_path
 
 
 @pytest.mark.parametrize(
-    "changes", [{"microbatch": 1}, {"microbatch": 2}, {"use_checkpoint": True}]
+    "changes", [{"microbatch": 1}, {"microbatch": 2}, {"microbatch": 99}, {"use_checkpoint": True}]
 )
 def test_what_saves_memory_does_not_change_what_is_learnt(tmp_path, changes):
     confs = (tiny_conf(tmp_path), tiny_conf(tmp_path, **changes))
