@@ -144,6 +144,9 @@ def pair_images(
         partners = _list_masks(mask_path, all_formats)
         if partners == [mask_path]:
             partners = partners * len(images)
+            real_path = os.path.realpath(mask_path)
+            if len(images) > 1 and real_path in map(os.path.realpath, images):
+                warnings.warn(f"{mask_path}: this mask is also one of the pictures", stacklevel=2)
         elif len(partners) != len(images):
             raise UserError(
                 "images and masks are paired by position in sorted order, so there must be as"
@@ -417,13 +420,16 @@ def load_pair(
     return gt, mask
 
 
+_TO_8_BITS = "has more than 8 bits a channel, and its result has 8"
+
+
 @dataclasses.dataclass(frozen=True)
 class Photo:
     """A photo as it is: ``pixels`` uint8 (H, W, 3), ``known`` uint8 (H, W), 255 = known.
 
     ``mode`` is what it is given back as, L, LA, RGB or RGBA, with ``alpha`` uint8 (H, W) or None;
-    ``info`` its profile and resolution. ``odd`` says what is odd about the mask, if anything, and
-    ``dim`` why the photo will be dark, if it will.
+    ``info`` its profile and resolution. ``odd`` says what is odd about the mask, ``dim`` why the
+    photo will be dark, and ``lost`` what it loses all over, each if there is anything to say.
     """
 
     pixels: np.ndarray
@@ -433,6 +439,7 @@ class Photo:
     info: dict[str, object]
     odd: str | None = None
     dim: str | None = None
+    lost: str | None = None
 
     def image_of(self, pixels: np.ndarray) -> Image.Image:
         """Return other pixels (H, W, 3) as the photo's mode, with its transparency."""
@@ -458,16 +465,17 @@ def load_photo(
         if is_deep(image):
             gray = _noted_rgb(image, handling.depth)
             dim = dim_picture(gray, handling.depth)
-            return Photo(np.asarray(gray), known, "L", None, info, odd, dim)
+            return Photo(np.asarray(gray), known, "L", None, info, odd, dim, _TO_8_BITS)
         dim = dim_picture(image, handling.depth)
+        lost = _TO_8_BITS if origin_of(image).is_deep_colour else None
         mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
         if not image.has_transparency_data:
-            return Photo(np.asarray(image.convert("RGB")), known, mode, None, info, odd, dim)
+            return Photo(np.asarray(image.convert("RGB")), known, mode, None, info, odd, dim, lost)
         layers = image.convert("RGBA")
         alpha = None if pair.is_alpha else np.asarray(layers.getchannel("A"))
         suffix = "" if alpha is None else "A"
         pixels = np.asarray(layers.convert("RGB"))
-        return Photo(pixels, known, mode + suffix, alpha, info, odd, dim)
+        return Photo(pixels, known, mode + suffix, alpha, info, odd, dim, lost)
 
 
 def _profile_and_resolution(image: Image.Image) -> dict[str, object]:

@@ -48,9 +48,10 @@ def make_mask(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
 
     Returns uint8 of shape (``size``, ``size``): 255 known, 0 generated. ``thin`` and ``thick``
     draw from ``rng`` and leave at least half of the picture known; their lengths and widths grow
-    with ``size``, so that one state of ``rng`` gives the same drawing at every size (but for
-    rounding). The other four are fixed patterns and leave ``rng`` alone. At an odd ``size`` the
-    middle column of ``genhalf`` is generated.
+    with ``size``, so that one state of ``rng`` gives the same drawing at every size, but for
+    rounding, which may also decide whether a drawing leaves enough and is kept. The other four are
+    fixed patterns and leave ``rng`` alone. At an odd ``size`` the middle column of ``genhalf`` is
+    generated.
 
     Raises:
         ValueError: ``kind`` is not in ``FAMILIES``, or ``size`` is not in 8..16384.

@@ -202,7 +202,8 @@ def test_remote_paths_go_through_blobfile(tmp_path, monkeypatch):
     blobs = FakeBlobs({"gs://b/p/2.png": one, "gs://b/p/1.JPG": one, "gs://b/p/x.txt": one})
     monkeypatch.setitem(sys.modules, "blobfile", blobs)
     assert image_datasets.list_images("gs://b/p/") == ["gs://b/p/1.JPG", "gs://b/p/2.png"]
-    pairs = image_datasets.pair_images("gs://b/p", "gs://b/p/2.png")
+    with pytest.warns(UserWarning, match="gs://b/p/2.png: this mask is also one of the pictures"):
+        pairs = image_datasets.pair_images("gs://b/p", "gs://b/p/2.png")
     assert [(pair.name, pair.mask_path) for pair in pairs] == [
         ("1.png", "gs://b/p/2.png"),
         ("2.png", "gs://b/p/2.png"),
@@ -259,6 +260,8 @@ def test_one_mask_file_serves_all(tmp_path):
     mask = save(tmp_path / "m.png")
     assert [pair.mask_path for pair in image_datasets.pair_images(gt, mask)] == [mask, mask]
     assert len(image_datasets.pair_images(f"{gt}/a.png", mask)) == 1
+    with pytest.warns(UserWarning, match=r"gt/b.png: this mask is also one of the pictures"):
+        image_datasets.pair_images(gt, f"{gt}/../gt/b.png")
 
 
 @pytest.mark.parametrize(

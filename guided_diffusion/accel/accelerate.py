@@ -17,12 +17,19 @@ from guided_diffusion.accel.build import KernelError
 from guided_diffusion.accel.fused_unet import FusedUNet, with_fused_convolutions
 from guided_diffusion.accel.gpu_kernels import GpuKernels
 from guided_diffusion.accel.graphs import FixedBatch, with_compiled_blocks
-from guided_diffusion.accel.layout import lay_out, set_arithmetic
+from guided_diffusion.accel.layout import lay_out, precision_on, set_arithmetic
 from guided_diffusion.accel.memory import CallMemory, forget_pages, keep_freed_memory
 from guided_diffusion.dist_util import is_out_of_memory
 from guided_diffusion.unet import EmbedSequential, EncoderUNetModel, UNetEncoder, UNetModel
 
-__all__ = ["CallMemory", "accelerate", "accelerate_gradient", "prepare", "set_arithmetic"]
+__all__ = [
+    "CallMemory",
+    "accelerate",
+    "accelerate_gradient",
+    "precision_on",
+    "prepare",
+    "set_arithmetic",
+]
 Network = Callable[..., Tensor]  # of (x, timesteps[, y]), each (N, ...)
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _TF32_TOLERANCE = 1e-2

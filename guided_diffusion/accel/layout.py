@@ -17,19 +17,24 @@ from guided_diffusion.unet import ResBlock, UNetEncoder, Upsample
 Module = TypeVar("Module", bound=nn.Module)
 
 
+def precision_on(device: torch.device, precision: str | None, use_fp16: bool) -> str | None:
+    """Return the ``precision`` that a network has on ``device``; None is torch's own default."""
+    precision = precision or ("float16" if use_fp16 else None)
+    return "float32" if precision == "float16" and device.type == "cpu" else precision
+
+
 def set_arithmetic(precision: str | None, use_fp16: bool, device: torch.device) -> torch.dtype:
     """Return the type of the trunk's convolutions, and set how torch multiplies float32.
 
     Without a ``precision`` torch's own default stays: on a GPU, convolutions in TF32 and products
     of matrices in float32.
     """
-    precision = precision or ("float16" if use_fp16 else None)
+    asked, precision = precision, precision_on(device, precision, use_fp16)
+    if precision == "float32" != asked:
+        warnings.warn("half precision is for GPUs; on this CPU it runs in float32", stacklevel=3)
     if precision in ("float32", "tf32"):
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    if precision == "float16" and device.type == "cpu":
-        warnings.warn("half precision is for GPUs; on this CPU it runs in float32", stacklevel=3)
-        return torch.float32
     return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(precision, torch.float32)
 
 

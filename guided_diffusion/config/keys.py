@@ -357,13 +357,13 @@ class InpaintConf(ModelConf):
                           "thin lines that fade when they are scaled.")
     full_size: bool = key(False, "Give each photo back at its own size: holes are cut out with "
                           "what is around them, inpainted and put back; all but the hole and "
-                          "feather pixels around it stays.")
+                          "feather pixels around it stays, in 8 bits a channel.")
     feather: int = key(8, "With full_size: pixels of the photo around a hole where old and new "
                        "are blended; 0: none.", low=0, high=1000)
     windows: bool = key(False, "With full_size: the network sees a hole at the photo's own "
                         "resolution, in overlapping windows, which takes many calls.")
-    output_format: str = key("png", "With full_size: png, or same: a JPEG for a JPEG.",
-                             choices=("png", "same"))
+    output_format: str = key("png", "With full_size: png, or same: a JPEG for a JPEG, compressed "
+                             "anew.", choices=("png", "same"))
     overview: bool = key(True, "Also write sheets with inputs and results side by side.")
     save_process: int = key(0, "Pictures to keep of the walk from noise to result; 0: none.", low=0,
                            high=1000)

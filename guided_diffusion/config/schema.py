@@ -507,8 +507,15 @@ def _override(tree: dict, option: str, cls: type[Conf]) -> str:
         branch = branch[part]
         if not isinstance(branch, dict):
             raise UserError(f"{part} is a value and has no keys in it")
-    branch[parts[-1]] = _parse(text)
+    branch[parts[-1]] = _parse_value(text)
     return ".".join(str(part) for part in parts)
+
+
+def _parse_value(text: str) -> Any:
+    """Return the VALUE of KEY=VALUE: YAML, in which # begins no comment where nothing is quoted."""
+    text = text.strip()
+    is_plain = not text.startswith(("'", '"', "[", "{"))
+    return text if is_plain and re.search(r"(^|\s)#", text) else _parse(text)
 
 
 def load(path: str | os.PathLike, cls: type[AnyConf], overrides: Sequence[str] = ()) -> AnyConf:

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -66,14 +66,21 @@ def finished_rows(
 def write_overview(path: str | os.PathLike, rows: Iterable[OverviewRow]) -> list[Path]:
     """Write ``overview`` pages of up to ``ROWS_PER_PAGE`` images: x.png, x_2.png, x_3.png, ….
 
-    Rows may come from a generator: one page is held in memory. Returns the paths.
+    Rows may come from a generator: one page is held in memory. Pages that an earlier overview has
+    beyond these are removed. Returns the paths.
     """
     path, rows, written = Path(path), iter(rows), []
-    while page := list(islice(rows, ROWS_PER_PAGE)):
-        number = len(written) + 1
-        target = path if number == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
+    later = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in count(2))
+    targets = chain([path], later)
+    for target in targets:
+        page = list(islice(rows, ROWS_PER_PAGE))
+        if not page:
+            break
         write_png(target, np.asarray(overview(page)))
         written.append(target)
+    while target.is_file():
+        target.unlink()
+        target = next(targets)
     return written
 
 

@@ -44,6 +44,7 @@ from guided_diffusion.run.plan import (
     result_folders,
     result_mark,
     result_names,
+    walked_by,
     write_record,
 )
 from guided_diffusion.run.windows import window_places
@@ -127,9 +128,12 @@ def conclude(plan: Plan, summary: Summary) -> str:
         some = ", ".join(list(summary.failures)[:5]) + ", …" * (len(summary.failures) > 5)
         parts.append(f"{len(summary.failures)} failed ({some}), which --resume tries again")
     if summary.finished:
-        calls = count_steps(plan.times)[0]
-        each = summary.seconds / summary.finished
-        parts.append(f"{calls} network calls and {each:.3g} s an image")
+        calls, walked = f"{count_steps(plan.times)[0]} network calls", walked_by(plan.conf)
+        seconds = f"{summary.seconds / summary.finished:.3g} s an image"
+        if walked == "an image":
+            parts.append(f"{calls} and {seconds}")
+        else:
+            parts += [f"{calls} {walked}", seconds]
     return " ".join(f"{plan.conf.log_dir}: {', '.join(parts)}".split())
 
 

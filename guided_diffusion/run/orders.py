@@ -34,6 +34,7 @@ from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import check_network
 
 MAX_SAMPLES, MAX_MASK_GROW = 4, 64
+SQUARE = ("windows=false", "output_format=png")  # keys that are for whole photos alone
 PAINTED, UPLOADED = "painted", "uploaded"
 NO_PICTURE = "upload a picture first"
 NO_MASK = "upload a mask first"
@@ -230,15 +231,20 @@ def options_of(order: Order) -> list[str]:
         f"full_size={json.dumps(order.full_size)}",
         f"mask_grow={order.mask_grow}",
     ]
-    return [*(FAST if order.method == "fast" else ()), *options]
+    return [
+        *(FAST if order.method == "fast" else ()),
+        *(() if order.full_size else SQUARE),
+        *options,
+    ]
 
 
 def networks_of(plan: Plan, options: Sequence[str]) -> tuple[dict, dict]:
     """Return what tells the networks of a plan from others: checkpoints, and keys of the YAML.
 
-    No order sets such a key: those of ``options``, which made this plan, and of FAST are left out.
+    No order sets such a key: those of ``options``, which made this plan, and those that only some
+    orders set are left out.
     """
-    own = {re.split("[.=]", option)[0] for option in (*FAST, *options)}
+    own = {re.split("[.=]", option)[0] for option in (*FAST, *SQUARE, *options)}
     return plan.checkpoints, {key: v for key, v in vars(plan.conf).items() if key not in own}
 
 

@@ -26,6 +26,7 @@ import yaml
 from tqdm import tqdm
 
 from guided_diffusion import dist_util
+from guided_diffusion.accel.accelerate import precision_on
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, read_yaml
 from guided_diffusion.errors import StoppedError, UserError
@@ -247,7 +248,8 @@ def _check_photos(conf: InpaintConf, pairs: Sequence[Pair], steps: int) -> tuple
     for pair in tqdm(pairs, "checking photos", leave=False, delay=2, disable=hidden):
         photo = load_full(conf, pair)
         shares.append(1 - float(photo.known.mean()) / 255)
-        notes += [(pair.gt_path, photo.dim), (pair.mask_path, photo.odd)]
+        notes += [(pair.gt_path, note) for note in (photo.dim, photo.lost)]
+        notes.append((pair.mask_path, photo.odd))
         found = find_cuts(photo.known, conf.image_size)
         cuts += len(found)
         calls += steps * sum(_windows_of(conf, photo.known, cut) for cut in found)
@@ -280,6 +282,13 @@ def _list_jobs(conf: InpaintConf, pairs: Sequence[Pair]) -> list[Job]:
         for pair in order
         for number, name in enumerate(result_names(conf, pair))
     ]
+
+
+def walked_by(conf: InpaintConf) -> str:
+    """Name what takes the network calls of a walk, once each: an image, or a part of a photo."""
+    if not conf.full_size:
+        return "an image"
+    return "a window" if conf.windows else "a cut"
 
 
 def result_names(conf: InpaintConf, pair: Pair) -> list[str]:
@@ -440,10 +449,11 @@ def write_record(plan: Plan, state: str, summary: Summary) -> None:
         "device_type": device.type,
         "device_name": torch.cuda.get_device_name(device) if is_cuda else platform.machine(),
         "processes": dist_util.world_size(),
-        "precision": conf.precision or ("float16" if conf.use_fp16 else "float32, torch's default"),
+        "precision": precision_on(device, conf.precision, conf.use_fp16)
+        or "float32, torch's default",
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         "checkpoints": plan.checkpoints,
-        "network_calls_an_image": count_steps(plan.times)[0],
+        f"network_calls_{walked_by(conf).replace(' ', '_')}": count_steps(plan.times)[0],
         **last,
         "failures": summary.failures,
         "again_in_float32": summary.in_float32,

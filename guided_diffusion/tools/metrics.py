@@ -29,8 +29,8 @@ import re
 import statistics
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,6 +77,7 @@ class Run:
     """What a run left: folders by their YAML keys, and the names of its pictures.
 
     ``failures`` are the names of results that it could not make; a file there is an earlier run's.
+    ``results`` are the names of all results by their stems, where the run has noted them.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Run:
     pictures: list[str]
     samples_per_image: int
     failures: frozenset[str] = frozenset()
+    results: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,12 @@ def find_run(conf_path: str | None, folder: str | None) -> Run:
                       "among its own", stacklevel=2)  # fmt: skip
     number = r"_\d+" if count > 1 else ""
     # Results may be JPEGs (output_format: same); their pictures are PNGs.
-    pictures = [re.sub(rf"{number}\.\w+$", ".png", name) for name in _names(noted, "seeds")]
+    results = {Path(name).stem: name for name in _names(noted, "seeds")}
+    pictures = [re.sub(rf"{number}\.\w+$", ".png", name) for name in results.values()]
     pictures = pictures or [output_name(path) for path in list_images(folders["gts"])]
     pictures, failures = list(dict.fromkeys(pictures)), frozenset(_names(noted, "failures"))
-    return Run(conf.name if conf else log_dir.name, log_dir, folders, pictures, count, failures)
+    name = conf.name if conf else log_dir.name
+    return Run(name, log_dir, folders, pictures, count, failures, results)
 
 
 def _noted(record: Path) -> dict[str, Any]:
@@ -154,9 +158,14 @@ def _names(noted: dict[str, Any], key: str) -> list[str]:
 
 
 def _result(run: Run, name: str) -> Path | None:
-    """Return the result of a name, a JPEG where there is no PNG; None where the run has none."""
+    """Return the file of a result that a PNG's name means; None where the run has none.
+
+    Without a run's notes it is a JPEG where there is no PNG.
+    """
+    path = Path(run.folders["srs"]) / name
+    noted = run.results.get(path.stem)
     suffixes = (".png", *JPEG_SUFFIXES, *(suffix.upper() for suffix in JPEG_SUFFIXES))
-    paths = ((Path(run.folders["srs"]) / name).with_suffix(suffix) for suffix in suffixes)
+    paths = [path.with_name(noted)] if noted else [path.with_suffix(suffix) for suffix in suffixes]
     return next((path for path in paths if path.is_file() and path.name not in run.failures), None)
 
 

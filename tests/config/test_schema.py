@@ -327,6 +327,9 @@ def test_every_key_that_is_a_path_is_known_to_be_one():
         ("data.paths.srs=o", "data.paths.srs", "o"),
         ("data.eval={b: {gt_path: g, mask_path: m}}", "data.name", "b"),
         ("classifier_scale=", "classifier_scale", 4.0),
+        ("mask_hole=#ff0000", "mask_hole", "#ff0000"),
+        ("mask_hole='#ff0000'", "mask_hole", "#ff0000"),
+        ("data.gt_path= my pictures #1/a.png", "data.gt_path", "my pictures #1/a.png"),
     ],
 )
 def test_overrides(load, option, path, value):
@@ -346,6 +349,7 @@ def test_later_overrides_win_and_folders_follow_the_name(load):
     ("option", "words"),
     [
         ("seed=x", "seed: expected an integer, at least 0"),
+        ("seed=3 # three", "seed: expected an integer, at least 0"),
         ("sed=1", "sed: unknown key; the nearest known key is seed"),
         ("data.gt_pth=1", "data.eval.faces.gt_pth: unknown key"),
         ("data.image_size=64", "data.eval.faces.image_size and image_size: 64 and 256"),

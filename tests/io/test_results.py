@@ -290,6 +290,8 @@ def test_large_runs_are_paged_from_a_generator(tmp_path):
     assert read(paths[0]).size > 10 * read(paths[1]).size
     assert sheets.write_overview(tmp_path / "none.png", []) == []
     assert len(list(tmp_path.iterdir())) == 2
+    assert sheets.write_overview(tmp_path / "overview.png", [row()]) == paths[:1]
+    assert list(tmp_path.iterdir()) == paths[:1]  # no page of the larger one stays
 
 
 def test_a_page_holds_no_pictures_larger_than_a_tile(folders):

@@ -247,7 +247,9 @@ def test_a_process_that_dies_costs_only_what_it_was_at(here, tmp_path, rank):
     assert len(leftovers(tmp_path)) <= 1  # what the killed one was writing; nobody else leaves any
     assert "finished earlier" not in out
     if rank == 1:  # the main process was asked to end, and says so
-        assert f"interrupted: {len(known)} of 8 results are in log/run; go on with: the sa" in err
+        told = re.search(r"interrupted: (\d) of 8 results are in log/run; go on with: the sa", err)
+        # The one that was killed may have had no time to count its last result.
+        assert int(told[1]) in (len(known) - 1, len(known))
     ended = here(*options, "--resume")
     assert ended.status == 0
     assert f"{8 - len(known)} images, {len(known)} finished earlier" in ended.out

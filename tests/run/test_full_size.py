@@ -1,5 +1,6 @@
 """Cuts of a photo, and the way back: geometry checked with networks that return what they see."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,9 @@ def test_a_photo_comes_back_in_its_mode_with_its_known_pixels(here, tmp_path, mo
     ended = here(*write_photo(tmp_path, mode, windows=windows))
     assert ended.status == 0, ended.err
     assert "2 cuts, at most" in ended.out
+    walked = "window" if windows else "cut"
+    assert re.search(rf"1 image, 6 network calls a {walked}, [0-9.]+ s an image", ended.out)
+    assert load_yaml("log/run/run.yml")["record"][f"network_calls_a_{walked}"] == 6
     with Image.open("gt/00.png") as before, Image.open("log/run/inpainted/00.png") as after:
         assert after.mode == mode
         assert after.info["icc_profile"] == b"a profile"
@@ -211,6 +215,17 @@ def test_a_photo_comes_back_in_its_mode_with_its_known_pixels(here, tmp_path, mo
         assert np.array_equal(old[..., 3], new[..., 3])
     with Image.open("log/run/gt/00.png") as gt, Image.open("log/run/gt_masked/00.png") as masked:
         assert gt.size == masked.size == (40, 30)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_bits_that_a_photo_loses_are_told(here, tmp_path, bits):
+    options = write_photo(tmp_path)
+    levels = np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50
+    levels = levels if bits == 16 else (levels >> 8).astype(np.uint8)
+    Image.fromarray(levels).save("gt/00.png")
+    ended = here(*options)
+    assert ended.status == 0, ended.err
+    assert ("gt/00.png: has more than 8 bits a channel" in ended.err) == (bits == 16)
 
 
 def test_a_jpeg_comes_back_as_a_jpeg_where_asked_and_upright(here, tmp_path):

@@ -127,6 +127,12 @@ def test_what_the_record_says(here, tmp_path):
     assert record["made"] == 2
     assert record["failures"] == {}
     assert record["seeds"] == {"00.png": 5, "01.png": 6}
+    assert record["precision"] == "float32, torch's default"
+
+
+def test_the_record_says_the_precision_that_was_computed_in(here, tmp_path):
+    here(*write_run(tmp_path, 1, use_fp16=True))
+    assert load_yaml(f"{LOG}/run.yml")["record"]["precision"] == "float32"
 
 
 def test_the_record_is_there_before_the_first_result(here, tmp_path, monkeypatch):

@@ -115,6 +115,20 @@ def test_an_order_of_every_kind_shares_the_networks(studio, tmp_path, monkeypatc
     assert built == [1]
 
 
+@pytest.mark.parametrize("changes", [{"windows": True}, {"output_format": "same"}], ids=str)
+def test_keys_for_whole_photos_do_not_spoil_squares(tmp_path, monkeypatch, changes):
+    write_run(tmp_path, images=1, full_size=True, **changes)
+    monkeypatch.chdir(tmp_path)
+    built, build = [], orders.inpaint.build
+    monkeypatch.setattr(orders.inpaint, "build", lambda plan: built.append(1) or build(plan))
+    studio = Studio("c.yml")
+    for full_size in (True, False, True):
+        job = do(studio, order(tmp_path, full_size=full_size), tmp_path)
+        with Image.open(job.results[0]) as result:
+            assert (result.size == (20, 16)) == full_size
+    assert built == [1]
+
+
 def test_calls_are_counted_beforehand(studio, tmp_path):
     job = do(studio, order(tmp_path, samples=2), tmp_path)
     assert job.calls == job.total > 0

@@ -256,6 +256,16 @@ def test_results_that_are_jpegs_of_odd_names_are_measured(
     assert row["name"] == "a\udcff.png"
 
 
+def test_the_files_that_the_run_has_noted_are_measured(tmp_path, meter):
+    write_results(tmp_path, count=1)
+    name = tmp_path / "inpainted" / "0.Jpg"
+    Image.open(tmp_path / "inpainted" / "0.png").convert("L").save(name, format="PNG")
+    note(tmp_path, seeds={"0.Jpg": 0})  # the PNG is an earlier run's
+    with_png = metrics.measure(metrics.find_run(None, str(tmp_path)), meter)
+    (tmp_path / "inpainted" / "0.png").unlink()
+    assert metrics.measure(metrics.find_run(None, str(tmp_path)), meter) == with_png
+
+
 @pytest.mark.parametrize("by", ["folder", "conf_path"])
 def test_a_run_of_the_program_is_measured(by, tmp_path, monkeypatch, capsys, alexnet):
     monkeypatch.chdir(tmp_path)
