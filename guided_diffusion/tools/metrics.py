@@ -135,7 +135,7 @@ def find_run(conf_path: str | None, folder: str | None) -> Run:
                       "among its own", stacklevel=2)  # fmt: skip
     number = r"_\d+" if count > 1 else ""
     # Results may be JPEGs (output_format: same); their pictures are PNGs.
-    results = {Path(name).stem: name for name in _names(noted, "seeds")}
+    results = {Path(name).stem: Path(name).name for name in _names(noted, "seeds")}
     pictures = [re.sub(rf"{number}\.\w+$", ".png", name) for name in results.values()]
     pictures = pictures or [output_name(path) for path in list_images(folders["gts"])]
     pictures, failures = list(dict.fromkeys(pictures)), frozenset(_names(noted, "failures"))
