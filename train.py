@@ -46,18 +46,18 @@ def main(argv: list[str] | None = None) -> int:
     # Only a configuration without mistakes is worth the seconds that torch takes to import.
     from guided_diffusion.dist_util import get_device, is_main
     from guided_diffusion.io.files import locked
-    from guided_diffusion.training import files, loop
+    from guided_diffusion.training import checkpoints, loop
     from guided_diffusion.training.trainer import TrainingStoppedError
 
     raise_on_ctrl_c()
     if args.export is not None:
         if is_main():
-            print(files.export(conf, args.export))
+            print(checkpoints.export(conf, args.export))
         return 0
     device = get_device(conf.device)
     try:
         with locked(conf.out_dir) if is_main() else contextlib.nullcontext():
-            start = files.check(conf, device, resume=args.resume)
+            start = checkpoints.check(conf, device, resume=args.resume)
             if start >= conf.iterations:
                 print(f"{conf.out_dir}: {start} steps are done; to go on raise iterations")
                 return 0

@@ -161,7 +161,7 @@ def read_upright(path: str, *, whole: bool = False) -> Image.Image:
     With ``whole`` it may have as many pixels as memory holds, and is never read at half its side.
     """
     path = os.fspath(path)
-    with _told_of(path), _open_bytes(path) as stream:
+    with _told_of(path), open_bytes(path) as stream:
         try:
             return _decode(stream, path, whole)
         except UserError:
@@ -216,7 +216,8 @@ def _decode(stream: io.BufferedIOBase, path: str, whole: bool) -> Image.Image:
         return upright
 
 
-def _open_bytes(path: str) -> io.BufferedIOBase:
+def open_bytes(path: str) -> io.BufferedIOBase:
+    """Open a local or remote file; raises UserError if it is not a regular file, or empty."""
     if "://" in path:
         with _blobfile(path).BlobFile(path, "rb") as remote:
             data = remote.read()
@@ -400,12 +401,13 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     is enlarged. Raises ``ValueError`` for a strip so narrow that enlarging it would take more
     than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
-    pixels = np.asarray(_scale_short_side(image, size))
+    pixels = np.asarray(scale_short_side(image, size))
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size].copy()
 
 
-def _scale_short_side(image: Image.Image, size: int) -> Image.Image:
+def scale_short_side(image: Image.Image, size: int) -> Image.Image:
+    """Scale as ``center_crop`` does, without the cut; raises ``ValueError`` as it does."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

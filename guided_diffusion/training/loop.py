@@ -19,11 +19,11 @@ from guided_diffusion.config.schema import shown
 from guided_diffusion.dist_util import is_main, is_out_of_memory, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.image_datasets import TrainingImages
 from guided_diffusion.io.files import write_text_atomic
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
-from guided_diffusion.training import files
-from guided_diffusion.training.pictures import batches, load_images
+from guided_diffusion.training import checkpoints
+from guided_diffusion.training.batches import batches, load_images
+from guided_diffusion.training.pictures import TrainingImages
 from guided_diffusion.training.report import (
     Evaluator,
     LossWindow,
@@ -67,7 +67,7 @@ def process_group(conf: TrainConf, device: torch.device) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if os.getppid() != torchrun and is_main():  # whichever process noticed it first
-            raise UserError(f"torchrun has ended; {files.last_saved(conf)}") from None
+            raise UserError(f"torchrun has ended; {checkpoints.last_saved(conf)}") from None
         raise
     except RuntimeError as error:
         is_lost = isinstance(error, torch.distributed.DistError)
@@ -75,7 +75,7 @@ def process_group(conf: TrainConf, device: torch.device) -> Iterator[None]:
         if is_out_of_memory(error) or not is_lost:
             raise
         problem = "no connection to the other processes; the same command with --resume goes on"
-        raise UserError(f"{problem}; {files.last_saved(conf)}") from error
+        raise UserError(f"{problem}; {checkpoints.last_saved(conf)}") from error
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -124,7 +124,7 @@ def refuse_differences(conf: TrainConf, names: Sequence[str], start: int) -> Non
     """
     if world_size() == 1:
         return
-    own = files.run_settings(conf, names)
+    own = checkpoints.run_settings(conf, names)
     own |= {name: getattr(conf, name) for name in _MEETINGS} | {"out_dir": f"step {start}"}
     views = [own] * world_size()
     torch.distributed.all_gather_object(views, own)
@@ -170,23 +170,23 @@ def build_and_train(conf: TrainConf, device: torch.device, start: int) -> None:
         with seeded(conf.seed):
             model = create_model(conf)
         if start:
-            files.check_set(conf, model, start)
+            checkpoints.check_set(conf, model, start)
         elif conf.init_from:
-            files.load_initial(model, conf.init_from)
-        files.check_disk(conf, sum(p.numel() for p in model.parameters()))
+            checkpoints.load_initial(model, conf.init_from)
+        checkpoints.check_disk(conf, sum(p.numel() for p in model.parameters()))
         images = load_images(conf)
         with process_group(conf, device):
             refuse_differences(conf, images.names, start)
             trainer = Trainer(conf, model, diffusion, device)
             if start:
-                files.load(trainer, start)
+                checkpoints.load(trainer, start)
             train(trainer, images, sample_diffusion)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(
             f"out of memory with {pictures_at_once(conf)} pictures at once; lower it, or write "
-            f"use_checkpoint: true, and go on with --resume; {files.last_saved(conf)}",
+            f"use_checkpoint: true, and go on with --resume; {checkpoints.last_saved(conf)}",
             key="microbatch",
         ) from error
 
@@ -240,7 +240,7 @@ def train(trainer: Trainer, images: TrainingImages, sample_diffusion: GaussianDi
                     )
                 window.restart()
             if stops:
-                raise KeyboardInterrupt(files.last_saved(conf) if is_main() else "")
+                raise KeyboardInterrupt(checkpoints.last_saved(conf) if is_main() else "")
 
 
 def _begin_files(trainer: Trainer, images: TrainingImages) -> None:
@@ -259,7 +259,7 @@ def _record(
     folder, step = Path(trainer.conf.out_dir), trainer.step
     append_log(folder / "log.csv", row)
     if saves:
-        files.save(trainer, evaluator.images)
+        checkpoints.save(trainer, evaluator.images)
     if plots:
         write_loss_plot(folder / "loss.png", read_log(folder / "log.csv"))
     if shows and trainer.conf.sample_count:

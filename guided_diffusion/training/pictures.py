@@ -1,206 +1,263 @@
-"""TRAIN: the pictures of each step, read by processes beside the training.
+"""TRAIN: the pictures below a folder, decoded once where memory allows and cut anew for a batch."""
 
-What a step sees hangs on the seed and the step's number alone: not on how many processes read, nor
-on what is in memory.
-"""
-
-import contextlib
-import ctypes
-import multiprocessing
+import hashlib
+import math
 import os
-import signal
-import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image
 
-from guided_diffusion.config.keys import TrainConf
-from guided_diffusion.dist_util import is_main, local_world_size, rank, world_size
 from guided_diffusion.errors import UserError
-from guided_diffusion.image_datasets import TrainingImages, list_of_bad
-from guided_diffusion.training.files import check_classes, last_saved
-from guided_diffusion.training.timesteps import CUT, batch_indices, generator
-from guided_diffusion.training.trainer import share
+from guided_diffusion.image_datasets import dim_picture, in_threads, warn_of_kinds
+from guided_diffusion.io.images import (
+    ROOM,
+    crop_of,
+    open_bytes,
+    open_image,
+    origin_of,
+    read_rgb,
+    scale_short_side,
+)
+from guided_diffusion.io.listing import list_images
 
-Tensor = torch.Tensor
-# More readers than this wait for the disk, or compete with the training on a CPU.
-MOST_READERS = 4
-# How torch begins to say that a reader is dead; it tells otherwise of what a reader raises.
-_DEAD = "DataLoader worker (pid"
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
-
-
-def load_images(conf: TrainConf) -> TrainingImages:
-    """Find the pictures, and read as many of this process's share as its memory may hold."""
-    images = TrainingImages(
-        conf.data_dir,
-        conf.image_size,
-        class_cond=conf.class_cond,
-        random_crop=conf.random_crop,
-        random_flip=conf.random_flip,
-        holdout=conf.holdout,
-        cache_bytes=int(conf.cache_gb * 2**30 / local_world_size()),
-        share=slice(rank(), None, world_size()),
-        depth=conf.depth,
-        all_formats=conf.all_formats,
-        show_progress=is_main(),
-    )
-    check_classes(conf, images)
-    return images
+# A random crop shows at least this share of the short side: the field's usual augmentation.
+_SMALLEST_CROP = 0.8
+# A training goes on while at most this share of its pictures (and always one) turn bad.
+_MOST_BAD = 0.01
+_NAMED = 5  # so many bad files are named, and the others counted
 
 
-def readers_for(images: TrainingImages) -> int:
-    """Return how many processes are to read pictures; 0 where there is next to nothing to do.
+class TrainingImages:
+    """The pictures of a training, cut anew for every batch.
 
-    They are forked, so that they share the pictures in memory. Where forking is not safe (macOS)
-    or not known (Windows), the training reads its pictures itself.
-    """
-    if (images.is_all_in_memory and not images.random_crop) or sys.platform != "linux":
-        return 0
-    cores = len(os.sched_getaffinity(0)) // local_world_size()
-    return max(1, min(MOST_READERS, cores - 1))
+    ``paths`` and ``labels`` run over all pictures below ``data_dir`` in sorted order; a label is
+    the number of the first-level subfolder in ``class_names`` (only with ``class_cond``).
+    ``train`` and ``held_out`` are index arrays; who is held out depends on a picture's relative
+    path alone, so that adding pictures moves none from one side to the other.
 
-
-class _Steps(Dataset):
-    """This process's part of each step's batch, by the step's number.
-
-    An item has the pictures, uint8 (n, 3, S, S), or None where too many are bad; labels, int64 (n,)
-    or None; and the reasons why pictures could not be read so far, by index. Arrays are handed
-    over through a pipe: the shared memory that tensors would take is short in containers.
+    At the start the headers of this process's ``share`` are read, and as many pictures decoded as
+    ``cache_bytes`` holds. Raises UserError that names the bad ones. A picture that turns bad later
+    is noted in ``bad``, and the next one takes its place, until there are more than ``most_bad``.
     """
 
-    def __init__(self, images: TrainingImages, conf: TrainConf) -> None:
-        self.images, self.conf = images, conf
+    def __init__(
+        self,
+        data_dir: str,
+        image_size: int,
+        *,
+        class_cond: bool = False,
+        random_crop: bool = False,  # a window of 0.8 to 1 of the short side instead of the middle
+        random_flip: bool = True,
+        holdout: float = 0.0,  # share of the pictures that training never sees
+        cache_bytes: int = 4 * 2**30,  # memory for decoded pictures; the rest is read again
+        share: slice = slice(None),  # of ``paths``: what this process looks at at the start
+        depth: tuple[float, float] | None = None,  # as for read_rgb
+        all_formats: bool = False,  # as for list_images
+        show_progress: bool = True,
+    ) -> None:
+        self.image_size, self.random_crop, self.random_flip = image_size, random_crop, random_flip
+        self.depth = depth
+        self.paths = list_images(data_dir, key="data_dir", all_formats=all_formats)
+        self.names = names_below(data_dir, self.paths)
+        self.class_names, self.labels = self._classes() if class_cond else ([], None)
+        self.train, self.held_out = split_by_name(self.names, holdout)
+        self.bad: dict[int, UserError] = {}
+        self.most_bad = max(1, int(_MOST_BAD * len(self.train)))
+        self._cache: dict[int, np.ndarray] = {}
+        self._room = cache_bytes
+        self._look_at(range(len(self.paths))[share], show_progress)
 
-    def __getitem__(
-        self, step: int
-    ) -> tuple[np.ndarray | None, np.ndarray | None, dict[int, UserError]]:
-        images, conf, mine = self.images, self.conf, share(self.conf.batch_size)
-        chosen = batch_indices(len(images.train), step, conf.batch_size, conf.seed)[mine]
-        rng = generator(conf.seed, CUT, step)
-        rng.random((mine.start, 4))  # the cuts of the processes before this one
-        try:
-            pixels, labels = images.batch(images.train[chosen], rng)
-        except UserError:
-            return None, None, images.bad
-        return pixels.numpy(), None if labels is None else labels.numpy(), images.bad
+    def __len__(self) -> int:
+        return len(self.paths)
 
+    @property
+    def is_all_in_memory(self) -> bool:
+        """Whether nothing has to be read again."""
+        return len(self._cache) == len(self.paths)
 
-def _prepare_reader(number: int) -> None:
-    """Leave signals to the training, which ends its readers itself, and end when it is killed.
+    def divide_memory(self, processes: int) -> None:
+        """Leave each of so many processes its part of the memory that is still free."""
+        self._room //= processes
 
-    Otherwise a reader whose pictures nobody takes any more would wait for ever.
-    """
-    del number
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere nothing does this
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    def batch(
+        self, indices: Sequence[int], rng: np.random.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Cut the pictures ``indices``: uint8 (N, 3, S, S), with int64 labels (N,) or None.
 
+        Every picture takes four numbers from ``rng`` whatever the settings, so the cut depends
+        on the generator's state alone: not on what is in memory. Raises UserError where more
+        pictures than ``most_bad`` cannot be read.
+        """
+        draws = rng.random((len(indices), 4))
+        found = [self._readable(int(index)) for index in indices]
+        crops = [
+            self._augment(pixels, draw) for (_, pixels), draw in zip(found, draws, strict=True)
+        ]
+        images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+        used = [index for index, _ in found]
+        labels = None if self.labels is None else torch.from_numpy(self.labels[used])
+        return images, labels
 
-def batches(
-    images: TrainingImages, conf: TrainConf, steps: range, readers: int | None = None
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield this process's part of each step's batch; ``readers`` processes read ahead.
+    def _readable(self, index: int) -> tuple[int, np.ndarray]:
+        """Return picture ``index``, or the next of the same side of the split that can be read."""
+        while True:
+            if index in self._cache:
+                return index, self._cache[index]
+            if index not in self.bad:
+                try:
+                    pixels = self._decode(index)
+                except UserError as error:
+                    self.bad[index] = error
+                    if len(self.bad) > self.most_bad:
+                        raise
+                else:
+                    self._keep(index, pixels)
+                    return index, pixels
+            side = self.train if index in self.train else self.held_out
+            index = int(side[(np.searchsorted(side, index) + 1) % len(side)])
 
-    Pictures are uint8 (n, 3, S, S), labels int64 (n,) or None. A picture that cannot be read any
-    more is replaced by the next, with a warning. Raises UserError where more of them than
-    ``TrainingImages.most_bad`` are bad.
-    """
-    readers = readers_for(images) if readers is None else readers
-    images.divide_memory(max(1, readers))
-    loader = DataLoader(
-        _Steps(images, conf),
-        batch_size=None,
-        sampler=steps,
-        num_workers=readers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_prepare_reader,
-        multiprocessing_context="fork" if readers else None,
-        generator=torch.Generator(),  # its own, so that the training's is left alone
-    )
-    told: set[int] = set()
-    for pixels, labels, bad in _told_of_dead_readers(loader, conf):
-        for index in bad.keys() - told:
-            warnings.warn(f"{bad[index]}; another picture takes its place", stacklevel=2)
-            told.add(index)
-        if pixels is None or len(told) > images.most_bad:
-            raise UserError(
-                f"too many pictures cannot be read any more: {list_of_bad(list(bad.values()))}; "
-                f"{last_saved(conf)}",
-                path=conf.data_dir,
-                expected=f"at most {images.most_bad} of {len(images.train)}",
-                got=len(bad),
+    def _classes(self) -> tuple[list[str], np.ndarray]:
+        for path, name in zip(self.paths, self.names, strict=True):
+            if "/" not in name:
+                raise UserError(
+                    "with class_cond every picture must lie in a subfolder, one for each class",
+                    path=path,
+                )
+        folders = [name.split("/", 1)[0] for name in self.names]
+        names = sorted(set(folders))
+        numbers = {name: number for number, name in enumerate(names)}
+        return names, np.array([numbers[folder] for folder in folders], dtype=np.int64)
+
+    def _look_at(self, indices: Sequence[int], show_progress: bool) -> None:
+        """Find what is bad or too small, and decode what there is room for."""
+        look = in_threads(_or_error(self._size), indices, "looking at pictures", show_progress)
+        sizes = dict(zip(indices, look, strict=True))
+        bad = {index: size for index, size in sizes.items() if isinstance(size, UserError)}
+        chosen, room = [], self._room
+        for index, size in sizes.items():
+            if index not in bad and self._bytes(size) <= room:
+                room -= self._bytes(size)
+                chosen.append(index)
+        read = _or_error(self._decode_with_note)
+        decoded = in_threads(read, chosen, "reading pictures", show_progress)
+        notes = []
+        for index, result in zip(chosen, decoded, strict=True):
+            if isinstance(result, UserError):
+                bad[index] = result
+            else:
+                self._keep(index, result[0])
+                notes.append((self.paths[index], result[1]))
+        if bad:
+            raise _error_of_bad([bad[index] for index in sorted(bad)], len(indices))
+        small = sum(min(size) < self.image_size for size in sizes.values())
+        if small:
+            warnings.warn(
+                f"{small} of {len(indices)} pictures are smaller than {self.image_size} pixels"
+                " and are enlarged, which teaches the network their blur",
+                stacklevel=3,
             )
-        yield torch.from_numpy(pixels), None if labels is None else torch.from_numpy(labels)
+        warn_of_kinds(notes)
 
-
-def _told_of_dead_readers(loader: DataLoader, conf: TrainConf) -> Iterator[tuple]:
-    """Yield the loader's items; raises UserError where the system ended a reader."""
-    items = _items(loader)
-    while True:
+    def _size(self, index: int) -> tuple[int, int]:
+        """Return a picture's width and height, from its header alone where that can be read."""
+        path = self.paths[index]
         try:
-            item = next(items)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if _DEAD not in str(error):
-                raise
-            raise UserError(
-                "a process that reads pictures was killed, perhaps because memory is short; lower "
-                f"it, and go on with --resume; {last_saved(conf)}",
-                key="cache_gb",
-            ) from error
-        yield item
+            with open_bytes(path) as stream, open_image(stream) as image:
+                return image.size
+        except Exception:  # whatever it is, reading all of it says it better
+            with ROOM.lease():
+                return origin_of(read_rgb(path)).size
+
+    def _bytes(self, size: tuple[int, int]) -> int:
+        """Return about how much memory a decoded picture of this width and height takes."""
+        short, long = min(size), max(size)
+        side = self._side(short) if self.random_crop else self.image_size
+        return 3 * side * (round(long / short * side) if self.random_crop else side)
+
+    def _side(self, short: int) -> int:
+        """Return how long the short side of a picture has to be for random crops."""
+        return max(self.image_size, min(math.ceil(self.image_size / _SMALLEST_CROP), short))
+
+    def _keep(self, index: int, pixels: np.ndarray) -> None:
+        if pixels.nbytes <= self._room:
+            self._room -= pixels.nbytes
+            self._cache[index] = pixels
+
+    def _decode(self, index: int) -> np.ndarray:
+        return self._decode_with_note(index)[0]
+
+    def _decode_with_note(self, index: int) -> tuple[np.ndarray, str | None]:
+        """Read a picture: the finished middle crop, or for random crops as much as they need.
+
+        Also returned is what is odd about it.
+        """
+        path = self.paths[index]
+        with ROOM.lease():
+            image = read_rgb(path) if self.depth is None else read_rgb(path, self.depth)
+            note = dim_picture(image, self.depth)
+            if not self.random_crop:
+                return crop_of(path, image, self.image_size), note
+            try:
+                return np.asarray(scale_short_side(image, self._side(min(image.size)))), note
+            except ValueError as error:
+                raise UserError(str(error), path=path) from error
+
+    def _augment(self, pixels: np.ndarray, draw: np.ndarray) -> np.ndarray:
+        """Cut by four numbers in [0, 1): the short side's length, down, across, mirror."""
+        size = self.image_size
+        if self.random_crop:
+            side = size + int(draw[0] * (min(pixels.shape[:2]) - size + 1))
+            pixels = np.asarray(scale_short_side(Image.fromarray(pixels), side))
+            top = int(draw[1] * (pixels.shape[0] - size + 1))
+            left = int(draw[2] * (pixels.shape[1] - size + 1))
+            pixels = pixels[top : top + size, left : left + size]
+        return pixels[:, ::-1] if self.random_flip and draw[3] < 0.5 else pixels
 
 
-def _items(loader: DataLoader) -> Iterator[tuple]:
-    """Yield the loader's items; RuntimeError where a reader is dead, but only while one is awaited.
+def names_below(folder: str, paths: Sequence[str]) -> list[str]:
+    """Return the paths relative to the folder that was listed, however the folder is spelled."""
+    if list(paths) == [folder]:  # it is one file
+        return [folder.rstrip("/").rpartition("/")[2]]
+    root = folder if folder.endswith("/") else folder + "/"
+    return [path.removeprefix(root) for path in paths]
 
-    torch raises wherever the news finds the main thread: within a step, or a checkpoint.
+
+def _or_error(work: Callable) -> Callable:
+    """Return ``work``, with a UserError returned instead of raised."""
+
+    def attempt(item: object) -> object:
+        try:
+            return work(item)
+        except UserError as error:
+            return error
+
+    return attempt
+
+
+def list_of_bad(errors: Sequence[UserError]) -> str:
+    """Name the first few of several bad files, with their problems."""
+    rest = f"; and {len(errors) - _NAMED} more" if len(errors) > _NAMED else ""
+    return "; ".join(str(error) for error in errors[:_NAMED]) + rest
+
+
+def _error_of_bad(errors: Sequence[UserError], count: int) -> UserError:
+    if len(errors) == 1:
+        return errors[0]
+    return UserError(f"{len(errors)} of {count} pictures are bad: {list_of_bad(errors)}")
+
+
+def split_by_name(names: Sequence[str], share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Split indices into (kept, held out), holding out ``share`` of them by a hash of the name.
+
+    With a share above 0 each side gets at least one of two or more; a single one is kept.
     """
-    others = set(multiprocessing.active_children())
-    items, is_awaited = iter(loader), False
-    readers = set(multiprocessing.active_children()) - others
-
-    def look(*_: object) -> None:
-        if is_awaited and any(reader.exitcode for reader in readers):
-            raise RuntimeError(f"{_DEAD} unknown) is dead")
-
-    with _on_ended_process(look) if readers else contextlib.nullcontext():
-        try:
-            while True:
-                is_awaited = True
-                look()
-                item = next(items, None)
-                is_awaited = False
-                if item is None:
-                    return
-                yield item
-        finally:
-            is_awaited = False
-            if readers:
-                items._shutdown_workers()  # now, though a traceback may hold them
-            for reader in readers:
-                reader.kill()  # one that did not end in time: it ignores what torch sends
-
-
-@contextlib.contextmanager
-def _on_ended_process(handler: Callable[..., None]) -> Iterator[None]:
-    """Call ``handler`` when a child ends; only the main thread is told of signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    earlier = signal.signal(signal.SIGCHLD, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, earlier)
-
-
-def _as_it_is(item: tuple) -> tuple:
-    return item
+    digests = [hashlib.sha256(os.fsencode(name)).digest()[:8] for name in names]
+    places = np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
+    out = places < share
+    if share > 0 and names:
+        out[places.argmin()] = True
+        out[places.argmax()] = False
+    return np.flatnonzero(~out), np.flatnonzero(out)

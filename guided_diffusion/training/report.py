@@ -15,7 +15,6 @@ import torch
 from guided_diffusion.config.keys import TrainConf
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.image_datasets import TrainingImages
 from guided_diffusion.io.files import atomic_path, write_png, write_text_atomic
 from guided_diffusion.io.images import (
     load_crop,
@@ -27,8 +26,9 @@ from guided_diffusion.io.images import (
 from guided_diffusion.io.sheets import OverviewRow, montage, write_overview
 from guided_diffusion.masks import make_mask
 from guided_diffusion.scheduler import get_schedule_jump
-from guided_diffusion.training.files import last_saved
+from guided_diffusion.training.checkpoints import last_saved
 from guided_diffusion.training.losses import training_losses
+from guided_diffusion.training.pictures import TrainingImages
 from guided_diffusion.training.timesteps import HELD_OUT, SHOW, draw_noise, generator
 from guided_diffusion.training.trainer import TrainingStoppedError, gather
 

@@ -1,7 +1,7 @@
 """TRAIN: the step, and what it changes.
 
-losses.py has the objective, timesteps.py says which times and noise a step sees, files.py what is
-kept, report.py what a person sees of it, and loop.py repeats the step.
+losses.py has the objective, timesteps.py which times and noise a step sees, checkpoints.py what is
+saved, report.py the log and pictures; loop.py repeats the step.
 """
 
 import contextlib

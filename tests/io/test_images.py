@@ -13,6 +13,7 @@ from PIL import Image, features
 from guided_diffusion import image_datasets
 from guided_diffusion.errors import UserError
 from guided_diffusion.io import images
+from guided_diffusion.training import pictures as training_pictures
 
 
 def photo(width=40, height=30):
@@ -164,12 +165,13 @@ def test_whatever_is_decoded_to_be_cut_takes_its_memory_from_the_room(tmp_path, 
     monkeypatch.setattr(room, "take", lambda size: taken.append((size, room._own.taken)))
     monkeypatch.setattr(images, "ROOM", room)
     monkeypatch.setattr(image_datasets, "ROOM", room)
+    monkeypatch.setattr(training_pictures, "ROOM", room)
     images.load_crop(path, 8)
     [pair] = image_datasets.pair_images(path, path)
     image_datasets.load_pair(pair, 8)
     with pytest.warns(UserWarning, match="is it a mask"):
         image_datasets.check_pairs([pair], 8)
-    image_datasets.TrainingImages(str(tmp_path / "p"), 8)
+    training_pictures.TrainingImages(str(tmp_path / "p"), 8)
     assert taken == [(40 * 30 * 9, 0)] * 6  # and each within a lease that has nothing else
 
 

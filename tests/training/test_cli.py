@@ -18,7 +18,7 @@ import train
 from guided_diffusion.cli import command_line
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import locked
-from guided_diffusion.training.files import checkpoint_path, newest_step
+from guided_diffusion.training.checkpoints import checkpoint_path, newest_step
 from guided_diffusion.training.report import read_log
 from guided_diffusion.training.trainer import Trainer
 

@@ -10,13 +10,13 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.io.checkpoints import load_state_dict
 from guided_diffusion.io.files import write_checkpoint
 from guided_diffusion.script_util import create_model
-from guided_diffusion.training import files
+from guided_diffusion.training import checkpoints
 
 
 def saved(conf):
     state = create_model(conf).state_dict()
     for kind in ("model", f"ema_{conf.ema_rates[0]}_", "opt"):
-        write_checkpoint(files.checkpoint_path(conf, kind, 3), state)
+        write_checkpoint(checkpoints.checkpoint_path(conf, kind, 3), state)
     return state
 
 
@@ -26,24 +26,24 @@ def test_averages_are_exported_in_half_precision(tmp_path, name):
         pytest.importorskip("safetensors")
     conf = tiny_conf(tmp_path)
     state = saved(conf)
-    assert name in files.export(conf, str(tmp_path / name))
+    assert name in checkpoints.export(conf, str(tmp_path / name))
     exported = load_state_dict(tmp_path / name)
     assert exported.keys() == state.keys()
     assert all(torch.equal(exported[key], state[key].half()) for key in state)
     model = create_model(conf)
-    files.load_initial(model, str(tmp_path / name))
+    checkpoints.load_initial(model, str(tmp_path / name))
 
 
 @pytest.mark.parametrize("kind", ["model", "ema_0.9999_", "opt"])
 def test_a_file_of_the_training_is_not_exported_over(tmp_path, kind):
     conf = tiny_conf(tmp_path)
     saved(conf)
-    path = files.checkpoint_path(conf, kind, 3)
+    path = checkpoints.checkpoint_path(conf, kind, 3)
     before = path.read_bytes()
     (tmp_path / "link.pt").symlink_to(path)
     for name in (path, tmp_path / "link.pt"):
         with pytest.raises(UserError, match=r"would overwrite .*000003\.pt"):
-            files.export(conf, str(name))
+            checkpoints.export(conf, str(name))
     assert path.read_bytes() == before
 
 
@@ -51,7 +51,7 @@ def test_an_export_beside_the_checkpoints_may_be_repeated(tmp_path):
     conf = tiny_conf(tmp_path)
     saved(conf)
     for _ in range(2):
-        files.export(conf, str(tmp_path / "out" / "small.pt"))
+        checkpoints.export(conf, str(tmp_path / "out" / "small.pt"))
 
 
 def test_of_several_processes_one_exports(tmp_path, monkeypatch, capsys):

@@ -1,226 +1,173 @@
-"""The pictures of a step: the same whoever reads them, and not ended by one bad file."""
+"""The pictures of a training: found, split, classed, cut, kept in memory."""
 
-import contextlib
-import multiprocessing
-import os
-import signal
-import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from train_cases import tiny_conf, write_pictures
+from PIL import Image
 
-from guided_diffusion import image_datasets
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.images import load_crop
 from guided_diffusion.training import pictures
-from guided_diffusion.training.pictures import batches, load_images, readers_for
+from guided_diffusion.training.pictures import TrainingImages, split_by_name
 
 
-def classes(tmp_path, **changes):
-    folder = tmp_path / "classes"
-    if not folder.exists():
-        for name in ("cats", "dogs"):
-            write_pictures(folder / name, 8, side=24)
-    tree = {"data_dir": str(folder), "class_cond": True, "num_classes": 2, "random_crop": True}
-    return tiny_conf(tmp_path, **tree, **changes)
+def picture(width=40, height=30, seed=0):
+    """A smooth coloured picture whose four corners differ, so that turning it shows."""
+    y, x = np.mgrid[0:height, 0:width]
+    rng = np.random.default_rng(seed)
+    planes = [255 * x / width, 255 * y / height, 255 * (x + y) / (width + height)]
+    return np.stack(planes, -1).astype(np.uint8) ^ rng.integers(0, 4, 3, dtype=np.uint8)
 
 
-def cut(conf, steps, readers):
-    return list(batches(load_images(conf), conf, steps, readers))
+def save(path, array=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture() if array is None else array).save(path)
 
 
-def same(one, other):
-    return all(torch.equal(a, b) for pair in zip(one, other, strict=True) for a, b in zip(*pair))  # noqa: B905
+@pytest.fixture
+def photos(tmp_path):
+    for number in range(6):
+        kind = "cat" if number % 2 else "ant"
+        save(tmp_path / "photos" / kind / f"{number}.png", picture(40 + number, 30, seed=number))
+    return str(tmp_path / "photos")
 
 
-# ---- the same pictures ---------------------------------------------------------------------------
+def test_training_pictures_and_classes(photos):
+    images = TrainingImages(photos, 16, class_cond=True, random_flip=False)
+    assert len(images) == 6
+    assert images.class_names == ["ant", "cat"]
+    batch, labels = images.batch([5, 0, 5], np.random.default_rng(0))
+    assert batch.dtype == torch.uint8
+    assert batch.shape == (3, 3, 16, 16)
+    assert labels.tolist() == [1, 0, 1]
+    assert np.array_equal(batch[1].permute(1, 2, 0).numpy(), load_crop(images.paths[0], 16))
+    assert torch.equal(batch[0], batch[2])
+    assert TrainingImages(photos, 16).batch([0], np.random.default_rng(0))[1] is None
 
 
-@pytest.mark.parametrize("readers", [1, 2])
-@pytest.mark.parametrize("cache_gb", [0, 3000 / 2**30, 4], ids=["none", "a few", "all"])
-def test_any_number_of_readers_gives_the_same_pictures(tmp_path, readers, cache_gb):
-    plain = cut(classes(tmp_path), range(8), 0)
-    assert same(plain, cut(classes(tmp_path, cache_gb=cache_gb), range(8), readers))
-    assert same(plain[5:], cut(classes(tmp_path, cache_gb=cache_gb), range(5, 8), readers))
-    assert not same(plain[:4], plain[4:])
+def test_a_picture_outside_the_classes_is_named(photos):
+    save(Path(photos) / "stray.png")
+    with pytest.raises(UserError, match=r"stray\.png.*subfolder"):
+        TrainingImages(photos, 16, class_cond=True)
 
 
-def test_processes_together_see_what_one_sees(tmp_path, monkeypatch):
-    conf = classes(tmp_path)
-    [whole] = cut(conf, range(1), 0)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    parts = []
-    for number in ("0", "1"):
-        monkeypatch.setenv("RANK", number)
-        parts += cut(conf, range(1), 1)
-    assert same([whole], [[torch.cat(values) for values in zip(*parts, strict=True)]])
-
-
-def decoded(monkeypatch, conf):
-    """Return how often a picture was decoded until the first step."""
-    paths, original = [], image_datasets.read_rgb
-    monkeypatch.setattr(
-        image_datasets, "read_rgb", lambda path: (paths.append(path), original(path))[1]
-    )
-    load_images(conf)
-    return paths
-
-
-@pytest.mark.parametrize(("kept", "expected"), [(0, 0), (3, 3), (1000, 12)])
-def test_nothing_is_decoded_at_the_start_beyond_what_the_memory_holds(
-    tmp_path, monkeypatch, kept, expected
-):
-    conf = tiny_conf(tmp_path, cache_gb=(kept * 8 * 8 * 3 + 50) / 2**30)
-    assert len(decoded(monkeypatch, conf)) == expected
-
-
-def test_each_process_looks_at_its_own_share_at_the_start(tmp_path, monkeypatch):
-    conf = tiny_conf(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    assert [Path(path).stem for path in sorted(decoded(monkeypatch, conf))] == [
-        f"{number:02d}" for number in range(1, 12, 2)
+@pytest.mark.parametrize("random_crop", [False, True])
+def test_batches_depend_on_the_generator_alone(photos, random_crop):
+    cached = TrainingImages(photos, 16, random_crop=random_crop)
+    uncached = TrainingImages(photos, 16, random_crop=random_crop, cache_bytes=0)
+    partly = TrainingImages(photos, 16, random_crop=random_crop, cache_bytes=3000)
+    batches = [
+        images.batch(np.array([3, 1, 4, 1]), np.random.default_rng([7, 2]))[0]
+        for images in (cached, cached, uncached, partly)
     ]
+    assert all(torch.equal(batches[0], other) for other in batches[1:])
+    other = cached.batch([3] * 20, np.random.default_rng([7, 3]))[0]
+    again = cached.batch([3] * 20, np.random.default_rng([7, 4]))[0]
+    assert not torch.equal(other, again)
 
 
-def test_readers_are_only_for_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16), raising=False)
-    monkeypatch.setattr(pictures.sys, "platform", "linux")
-    counts = [
-        readers_for(load_images(tiny_conf(tmp_path, **changes)))
-        for changes in ({}, {"random_crop": True}, {"cache_gb": 0})
-    ]
-    assert counts == [0, 4, 4]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert readers_for(load_images(tiny_conf(tmp_path, cache_gb=0))) == 1
-    monkeypatch.setattr(pictures.sys, "platform", "darwin")  # forking is not safe there
-    assert readers_for(load_images(tiny_conf(tmp_path, cache_gb=0))) == 0
+def test_the_cache_keeps_to_its_budget(photos, monkeypatch):
+    one = 16 * 16 * 3
+    images = TrainingImages(photos, 16, cache_bytes=2 * one + one // 2)
+    paths, read = [], pictures.read_rgb
+    monkeypatch.setattr(pictures, "read_rgb", lambda path: (paths.append(path), read(path))[1])
+    images.batch(range(6), np.random.default_rng(0))
+    assert sorted(paths) == images.paths[2:]
 
 
-# ---- bad pictures --------------------------------------------------------------------------------
+def test_flips_are_half_of_all(photos):
+    images = TrainingImages(photos, 16)
+    batch, _ = images.batch([0] * 400, np.random.default_rng(0))
+    plain = torch.from_numpy(load_crop(images.paths[0], 16)).permute(2, 0, 1)
+    same = sum(torch.equal(one, plain) for one in batch)
+    mirrored = sum(torch.equal(one, plain.flip(2)) for one in batch)
+    assert same + mirrored == 400
+    assert 150 < same < 250
 
 
-def test_several_bad_pictures_are_named_and_counted(tmp_path):
-    folder = write_pictures(tmp_path / "pictures", 20)
-    for number in (2, 5):
-        (folder / f"{number:02d}.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"2 of 20 pictures are bad: .*02\.png: .*05\.png: "):
-        load_images(tiny_conf(tmp_path))
-    for number in range(6, 12):
-        whole = (folder / f"{number:02d}.png").read_bytes()
-        (folder / f"{number:02d}.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"8 of 20 .*08\.png: [^;]*; and 3 more$"):
-        load_images(tiny_conf(tmp_path))
+def test_random_crops_show_between_four_fifths_and_all(tmp_path):
+    # Red grows evenly to the right, green downwards, so a crop tells its place and its share.
+    ramp = np.linspace(0, 255, 320).astype(np.uint8)
+    planes = np.stack([*np.meshgrid(ramp, ramp), np.zeros((320, 320), np.uint8)], -1)
+    save(tmp_path / "r" / "ramp.png", planes)
+    images = TrainingImages(str(tmp_path / "r"), 64, random_crop=True, random_flip=False)
+    batch, _ = images.batch([0] * 200, np.random.default_rng(0))
+    rows = batch[:, 0, 32].float()
+    spans = (rows[:, -1] - rows[:, 0]) / 255
+    assert 0.77 < spans.min() < 0.82
+    assert 0.95 < spans.max() <= 1
+    across, down = rows[:, 0], batch[:, 1, 0, 32].float()
+    assert across.max() > 30  # the window moves
+    assert down.max() > 30
+    assert not torch.allclose(across, down, atol=5)  # both ways on its own
 
 
-@pytest.mark.parametrize("readers", [0, 2])
-def test_a_picture_that_turns_bad_is_skipped_with_one_warning(tmp_path, readers):
-    conf = classes(tmp_path, cache_gb=0, holdout=0)
-    images = load_images(conf)
-    Path(images.paths[3]).write_bytes(b"no picture")
-    with pytest.warns(UserWarning, match=r"03\.png: .*another picture takes its place") as told:
-        found = list(batches(images, conf, range(12), readers))
-    assert len(told) == 1
-    assert len(found) == 12
+def test_unreadable_training_pictures_are_named_at_once(photos):
+    (Path(photos) / "cat" / "bad.png").write_text("no")
+    with pytest.raises(UserError, match=r"cat/bad\.png"):
+        TrainingImages(photos, 16, cache_bytes=0)
+
+
+def test_small_training_pictures_are_counted_in_one_warning(photos):
+    save(Path(photos) / "tiny.png", picture(9, 7))
+    save(Path(photos) / "tiny2.png", picture(50, 7))
+    for random_crop in (False, True):
+        with pytest.warns(UserWarning, match="2 of 8 pictures are smaller") as caught:
+            images = TrainingImages(photos, 16, random_crop=random_crop)
+        assert len(caught) == 1
+        everything = images.batch(range(8), np.random.default_rng(0))[0]
+        assert everything.shape == (8, 3, 16, 16)
+
+
+def test_training_tells_of_dark_deep_pictures_and_scales_them(tmp_path):
+    deep = (np.mgrid[0:40, 0:40][1] * 100).astype(np.uint16)
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "p" / name, deep)
+    with pytest.warns(UserWarning, match=r"a\.png: uses 3900 of 65535.*and 1 more") as caught:
+        dark = TrainingImages(str(tmp_path / "p"), 16)
+    assert len(caught) == 1
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        whole = write_pictures(tmp_path / "again", 8, side=24)
-        Path(images.paths[3]).write_bytes((whole / "03.png").read_bytes())
-        later = cut(conf, range(12), readers)
-    changed = [(a[0] != b[0]).flatten(1).any(1) for a, b in zip(found, later, strict=True)]
-    assert sum(int(batch.sum()) for batch in changed) == 3  # once an epoch of 16 in 48 pictures
+        warnings.simplefilter("error")
+        light = TrainingImages(str(tmp_path / "p"), 16, depth=(0.0, 4095.0), cache_bytes=0)
+    draw = [
+        images.batch([0], np.random.default_rng(0))[0].float().mean() for images in (dark, light)
+    ]
+    assert draw[1] > 10 * draw[0]
 
 
-@pytest.mark.parametrize("readers", [0, 2])
-def test_too_many_bad_pictures_end_a_training(tmp_path, readers):
-    conf = classes(tmp_path, cache_gb=0, holdout=0)
-    images = load_images(conf)
-    for path in images.paths[3:6]:
-        Path(path).write_bytes(b"no picture")
-    message = r"too many pictures .*03\.png.*nothing was saved yet; expected at most 1 of 16"
-    with (
-        pytest.warns(UserWarning, match="takes its place"),
-        pytest.raises(UserError, match=message),
-    ):
-        list(batches(images, conf, range(12), readers))
+def test_hidden_folders_are_no_classes(photos):
+    save(Path(photos) / ".ipynb_checkpoints" / "0-checkpoint.png")
+    save(Path(photos) / "cat" / "__MACOSX" / "0.png")
+    images = TrainingImages(photos, 16, class_cond=True)
+    assert images.class_names == ["ant", "cat"]
+    assert len(images) == 6
 
 
-# ---- readers -------------------------------------------------------------------------------------
+def test_the_split_hangs_on_names_and_survives_additions():
+    names = [f"pictures/{number}.png" for number in range(2000)]
+    kept, out = split_by_name(names, 0.1)
+    assert sorted([*kept, *out]) == list(range(2000))
+    assert 150 < len(out) < 250
+    again = split_by_name(["new/a.png", *names], 0.1)[1]
+    assert {0, *out + 1} >= set(again) >= set(out + 1)
 
 
-def read(conf):
-    """Return steps that one reader reads, begun, and the reader."""
-    before = set(multiprocessing.active_children())
-    found = batches(load_images(conf), conf, range(1000), 1)
-    next(found)
-    [reader] = set(multiprocessing.active_children()) - before
-    return found, reader
+@pytest.mark.parametrize(
+    ("count", "share", "sizes"),
+    [(5, 0.0, (5, 0)), (1, 0.5, (1, 0)), (2, 0.01, (1, 1)), (2, 1.0, (1, 1))],
+)
+def test_each_side_of_the_split_gets_something(count, share, sizes):
+    kept, out = split_by_name([f"{number}.png" for number in range(count)], share)
+    assert (len(kept), len(out)) == sizes
 
 
-def test_a_reader_that_is_killed_is_one_line_when_the_next_pictures_are_due(tmp_path):
-    found, reader = read(classes(tmp_path, cache_gb=0))
-    reader.kill()
-    os.waitid(os.P_PID, reader.pid, os.WEXITED | os.WNOWAIT)  # here torch would raise
-    with pytest.raises(UserError, match=r"cache_gb: a process that reads pictures was killed"):
-        next(found)
-
-
-def test_a_reader_that_is_killed_while_it_is_waited_for_is_one_line(tmp_path, monkeypatch):
-    original = pictures._Steps.__getitem__
-
-    def getitem(steps, step):
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(steps, step)
-
-    monkeypatch.setattr(pictures._Steps, "__getitem__", getitem)
-    found, _ = read(classes(tmp_path, cache_gb=0))
-    with pytest.raises(UserError, match=r"cache_gb: a process that reads pictures was killed"):
-        list(found)
-
-
-def test_what_a_reader_raises_is_not_told_as_its_death(tmp_path, monkeypatch):
-    def getitem(steps, step):
-        raise RuntimeError("a defect")
-
-    monkeypatch.setattr(pictures._Steps, "__getitem__", getitem)
-    with pytest.raises(RuntimeError, match="a defect"):
-        read(classes(tmp_path, cache_gb=0))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_all_processes_ends_no_reader_before_the_training(tmp_path, number):
-    found, reader = read(classes(tmp_path, cache_gb=0))
-    os.kill(reader.pid, number)
-    for _ in range(10):
-        next(found)
-    assert reader.is_alive()
-    found.close()
-    assert not reader.is_alive()
-
-
-def train_until_killed(conf, sender):
-    found, reader = read(conf)
-    sender.send(reader.pid)
-    time.sleep(600)
-    next(found)
-
-
-def test_readers_end_with_a_training_that_is_killed(tmp_path):
-    # More than a pipe holds: a reader waits for who takes it.
-    conf = classes(tmp_path, cache_gb=0, image_size=256, attention_resolutions="")
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    training = context.Process(target=train_until_killed, args=(conf, sender))
-    training.start()
-    sender.close()
-    reader = receiver.recv()
-    training.kill()
-    training.join()
-    try:
-        assert receiver.poll(5)  # closed by the last who could write
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(reader, signal.SIGKILL)
+def test_training_hides_what_is_held_out(photos):
+    images = TrainingImages(photos, 16, holdout=0.3)
+    names = [str(Path(path).relative_to(photos)) for path in images.paths]
+    expected = split_by_name(names, 0.3)
+    assert np.array_equal(images.train, expected[0])
+    assert np.array_equal(images.held_out, expected[1])
+    assert len(images.held_out) >= 1

@@ -12,7 +12,7 @@ from train_cases import sample_diffusion, tiny_conf
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import create_gaussian_diffusion
-from guided_diffusion.training.pictures import load_images
+from guided_diffusion.training.batches import load_images
 from guided_diffusion.training.report import (
     COLUMNS,
     Evaluator,

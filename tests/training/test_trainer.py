@@ -11,10 +11,10 @@ from train_cases import make_trainer, sample_diffusion, tiny_conf, write_picture
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.images import load_crop
 from guided_diffusion.training import trainer
-from guided_diffusion.training.files import checkpoint_path, load, newest_step
+from guided_diffusion.training.batches import batches, load_images
+from guided_diffusion.training.checkpoints import checkpoint_path, load, newest_step
 from guided_diffusion.training.loop import train
 from guided_diffusion.training.losses import training_losses
-from guided_diffusion.training.pictures import batches, load_images
 from guided_diffusion.training.report import Evaluator, LossWindow, read_log
 from guided_diffusion.training.timesteps import draw_noise
 from guided_diffusion.training.trainer import TrainingStoppedError, learning_rate

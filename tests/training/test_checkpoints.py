@@ -20,9 +20,9 @@ from guided_diffusion.script_util import (
     create_schedule,
     load_model,
 )
-from guided_diffusion.training import files
-from guided_diffusion.training.files import check, checkpoint_path, newest_step
-from guided_diffusion.training.pictures import batches, load_images
+from guided_diffusion.training import checkpoints
+from guided_diffusion.training.batches import batches, load_images
+from guided_diffusion.training.checkpoints import check, checkpoint_path, newest_step
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 def saved(conf, step=3):
     trainer = make_trainer(conf)
     trainer.step = step
-    files.save(trainer, load_images(conf))
+    checkpoints.save(trainer, load_images(conf))
     return trainer
 
 
@@ -60,7 +60,7 @@ def test_the_optimizers_file_comes_last(tmp_path, monkeypatch):
     written = []
     original = write_checkpoint
     monkeypatch.setattr(
-        "guided_diffusion.training.files.write_checkpoint",
+        "guided_diffusion.training.checkpoints.write_checkpoint",
         lambda path, state: (written.append(Path(path).name[:3]), original(path, state)),
     )
     saved(tiny_conf(tmp_path))
@@ -126,7 +126,7 @@ def test_how_far_how_fast_and_how_visibly_may_change(tmp_path):
 
 
 def test_every_free_key_is_a_key():
-    assert set(files.FREE_KEYS) <= {f.name for f in TrainConf.__dataclass_fields__.values()}
+    assert set(checkpoints.FREE_KEYS) <= {f.name for f in TrainConf.__dataclass_fields__.values()}
 
 
 def test_other_pictures_are_refused_and_moved_ones_are_not(tmp_path):
@@ -159,15 +159,15 @@ def test_nothing_in_an_optimizer_is_executed(tmp_path, monkeypatch, mmap):
     kinds = ("step", "settings", "optimizer", "sampler")
     torch.save({**dict.fromkeys(kinds, 0), "extra": Evil()}, "opt.pt")
     with pytest.raises(UserError, match=r"opt\.pt: is damaged and cannot be resumed"):
-        files.load_opt(Path("opt.pt"), mmap=mmap)
+        checkpoints.load_opt(Path("opt.pt"), mmap=mmap)
     assert not Path("executed").exists()
 
 
 def test_an_optimizer_that_the_system_refuses_is_told_as_that(tmp_path):
     with pytest.raises(UserError, match=r"opt\.pt: cannot be read: No such file or directory"):
-        files.load_opt(tmp_path / "opt.pt")
+        checkpoints.load_opt(tmp_path / "opt.pt")
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
-        files.load_opt(tmp_path)
+        checkpoints.load_opt(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_an_optimizer_for_which_memory_is_short_is_not_called_damaged(tmp_path, 
 
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(type(error)) as caught:
-        files.load_opt(tmp_path / "opt.pt")
+        checkpoints.load_opt(tmp_path / "opt.pt")
     assert caught.value is error
 
 
@@ -247,12 +247,12 @@ def test_files_of_another_network_are_refused(tmp_path, kind, changes):
         trainer, images = make_trainer(one), load_images(one)
         for batch in batches(images, one, range(3)):
             trainer.train_step(*batch)
-        files.save(trainer, images)
+        checkpoints.save(trainer, images)
     model = create_model(conf)
-    files.check_set(conf, model, 3)
+    checkpoints.check_set(conf, model, 3)
     checkpoint_path(other, kind, 3).replace(checkpoint_path(conf, kind, 3))
     with pytest.raises(UserError, match=rf"{kind}000003\.pt: is not (a checkpoint|the optimizer)"):
-        files.check_set(conf, model, 3)
+        checkpoints.check_set(conf, model, 3)
 
 
 def test_an_optimizer_of_another_step_is_refused(tmp_path):
@@ -261,7 +261,7 @@ def test_an_optimizer_of_another_step_is_refused(tmp_path):
     saved(conf, 6)
     checkpoint_path(conf, "opt", 3).replace(checkpoint_path(conf, "opt", 6))
     with pytest.raises(UserError, match="is not the optimizer's file of step 6"):
-        files.check_set(conf, create_model(conf), 6)
+        checkpoints.check_set(conf, create_model(conf), 6)
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_a_full_disk_is_found_before_it_is_full(tmp_path, monkeypatch):
     images = load_images(conf)
     trainer.train_step(*next(batches(images, conf, range(1))))
     trainer.step = 3
-    files.save(trainer, images)
+    checkpoints.save(trainer, images)
     parameters = sum(p.numel() for p in trainer.parameters)
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.pt"))
     Usage = collections.namedtuple("Usage", "total used free")
@@ -297,9 +297,9 @@ def test_a_full_disk_is_found_before_it_is_full(tmp_path, monkeypatch):
 
     leave(size - 1)
     with pytest.raises(UserError, match=r"too full for the next checkpoint; .* of step 3"):
-        files.check_disk(conf, parameters)
+        checkpoints.check_disk(conf, parameters)
     leave(size + 2**20)
-    files.check_disk(conf, parameters)
+    checkpoints.check_disk(conf, parameters)
 
 
 # ---- what comes out ------------------------------------------------------------------------------
@@ -365,8 +365,8 @@ def test_export_halves_the_newest_average(tmp_path):
     trainer = make_trainer(conf)
     trainer.step = 6
     trainer.emas[0.9][0] += 1
-    files.save(trainer, load_images(conf))
-    said = files.export(conf, str(tmp_path / "small.pt"))
+    checkpoints.save(trainer, load_images(conf))
+    said = checkpoints.export(conf, str(tmp_path / "small.pt"))
     state = load_state_dict(tmp_path / "small.pt")
     assert "ema_0.9_000006.pt" in said
     assert {value.dtype for value in state.values()} == {torch.float16}
@@ -375,23 +375,23 @@ def test_export_halves_the_newest_average(tmp_path):
 
 def test_there_has_to_be_something_to_export(tmp_path):
     with pytest.raises(UserError, match="no complete checkpoint to export"):
-        files.export(tiny_conf(tmp_path), str(tmp_path / "small.pt"))
+        checkpoints.export(tiny_conf(tmp_path), str(tmp_path / "small.pt"))
 
 
 def test_an_export_needs_a_name(tmp_path):
     with pytest.raises(UserError, match="--export: the path is empty"):
-        files.export(tiny_conf(tmp_path), "")
+        checkpoints.export(tiny_conf(tmp_path), "")
 
 
 def test_weights_to_start_from_have_to_fit(tmp_path):
     small, large = tiny_conf(tmp_path), tiny_conf(tmp_path, channel_mult="2")
     torch.save(create_model(small).state_dict(), tmp_path / "small.pt")
     model = create_model(small)
-    files.load_initial(model, str(tmp_path / "small.pt"))
+    checkpoints.load_initial(model, str(tmp_path / "small.pt"))
     expected = torch.load(tmp_path / "small.pt")
     assert torch.equal(model.time_embed[0].weight, expected["time_embed.0.weight"])
     with pytest.raises(UserError, match=r"small.pt: init_from: does not fit the network: .*size"):
-        files.load_initial(create_model(large), str(tmp_path / "small.pt"))
+        checkpoints.load_initial(create_model(large), str(tmp_path / "small.pt"))
 
 
 def test_half_precision_is_a_start_too(tmp_path):
@@ -399,7 +399,7 @@ def test_half_precision_is_a_start_too(tmp_path):
     state = {name: value.half() for name, value in create_model(conf).state_dict().items()}
     torch.save(state, tmp_path / "half.pt")
     model = create_model(conf)
-    files.load_initial(model, str(tmp_path / "half.pt"))
+    checkpoints.load_initial(model, str(tmp_path / "half.pt"))
     assert model.time_embed[0].weight.dtype == torch.float32
     assert torch.equal(model.time_embed[0].weight, state["time_embed.0.weight"].float())
 

@@ -22,7 +22,6 @@ from guided_diffusion.config.schema import conf_to_dict, shown
 from guided_diffusion.dist_util import is_main, is_out_of_memory, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.image_datasets import TrainingImages, list_images, names_below
 from guided_diffusion.io.checkpoints import check_fits, load_state_dict, write_weights
 from guided_diffusion.io.files import (
     check_folder,
@@ -32,7 +31,9 @@ from guided_diffusion.io.files import (
     write_checkpoint,
     write_text_atomic,
 )
+from guided_diffusion.io.listing import list_images
 from guided_diffusion.models.conversion import initial_state_dict
+from guided_diffusion.training.pictures import TrainingImages, names_below
 from guided_diffusion.training.trainer import Trainer
 from guided_diffusion.unet import UNetModel
 
