@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from guided_diffusion import raise_on_ctrl_c
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.docs import help_text
-from guided_diffusion.config.keys import FAST, RESULT_FOLDERS, InpaintConf, load_conf
+from guided_diffusion.config.keys import FAST, RESULT_FOLDERS, InpaintConf
+from guided_diffusion.config.reading import load_conf
 from guided_diffusion.errors import UserError
 
 

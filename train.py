@@ -17,7 +17,8 @@ import sys
 from guided_diffusion import raise_on_ctrl_c
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.docs import help_text
-from guided_diffusion.config.keys import TrainConf, load_conf
+from guided_diffusion.config.reading import load_conf
+from guided_diffusion.config.train_keys import TrainConf
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -21,13 +21,8 @@ from guided_diffusion.config.checkpoint_flags import (
     warn_of_silent_flags,
 )
 from guided_diffusion.config.folders import is_folder, read_folder
-from guided_diffusion.config.keys import (
-    CHANNEL_MULT_BY_SIZE,
-    CLASSIFIER_CLASSES,
-    CLASSIFIER_HEAD_CHANNELS,
-    InpaintConf,
-    ModelConf,
-)
+from guided_diffusion.config.keys import CLASSIFIER_CLASSES, CLASSIFIER_HEAD_CHANNELS, InpaintConf
+from guided_diffusion.config.network_keys import CHANNEL_MULT_BY_SIZE, ModelConf
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
 from guided_diffusion.io.checkpoints import (

@@ -13,7 +13,8 @@ from network_cases import relative
 from run_cases import tiny_tree, write_tree
 from torch import nn
 
-from guided_diffusion.config.keys import FAST, InpaintConf, load_conf
+from guided_diffusion.config.keys import FAST, InpaintConf
+from guided_diffusion.config.reading import load_conf
 from guided_diffusion.errors import UserError
 from guided_diffusion.nn import GroupNorm32
 from guided_diffusion.run.inpainter import classifier_gradient

@@ -8,8 +8,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from guided_diffusion.config.keys import InpaintConf, TrainConf
+from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.schema import describe
+from guided_diffusion.config.train_keys import TrainConf
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "Repaint.ipynb"

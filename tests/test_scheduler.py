@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from guided_diffusion import scheduler
-from guided_diffusion.config.keys import load_conf
+from guided_diffusion.config.reading import load_conf
 from guided_diffusion.errors import UserError
 from guided_diffusion.scheduler import count_steps, get_schedule_jump
 from guided_diffusion.tools import plot_schedule

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from guided_diffusion.config.checkpoint_flags import classifier_flags, model_flags
-from guided_diffusion.config.keys import CHANNEL_MULT_BY_SIZE, DataConf, InpaintConf, JumpParams
+from guided_diffusion.config.keys import DataConf, InpaintConf, JumpParams
+from guided_diffusion.config.network_keys import CHANNEL_MULT_BY_SIZE
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import (
     create_classifier,

@@ -5,8 +5,8 @@ import torch
 import yaml
 from PIL import Image
 
-from guided_diffusion.config.keys import TrainConf
 from guided_diffusion.config.schema import conf_from_dict
+from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 from guided_diffusion.training.trainer import Trainer, seeded
 

@@ -11,7 +11,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from guided_diffusion.config.keys import CHANNEL_MULT_BY_SIZE, InpaintConf, ModelConf
+from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.network_keys import CHANNEL_MULT_BY_SIZE, ModelConf
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.checkpoints import foreign_form, short
 

@@ -15,7 +15,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 from guided_diffusion.cli import command_line
-from guided_diffusion.config.keys import InpaintConf, TrainConf
+from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.schema import (
     BOUNDS,
     KINDS,
@@ -25,6 +25,7 @@ from guided_diffusion.config.schema import (
     prefix_within,
     types_of,
 )
+from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.io.files import write_text_atomic
 
 

@@ -17,13 +17,10 @@ import typing
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-import yaml
-
-from guided_diffusion.errors import UserError, looked_in
+from guided_diffusion.errors import UserError
 
 # Someone may give a checkpoint instead of a YAML: do not read it all. The record of a run is a YAML
 # too, with a line for each result.
@@ -79,6 +76,7 @@ def key(
     special: int | None = None,
     path: bool = False,
     under: str | None = None,
+    affects_results: bool = True,
     **bounds: float,
 ) -> Any:
     """Declare a YAML key as a field of a dataclass. A key without a default is required.
@@ -91,10 +89,12 @@ def key(
         special: one number that is allowed outside the bounds, such as -1.
         path: whether the text is a path, in which a leading ~ is the home folder.
         under: "eval" where the key holds ``eval:``, and that one set of keys under any name.
+        affects_results: whether a result's pixels depend on it; else a run may be resumed with
+            another value.
         bounds: low, above, high, below, multiple_of; see BOUNDS.
     """
     rules = {"choices": choices, "pattern": pattern, "special": special, "path": path}
-    rules |= {"under": under, "bounds": bounds}
+    rules |= {"under": under, "bounds": bounds, "affects_results": affects_results}
     return dataclasses.field(default=default, metadata={"text": text, **rules})
 
 
@@ -260,7 +260,7 @@ AnyConf = TypeVar("AnyConf", bound=Conf)
 # ---- From a tree, and back -----------------------------------------------------------------------
 
 
-def _with_place(error: UserError, *, path: object = None, prefix: str = "") -> UserError:
+def with_place(error: UserError, *, path: object = None, prefix: str = "") -> UserError:
     """Return the same error with the file it is in, or with ``prefix`` before each of its keys."""
     keys = error.key and " and ".join(prefix + name for name in error.key.split(" and "))
     return UserError(error.problem, path=path, key=keys, expected=error.expected, got=error.got)
@@ -322,7 +322,7 @@ def _build(
     try:
         return cls(**values)
     except UserError as error:
-        raise _with_place(error, prefix=prefix) from None
+        raise with_place(error, prefix=prefix) from None
 
 
 def _build_named(field: dataclasses.Field, tree: Any, root: type[Conf]) -> Conf:
@@ -357,7 +357,7 @@ def conf_from_dict(
             tree = cls.completed(tree)
         return _build(cls, tree, cls)
     except UserError as error:  # a folder that the tree names may be at fault itself
-        raise _with_place(error, path=error.path or source) from None
+        raise with_place(error, path=error.path or source) from None
 
 
 def conf_to_dict(conf: Conf) -> dict[str, Any]:
@@ -376,180 +376,16 @@ def conf_to_dict(conf: Conf) -> dict[str, Any]:
     return tree
 
 
-# ---- From a file ---------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with stricter rules.
-
-    A key may be there only once. An alias stands for a single value, so that a small file cannot
-    become a huge tree. Only decimal numbers are numbers. Errors tell line and column.
-    """
-
-    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
-        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
-        node = super().compose_node(parent, index)
-        if alias and not isinstance(node, yaml.ScalarNode):
-            raise yaml.MarkedYAMLError(
-                problem="an alias may stand for a single value only", problem_mark=alias.start_mark
-            )
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for name in (name for name, _ in node.value if isinstance(name, yaml.ScalarNode)):
-            if name.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {name.value} is here twice", problem_mark=name.start_mark
-                )
-            seen.add(name.value)
-        return super().construct_mapping(node, deep)
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:  # deep: PyYAML would otherwise fill maps and sets later, without a place for errors
-            return super().construct_object(node, deep=True)
-        except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
-            raise yaml.MarkedYAMLError(
-                problem=f"this is not a {node.tag.rpartition(':')[2]}",
-                problem_mark=node.start_mark,
-            ) from error
-
-    def integer(self, node: yaml.ScalarNode) -> int | str:
-        """Return an integer. 012, 0x12 and 1:12, which are integers in YAML 1.1, stay text."""
-        text = self.construct_scalar(node)
-        return int(text) if re.fullmatch(r"[-+]?(0|[1-9]\d{0,17})", text) else text
-
-    def number(self, node: yaml.ScalarNode) -> float | str:
-        """Return a float. 1:30.5, which is a number of base 60 in YAML 1.1, stays text."""
-        text = self.construct_scalar(node)
-        return text if ":" in text else self.construct_yaml_float(node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.integer)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.number)
-
-
-def _parse(text: str) -> Any:
-    """Return the tree of a YAML text; a UserError tells line and column."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark, problem = error.problem_mark or error.context_mark, error.problem
-        line, column = mark.line + 1, mark.column + 1
-        if "escape" in problem:  # as in "C:\Users", where eight digits should follow \U
-            problem = f"{problem}; {QUOTES_HINT}"
-    except yaml.reader.ReaderError as error:
-        lines = text[: error.position].split("\n")
-        line, column, problem = len(lines), len(lines[-1]) + 1, error.reason
-    except RecursionError:
-        line, column, problem = 1, 1, "nested too deeply"
-    raise UserError(f"no valid YAML: line {line}, column {column}: {problem}")
-
-
-def read_yaml(path: str | os.PathLike) -> Any:
-    """Return the tree of a YAML file, unchecked.
-
-    Raises UserError, in one line, for a file that cannot be read, is larger than
-    ``MAX_YAML_BYTES``, is not in UTF-8 or is no YAML.
-    """
-    path = Path(path)
-    try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise OSError("is a pipe or device and not a file")  # opening a pipe would wait forever
-        with path.open("rb") as file:
-            raw = file.read(MAX_YAML_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        where = looked_in(path) if isinstance(error, FileNotFoundError) else ""
-        raise UserError(f"cannot be read: {reason}{where}", path=path) from None
-    found = _encoding_but_utf8(raw)
-    if found is None and len(raw) > MAX_YAML_BYTES:
-        found = f"more than {MAX_YAML_BYTES >> 20} MiB"
-    if found:
-        raise UserError(path=path, expected="YAML in UTF-8", got=found)
-    try:
-        return _parse(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        problem = f"line {line} is in another encoding"
-        raise UserError(problem, path=path, expected="YAML in UTF-8") from None
-    except UserError as error:
-        raise _with_place(error, path=path) from None
-
-
-def _encoding_but_utf8(raw: bytes) -> str | None:
-    """Say what bytes are that are not UTF-8 at first sight; None where they may be."""
-    zeros = [byte == 0 for byte in raw[:4]]
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or zeros in ([True, False] * 2, [False, True] * 2):
-        return "UTF-16 (save the file as UTF-8 in the editor)"
-    return "a binary file" if b"\0" in raw else None
-
-
-def _override(tree: dict, option: str, cls: type[Conf]) -> str:
-    """Set in ``tree`` what ``option`` (KEY=VALUE) says; return the dotted key in full."""
-    dotted, equals, text = option.partition("=")
-    parts = dotted.strip().split(".")
-    if not equals or not all(parts):
-        raise UserError(expected="KEY=VALUE", got=shown(option))
-    field = keys_of(cls).get(parts[0])
-    under = field and field.metadata["under"]
-    if under and parts[1:2] not in ([], [under]):  # the short form, such as data.gt_path
-        below = tree.get(parts[0])
-        sets = below.get(under) if isinstance(below, dict) else None
-        if not isinstance(sets, dict) or len(sets) != 1:
-            raise UserError(f"the YAML has no {parts[0]}.{under}.<set> that this could mean")
-        parts[1:1] = [under, *sets]
-    branch = tree
-    for part in parts[:-1]:
-        part = next((name for name in branch if str(name) == part), part)  # 12 is a number in YAML
-        if branch.get(part) is None:
-            branch[part] = {}
-        branch = branch[part]
-        if not isinstance(branch, dict):
-            raise UserError(f"{part} is a value and has no keys in it")
-    branch[parts[-1]] = _parse_value(text)
-    return ".".join(str(part) for part in parts)
-
-
-def _parse_value(text: str) -> Any:
-    """Return the VALUE of KEY=VALUE: YAML, in which # begins no comment where nothing is quoted."""
-    text = text.strip()
-    is_plain = not text.startswith(("'", '"', "[", "{"))
-    return text if is_plain and re.search(r"(^|\s)#", text) else _parse(text)
-
-
-def load(path: str | os.PathLike, cls: type[AnyConf], overrides: Sequence[str] = ()) -> AnyConf:
-    """Read and check a YAML file.
-
-    ``overrides`` are texts KEY=VALUE as ``--set`` takes them: the key is dotted, the value is YAML,
-    and data.gt_path is short for data.eval.<set>.gt_path. Raises UserError, in one line, for
-    anything wrong with the file, a key or a value.
-    """
-    if not os.fspath(path):
-        raise UserError("the path of the YAML file is empty")
-    path = os.path.expanduser(path)  # noqa: PTH111 - messages name the path as the user wrote it
-    tree = read_yaml(path)
-    if not isinstance(tree, dict):
-        found = "an empty file" if tree is None else shown(tree)
-        raise UserError(path=path, expected="keys and values", got=found)
-    given = {}
-    for option in overrides:
-        name = f"--set {option}" if len(option) <= 200 else f"--set {option[:200]}…"
-        try:
-            given[_override(tree, option, cls)] = name
-        except UserError as error:
-            raise _with_place(error, path=name) from None
-    try:
-        return conf_from_dict(tree, cls)
-    except UserError as error:
-        wrong = [f"{name}." for name in (error.key or "").split(" and ")]
-        options = [
-            option
-            for name, option in given.items()
-            if any(key.startswith(f"{name}.") or f"{name}.".startswith(key) for key in wrong)
-        ]
-        # Where options set the keys at fault, or a part of them, the file is not to blame.
-        raise _with_place(error, path=error.path or " ".join(options) or path) from None
+def result_settings(conf: Conf, prefix: str = "") -> dict[str, str]:
+    """Return the keys that results depend on, dotted, with their values as text."""
+    settings = {}
+    for name, field in keys_of(type(conf)).items():
+        value = getattr(conf, name)
+        if isinstance(value, Conf):
+            settings |= result_settings(value, f"{prefix}{name}.")
+        elif field.metadata["affects_results"] and value is not None:
+            settings[prefix + name] = str(value)
+    return settings
 
 
 # ---- The keys, described -------------------------------------------------------------------------

@@ -22,7 +22,8 @@ import torch
 import yaml
 from PIL import Image
 
-from guided_diffusion.config.keys import FAST, RESULT_FOLDERS, InpaintConf, load_conf
+from guided_diffusion.config.keys import FAST, RESULT_FOLDERS, InpaintConf
+from guided_diffusion.config.reading import load_conf
 from guided_diffusion.config.schema import conf_to_dict
 from guided_diffusion.dist_util import Team, get_device
 from guided_diffusion.errors import UserError

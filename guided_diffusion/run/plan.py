@@ -28,7 +28,8 @@ from tqdm import tqdm
 from guided_diffusion import dist_util
 from guided_diffusion.accel.accelerate import precision_on
 from guided_diffusion.config.keys import InpaintConf
-from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, read_yaml
+from guided_diffusion.config.reading import read_yaml
+from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, result_settings
 from guided_diffusion.errors import StoppedError, UserError
 from guided_diffusion.image_datasets import (
     Handling,
@@ -62,21 +63,6 @@ from guided_diffusion.script_util import (
 )
 
 SAMPLE_SEED_STRIDE = 1_000_003  # sample j of image k: seed + k + j · this, so that none coincide
-# Settings that change how a run goes, but not what a result looks like.
-_WITHOUT_EFFECT_ON_RESULTS = (
-    "name", "show_progress", "overview", "save_process", "device", "samples_per_image", "compile",
-    "all_formats",
-    "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "data.image_size",
-    "data.batch_size", "data.deterministic", "data.drop_last", "data.offset", "data.max_len",
-    "data.paths.srs", "data.paths.lrs", "data.paths.gts", "data.paths.gt_keep_masks",
-)  # fmt: skip
-
-
-# Keys that came later. At their defaults they leave the marks of earlier results valid.
-_LATER_KEYS = (
-    *("sampler", "ddnm_eta", "mask_hole", "mask_grow", "mask_hard", "depth_min", "depth_max"),
-    *("full_size", "feather", "windows", "output_format", "predict_v", "norm_groups"),
-)
 
 
 @dataclass(frozen=True)
@@ -343,23 +329,8 @@ def settings_of_results(
     conf: InpaintConf, checkpoints: dict[str, str], device_type: str
 ) -> dict[str, str]:
     """Return what results depend on by dotted key; ``checkpoints`` are fingerprints by key."""
-
-    def flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
-        for name, value in tree.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name, str(value)
-
-    tree = conf_to_dict(conf)
-    tree["data"] = tree["data"]["eval"][conf.data.name]
-    settings = {**dict(flat(tree)), **checkpoints, "device": device_type}
-    ignored = {*_WITHOUT_EFFECT_ON_RESULTS} - {"device"}
-    defaults = {field.name: str(field.default) for field in dataclasses.fields(conf)}
-    ignored |= {key for key in _LATER_KEYS if settings.get(key) == defaults[key]}
-    if conf.sampler != "ddnm":
-        ignored.add("ddnm_eta")
-    return {key: settings[key] for key in sorted(settings.keys() - ignored)}
+    settings = {**result_settings(conf), **checkpoints, "device": device_type}
+    return dict(sorted(settings.items()))
 
 
 def result_mark(settings: dict[str, str], job: Job, gt_u8: np.ndarray, mask_u8: np.ndarray) -> str:

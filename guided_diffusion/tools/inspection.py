@@ -16,7 +16,7 @@ from guided_diffusion.config.checkpoint_flags import (
     yaml_text,
 )
 from guided_diffusion.config.folders import HUB, USUAL_STEPS, ModelFolder, is_folder, read_folder
-from guided_diffusion.config.keys import CHANNEL_MULT_BY_SIZE
+from guided_diffusion.config.network_keys import CHANNEL_MULT_BY_SIZE
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.checkpoints import (
     Weights,

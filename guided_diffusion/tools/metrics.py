@@ -43,7 +43,8 @@ from tqdm import tqdm
 if __name__ == "__main__":  # as a script its own folder comes first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 from guided_diffusion.cli import OptionParser, command_line
-from guided_diffusion.config.keys import RESULT_FOLDERS, InpaintConf, load_conf
+from guided_diffusion.config.keys import RESULT_FOLDERS, InpaintConf
+from guided_diffusion.config.reading import load_conf
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import list_images, output_name, sample_names
 from guided_diffusion.io.files import JPEG_SUFFIXES, write_text_atomic

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # as a script its own folder comes first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 from guided_diffusion.cli import OptionParser, command_line
-from guided_diffusion.config.keys import InpaintConf, load_conf
+from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.reading import load_conf
 from guided_diffusion.errors import UserError
 from guided_diffusion.scheduler import count_steps, get_schedule_jump
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from guided_diffusion.config.keys import TrainConf
+from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.dist_util import is_main, local_world_size, rank, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.training.checkpoints import check_classes, last_saved

@@ -17,8 +17,9 @@ import torch
 import yaml
 
 from guided_diffusion.config.checkpoint_flags import shapes_of
-from guided_diffusion.config.keys import ModelConf, TrainConf
+from guided_diffusion.config.network_keys import ModelConf
 from guided_diffusion.config.schema import conf_to_dict, shown
+from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.dist_util import is_main, is_out_of_memory, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion

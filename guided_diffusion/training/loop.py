@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from guided_diffusion.cli import Interrupts
-from guided_diffusion.config.keys import TrainConf
 from guided_diffusion.config.schema import shown
+from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.dist_util import is_main, is_out_of_memory, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from guided_diffusion.config.keys import TrainConf
+from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.io.files import atomic_path, write_png, write_text_atomic

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from guided_diffusion.config.keys import TrainConf
+from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.dist_util import rank, world_size
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.training.losses import training_losses

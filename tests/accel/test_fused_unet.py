@@ -11,7 +11,8 @@ from network_cases import SMALL, randomised, relative, unet
 from torch import nn
 
 from guided_diffusion.accel import build, cpu_kernels, fused_unet
-from guided_diffusion.config.keys import InpaintConf, load_conf
+from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.reading import load_conf
 from guided_diffusion.run.inpainter import Inpainter, classifier_gradient
 from guided_diffusion.unet import EncoderUNetModel
 

@@ -17,7 +17,8 @@ from triton_stand_in import StandIn
 
 from guided_diffusion.accel import fused_unet, gpu_kernels, graphs, layout
 from guided_diffusion.accel.accelerate import Checked
-from guided_diffusion.config.keys import InpaintConf, load_conf
+from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.reading import load_conf
 from guided_diffusion.run.inpainter import Inpainter
 from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.unet import attend

@@ -50,7 +50,8 @@ import quality_report
 import sampler
 
 from guided_diffusion.cli import OptionParser, command_line
-from guided_diffusion.config.keys import InpaintConf, load_conf
+from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.reading import load_conf
 from guided_diffusion.dist_util import get_device
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import condition

@@ -56,7 +56,8 @@ import plain
 from guided_diffusion.accel import build, cpu_kernels
 from guided_diffusion.accel.memory import bytes_of, keep_freed_memory
 from guided_diffusion.cli import OptionParser, command_line
-from guided_diffusion.config.keys import DataConf, InpaintConf, load_conf
+from guided_diffusion.config.keys import DataConf, InpaintConf
+from guided_diffusion.config.reading import load_conf
 from guided_diffusion.dist_util import get_device
 from guided_diffusion.io.files import check_folder, write_text_atomic
 from guided_diffusion.run.inpainter import Inpainter, noise_source

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guided_diffusion.config import docs, keys, schema
-from guided_diffusion.config.keys import InpaintConf, JumpParams, OutputPaths, TrainConf, load_conf
+from guided_diffusion.config.keys import InpaintConf, JumpParams, OutputPaths
+from guided_diffusion.config.reading import load_conf
 from guided_diffusion.config.schema import conf_from_dict, conf_to_dict
+from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.errors import UserError
 
 CONFS = Path(__file__).resolve().parents[2] / "confs"
@@ -151,7 +153,15 @@ def test_complete_form_states_every_published_and_every_ignored_key():
     own = {"num_classes", "seed", "samples_per_image", "precision", "compile", "paste_known"}
     own |= {"invert_mask", "overview", "save_process", "sampler", "ddnm_eta"}
     own |= {"mask_hole", "mask_grow", "mask_hard", "depth_max", "depth_min", "all_formats"}
-    own |= {"full_size", "feather", "windows", "output_format", "predict_v", "norm_groups"}
+    own |= {
+        "full_size",
+        "feather",
+        "windows",
+        "output_format",
+        "predict_v",
+        "norm_groups",
+        "in_channels",
+    }
     written_here = {"record"}
     fields = {field.name for field in dataclasses.fields(InpaintConf)}
     assert fields - own == stated.keys() - keys.IGNORED_KEYS.keys()
@@ -668,7 +678,6 @@ def test_training_values(key, value):
 def test_mask_families_are_those_that_can_be_drawn():
     from guided_diffusion import masks
 
-    assert masks.MIN_SIZE == keys.SMALLEST_MASK
     text = next(doc.text for doc in schema.describe(keys.DataConf) if doc.key == "mask_path")
     assert ", ".join(masks.FAMILIES) in text
 

@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guided_diffusion.config import schema
+from guided_diffusion.config import reading
 from guided_diffusion.config.docs import help_text, markdown_table
-from guided_diffusion.config.keys import InpaintConf, TrainConf, load_conf
+from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.reading import load_conf
 from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, describe
+from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.errors import UserError
 
 BASE = """\
@@ -103,7 +105,6 @@ def test_values_as_people_write_them(load, text, key, value):
         ("seed: 1:30", "at least 0 and at most 2147483647, found '1:30'"),
         ("classifier_scale: 1:30.5", "at least 0, found '1:30.5'"),
         ("classifier_scale: " + "1:" * 200 + "1.0", "classifier_scale: expected a finite number"),
-        ("seed: !!set {a}", "seed: expected an integer"),
         ("device: yes", "device: text that YAML takes for something else needs quotes; found true"),
         ("device: 2024-01-01", "device: text that YAML takes for something else needs quotes"),
         ("device: 1.10", "device: text that YAML takes for something else needs quotes"),
@@ -155,18 +156,8 @@ def test_a_conf_checks_itself_however_it_is_made(load):
         ("[a]: 1", "line 4, column 1"),
         ("? {a: 1}\n: 1", "line 4, column 3"),
         ("seed: \x07", "line 4, column 7"),
-        ("a: &x [1]\nb: *x", "line 5, column 4: an alias may stand for a single value only"),
-        ("a: &x [*x]", "line 4, column 8: an alias may stand for a single value only"),
         ("seed: !!python/object/apply:os.system ['true']", "line 4, column 7"),
         ("seed: !!python/name:os.system", "line 4, column 7"),
-        ("seed: !!bool maybe", "line 4, column 7: this is not a bool"),
-        ("seed: !!float ''", "line 4, column 7: this is not a float"),
-        ("seed: !!timestamp never", "line 4, column 7: this is not a timestamp"),
-        ("seed: !!timestamp 2024-01-01t00:00:00+99:99", "this is not a timestamp"),
-        ("seed: !!set 3", "line 4, column 7: this is not a set"),
-        ("seed: !!set [1, 2]", "line 4, column 7: this is not a set"),
-        ("seed: !!map 3", "line 4, column 7: this is not a map"),
-        ("seed: [!!map [1]]", "line 4, column 8: this is not a map"),
         ("seed: !!omap [1]", "line 4, column 15: expected a mapping"),
         (r'device: "C:\Users"', r"column 14: expected escape sequence of 8 hexadecimal numbers"),
         (r'device: "C:\Users"', r"in double quotes \ is special, so write single quotes or /"),
@@ -183,12 +174,8 @@ def test_yaml_errors_tell_line_and_column(load, text, words):
     assert words in message
 
 
-def test_many_laughs_are_not_waited_for(load):
-    bomb = "a: &a [x, x]\n" + "".join(
-        f"{name}: &{name} [*{last}, *{last}, *{last}, *{last}]\n"
-        for last, name in zip("abcdefghijklmno", "bcdefghijklmnop", strict=True)
-    )
-    assert "an alias may stand for a single value only" in problem(load, bomb)
+def test_a_date_that_does_not_exist_is_one_line(load):
+    assert "a.yml: no valid YAML: day" in problem(load, "device: 2024-02-31")
 
 
 def test_an_empty_path_is_no_conf():
@@ -226,7 +213,7 @@ def test_files_that_are_no_conf(load, raw, words):
 
 
 def test_a_file_that_is_too_large_for_a_conf_is_not_parsed(load, monkeypatch):
-    monkeypatch.setattr(schema, "MAX_YAML_BYTES", 1 << 20)
+    monkeypatch.setattr(reading, "MAX_YAML_BYTES", 1 << 20)
     assert "found more than 1 MiB" in problem(load, b"a: b\n" * 250_000)
 
 
@@ -359,8 +346,6 @@ def test_later_overrides_win_and_folders_follow_the_name(load):
         ("seed.a.b=1", "seed: expected an integer"),
         ("name.x=1", "name is a value and has no keys in it"),
         ("seed=[1", "no valid YAML: line 1, column 3"),
-        ("seed=!!set 3", "no valid YAML: line 1, column 1: this is not a set"),
-        ("seed=!!timestamp never", "no valid YAML: line 1, column 1: this is not a timestamp"),
         (r'model_path="C:\Users"', "in double quotes"),
         ("a.b=1", "a: unknown key"),
         ("data.eval.other.gt_path=a", "data.eval: expected one set of keys"),

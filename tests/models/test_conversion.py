@@ -5,8 +5,8 @@ import torch
 from diffusers_cases import edit, save, tiny_unet
 
 from guided_diffusion.config.folders import read_folder
-from guided_diffusion.config.keys import TrainConf
 from guided_diffusion.config.schema import conf_from_dict
+from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.errors import UserError
 from guided_diffusion.models.conversion import guided_state_dict, training_keys
 from guided_diffusion.script_util import create_model

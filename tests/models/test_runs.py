@@ -7,7 +7,8 @@ import yaml
 from diffusers_cases import edit, save, scheduler, tiny_unet
 from run_cases import assert_same, load_yaml, results, run_here, write_run, write_tree
 
-from guided_diffusion.config.keys import InpaintConf, load_conf
+from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.reading import load_conf
 from guided_diffusion.errors import UserError
 
 FOREIGN = {

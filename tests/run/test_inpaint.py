@@ -28,7 +28,8 @@ from run_cases import (
 )
 
 from guided_diffusion import cli, dist_util
-from guided_diffusion.config.keys import InpaintConf, load_conf
+from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.reading import load_conf
 from guided_diffusion.config.schema import conf_to_dict, describe
 from guided_diffusion.errors import UserError
 from guided_diffusion.io import files
@@ -845,13 +846,3 @@ def test_what_is_said_of_fast_is_what_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ended = run_here(capsys, *options, "--fast", "--set", "sampler=repaint")
     assert "--fast: repaint with 100 network calls a picture" in ended.out
-
-
-def test_keys_that_came_later_leave_the_marks_of_earlier_results_valid(tmp_path):
-    write_run(tmp_path, 1)
-    conf = load_conf(tmp_path / "c.yml")
-    settings = plan.settings_of_results(conf, {}, "cpu")
-    assert not settings.keys() & set(plan._LATER_KEYS)
-    other = dataclasses.replace(conf, sampler="ddnm", mask_hard=True)
-    changed = plan.settings_of_results(other, {}, "cpu")
-    assert changed.keys() - settings.keys() == {"sampler", "mask_hard"}

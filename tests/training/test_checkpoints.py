@@ -9,7 +9,9 @@ import pytest
 import torch
 from train_cases import make_trainer, tiny_conf, write_pictures
 
-from guided_diffusion.config.keys import InpaintConf, TrainConf, load_conf
+from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.reading import load_conf
+from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import pair_images
 from guided_diffusion.io.checkpoints import load_state_dict

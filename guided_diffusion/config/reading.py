@@ -1,0 +1,180 @@
+"""From a YAML file, with ``KEY=VALUE`` options, to a checked configuration."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.schema import (
+    QUOTES_HINT,
+    AnyConf,
+    Conf,
+    conf_from_dict,
+    keys_of,
+    shown,
+    with_place,
+)
+from guided_diffusion.errors import UserError, looked_in
+
+# Someone may give a checkpoint instead of a YAML: do not read it all. The record of a run is a YAML
+# too, with a line for each result.
+MAX_YAML_BYTES = 1 << 28
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key may be there only once, and only decimal numbers are numbers."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for name in (name for name, _ in node.value if isinstance(name, yaml.ScalarNode)):
+            if name.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {name.value} is here twice", problem_mark=name.start_mark
+                )
+            seen.add(name.value)
+        return super().construct_mapping(node, deep)
+
+    def integer(self, node: yaml.ScalarNode) -> int | str:
+        """Return an integer. 012, 0x12 and 1:12, which are integers in YAML 1.1, stay text."""
+        text = self.construct_scalar(node)
+        return int(text) if re.fullmatch(r"[-+]?(0|[1-9]\d{0,17})", text) else text
+
+    def number(self, node: yaml.ScalarNode) -> float | str:
+        """Return a float. 1:30.5, which is a number of base 60 in YAML 1.1, stays text."""
+        text = self.construct_scalar(node)
+        return text if ":" in text else self.construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.integer)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.number)
+
+
+def _parse(text: str) -> Any:
+    """Return the tree of a YAML text; a UserError tells line and column."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark, problem = error.problem_mark or error.context_mark, error.problem
+        line, column = mark.line + 1, mark.column + 1
+        if "escape" in problem:  # as in "C:\Users", where eight digits should follow \U
+            problem = f"{problem}; {QUOTES_HINT}"
+    except yaml.reader.ReaderError as error:
+        lines = text[: error.position].split("\n")
+        line, column, problem = len(lines), len(lines[-1]) + 1, error.reason
+    except RecursionError:
+        line, column, problem = 1, 1, "nested too deeply"
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        raise UserError(f"no valid YAML: {error}") from None  # such as the date 2024-02-30
+    raise UserError(f"no valid YAML: line {line}, column {column}: {problem}")
+
+
+def read_yaml(path: str | os.PathLike) -> Any:
+    """Return the tree of a YAML file, unchecked.
+
+    Raises UserError, in one line, for a file that cannot be read, is larger than
+    ``MAX_YAML_BYTES``, is not in UTF-8 or is no YAML.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError("is a pipe or device and not a file")  # opening a pipe would wait forever
+        with path.open("rb") as file:  # read() takes as much memory as it is asked for
+            raw = file.read(min(path.stat().st_size, MAX_YAML_BYTES) + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        where = looked_in(path) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"cannot be read: {reason}{where}", path=path) from None
+    found = _encoding_but_utf8(raw)
+    if found is None and len(raw) > MAX_YAML_BYTES:
+        found = f"more than {MAX_YAML_BYTES >> 20} MiB"
+    if found:
+        raise UserError(path=path, expected="YAML in UTF-8", got=found)
+    try:
+        return _parse(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        problem = f"line {line} is in another encoding"
+        raise UserError(problem, path=path, expected="YAML in UTF-8") from None
+    except UserError as error:
+        raise with_place(error, path=path) from None
+
+
+def _encoding_but_utf8(raw: bytes) -> str | None:
+    """Say what bytes are that are not UTF-8 at first sight; None where they may be."""
+    zeros = [byte == 0 for byte in raw[:4]]
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or zeros in ([True, False] * 2, [False, True] * 2):
+        return "UTF-16 (save the file as UTF-8 in the editor)"
+    return "a binary file" if b"\0" in raw else None
+
+
+def _override(tree: dict, option: str, cls: type[Conf]) -> str:
+    """Set in ``tree`` what ``option`` (KEY=VALUE) says; return the dotted key in full."""
+    dotted, equals, text = option.partition("=")
+    parts = dotted.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(expected="KEY=VALUE", got=shown(option))
+    field = keys_of(cls).get(parts[0])
+    under = field and field.metadata["under"]
+    if under and parts[1:2] not in ([], [under]):  # the short form, such as data.gt_path
+        below = tree.get(parts[0])
+        sets = below.get(under) if isinstance(below, dict) else None
+        if not isinstance(sets, dict) or len(sets) != 1:
+            raise UserError(f"the YAML has no {parts[0]}.{under}.<set> that this could mean")
+        parts[1:1] = [under, *sets]
+    branch = tree
+    for part in parts[:-1]:
+        part = next((name for name in branch if str(name) == part), part)  # 12 is a number in YAML
+        if branch.get(part) is None:
+            branch[part] = {}
+        branch = branch[part]
+        if not isinstance(branch, dict):
+            raise UserError(f"{part} is a value and has no keys in it")
+    branch[parts[-1]] = _parse_value(text)
+    return ".".join(str(part) for part in parts)
+
+
+def _parse_value(text: str) -> Any:
+    """Return the VALUE of KEY=VALUE: YAML, in which # begins no comment where nothing is quoted."""
+    text = text.strip()
+    is_plain = not text.startswith(("'", '"', "[", "{"))
+    return text if is_plain and re.search(r"(^|\s)#", text) else _parse(text)
+
+
+def load_conf(
+    path: str | os.PathLike, cls: type[AnyConf] = InpaintConf, overrides: Sequence[str] = ()
+) -> AnyConf:
+    """Read and check a YAML file.
+
+    ``overrides`` are texts KEY=VALUE as ``--set`` takes them: the key is dotted, the value is YAML,
+    and data.gt_path is short for data.eval.<set>.gt_path. Raises UserError, in one line, for
+    anything wrong with the file, a key or a value.
+    """
+    if not os.fspath(path):
+        raise UserError("the path of the YAML file is empty")
+    path = os.path.expanduser(path)  # noqa: PTH111 - messages name the path as the user wrote it
+    tree = read_yaml(path)
+    if not isinstance(tree, dict):
+        found = "an empty file" if tree is None else shown(tree)
+        raise UserError(path=path, expected="keys and values", got=found)
+    given = {}
+    for option in overrides:
+        name = f"--set {option}" if len(option) <= 200 else f"--set {option[:200]}…"
+        try:
+            given[_override(tree, option, cls)] = name
+        except UserError as error:
+            raise with_place(error, path=name) from None
+    try:
+        return conf_from_dict(tree, cls)
+    except UserError as error:
+        wrong = [f"{name}." for name in (error.key or "").split(" and ")]
+        options = [
+            option
+            for name, option in given.items()
+            if any(key.startswith(f"{name}.") or f"{name}.".startswith(key) for key in wrong)
+        ]
+        # Where options set the keys at fault, or a part of them, the file is not to blame.
+        raise with_place(error, path=error.path or " ".join(options) or path) from None
