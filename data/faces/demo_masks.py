@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from guided_diffusion.io.files import write_image
+from guided_diffusion.io.results import write_image
 from guided_diffusion.masks import make_mask
 
 SIZE = 64  # px

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from guided_diffusion.cli import command_line
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.files import write_image
+from guided_diffusion.io.results import write_image
 
 TILE, GAP, COLUMNS = 112, 6, 2  # px, px, pictures side by side
 STRIP_OF = 2  # the picture whose way from noise is shown

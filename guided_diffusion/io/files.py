@@ -11,10 +11,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
 from guided_diffusion.errors import UserError
 
 try:
@@ -23,10 +19,6 @@ except ImportError:  # Windows
     fcntl = None
 
 # ---- whole files -------------------------------------------------------------------------------
-
-
-JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
-MARK = "repaint"  # the PNG comment that says with which settings a result was made
 
 
 def check_folder(folder: str | os.PathLike) -> Path:
@@ -149,36 +141,6 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
     """Write ``text`` as UTF-8, whole or not at all; raises ``UserError`` as ``atomic_path``."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode("utf-8"))
-
-
-def write_png(path: str | os.PathLike, array_u8: np.ndarray, *, mark: str | None = None) -> None:
-    """Write a picture, uint8 (H, W, 3), whole or not at all; raises as ``atomic_path``.
-
-    ``mark`` is kept in the file as a comment that ``read_mark`` gives back.
-    """
-    write_image(path, _as_image(array_u8), mark=mark)
-
-
-def write_image(
-    path: str | os.PathLike, image: Image.Image, *, mark: str | None = None, **options: object
-) -> None:
-    """Write a JPEG where ``path`` ends like one, else a PNG; as ``write_png``.
-
-    ``options`` are Pillow's ``icc_profile`` and ``dpi``. A JPEG has quality 95 and full colour, and
-    cannot keep transparency.
-    """
-    if Path(path).suffix.lower() in JPEG_SUFFIXES:
-        if image.mode.endswith("A"):  # of others it would only be a copy
-            image = image.convert(image.mode.removesuffix("A"))
-        note = {} if mark is None else {"comment": f"{MARK}:{mark}"}
-        options |= {"format": "JPEG", "quality": 95, "subsampling": "4:4:4", **note}
-    else:
-        notes = PngInfo()
-        if mark is not None:
-            notes.add_text(MARK, mark)
-        options |= {"format": "PNG", "pnginfo": notes}
-    with atomic_path(path) as temporary:
-        image.save(temporary, **options)
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
@@ -324,9 +286,3 @@ class _ErrorNotingFile(io.RawIOBase):
         except OSError as error:
             self._refusals.append(error)
             raise
-
-
-def _as_image(array_u8: np.ndarray) -> Image.Image:
-    if array_u8.dtype != np.uint8 or array_u8.ndim != 3 or array_u8.shape[2] != 3:
-        raise ValueError(f"not uint8 (H, W, 3): {array_u8.dtype} {array_u8.shape}")
-    return Image.fromarray(np.ascontiguousarray(array_u8))

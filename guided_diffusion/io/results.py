@@ -1,4 +1,4 @@
-"""Result PNGs and the marks by which a later run knows them."""
+"""Writing pictures; results and the marks by which a later run knows them."""
 
 import contextlib
 import io
@@ -8,10 +8,53 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.files import JPEG_SUFFIXES, MARK, write_image, write_png
+from guided_diffusion.io.files import atomic_path
 from guided_diffusion.io.images import bare_png, masked_u8, open_image
+
+JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
+_MARK = "repaint"  # the keyword of the PNG text, or the start of the JPEG comment, with the mark
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def as_image(pixels: np.ndarray) -> Image.Image:
+    """Return an array as an image: uint8 (H, W, 3), uint8 (H, W, 1) or uint16 (H, W, 1)."""
+    kinds = ((np.uint8, 3), (np.uint8, 1), (np.uint16, 1))
+    if pixels.ndim != 3 or (pixels.dtype, pixels.shape[2]) not in kinds:
+        raise ValueError(f"not uint8 (H, W, 3) or gray (H, W, 1): {pixels.dtype} {pixels.shape}")
+    return Image.fromarray(np.ascontiguousarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]))
+
+
+def write_image(
+    path: str | os.PathLike, picture: Image.Image | np.ndarray, *, mark: str | None = None
+) -> None:
+    """Write a JPEG where ``path`` ends like one, else a PNG, whole or not at all.
+
+    ``picture`` is an image, which keeps its mode, its profile and its resolution, or an array as
+    ``as_image`` takes it. A JPEG has quality 95 and full colour resolution, and no transparency.
+    ``mark`` is kept in the file, and ``read_mark`` returns it. Raises ``UserError`` as
+    ``atomic_path``.
+    """
+    image = picture if isinstance(picture, Image.Image) else as_image(picture)
+    options = {key: image.info[key] for key in ("icc_profile", "dpi") if image.info.get(key)}
+    if Path(path).suffix.lower() in JPEG_SUFFIXES:
+        if image.mode.endswith("A"):
+            image = image.convert(image.mode.removesuffix("A"))
+        comment = {} if mark is None else {"comment": f"{_MARK}:{mark}"}
+        options |= {"format": "JPEG", "quality": 95, "subsampling": "4:4:4", **comment}
+    else:
+        texts = PngInfo()
+        if mark is not None:
+            texts.add_text(_MARK, mark)
+        options |= {"format": "PNG", "pnginfo": texts}
+    with atomic_path(path) as temporary:
+        image.save(temporary, **options)
+
+
+# ---- results -------------------------------------------------------------------------------------
 
 
 def read_mark(path: str | os.PathLike) -> str | None:
@@ -20,8 +63,8 @@ def read_mark(path: str | os.PathLike) -> str | None:
         with _opened(path) as image:
             image.load()
             if image.format == "JPEG":
-                return image.info.get("comment", b"").decode("latin-1").removeprefix(f"{MARK}:")
-            return image.info.get(MARK, "")
+                return image.info.get("comment", b"").decode("latin-1").removeprefix(f"{_MARK}:")
+            return image.info.get(_MARK, "")
     except (OSError, SyntaxError, ValueError):
         return None
 
@@ -39,7 +82,7 @@ def read_result(path: str | os.PathLike) -> np.ndarray | None:
 def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     """Open a result, which may be as large as any photo, and have as large a profile."""
     data = io.BytesIO(Path(path).read_bytes())
-    with open_image(bare_png(data, keep=MARK) or data) as image:
+    with open_image(bare_png(data, keep=_MARK) or data) as image:
         yield image
 
 
@@ -72,12 +115,8 @@ def write_result(
     inputs = _input_pictures(folders, name, gt_u8, mask_u8)
     inpainted = result_path(folders["srs"], sample_name or name)
     for path, pixels in inputs:
-        write_png(path, pixels)
-    if isinstance(sample, Image.Image):
-        known = {key: sample.info[key] for key in ("icc_profile", "dpi") if sample.info.get(key)}
-        write_image(inpainted, sample, mark=mark, **known)
-    else:
-        write_png(inpainted, sample, mark=mark)
+        write_image(path, pixels)
+    write_image(inpainted, sample, mark=mark)
     return [*(path for path, _ in inputs), inpainted]
 
 

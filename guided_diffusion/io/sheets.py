@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from guided_diffusion.io.files import _as_image, atomic_path, write_png
-from guided_diffusion.io.results import read_result, result_path
+from guided_diffusion.io.files import atomic_path
+from guided_diffusion.io.results import as_image, read_result, result_path, write_image
 
 ROWS_PER_PAGE = 100
 _LARGE_PAGE = 8  # from so many images on, the tiles of an overview are small
@@ -76,7 +76,7 @@ def write_overview(path: str | os.PathLike, rows: Iterable[OverviewRow]) -> list
         page = list(islice(rows, ROWS_PER_PAGE))
         if not page:
             break
-        write_png(target, np.asarray(overview(page)))
+        write_image(target, np.asarray(overview(page)))
         written.append(target)
     while target.is_file():
         target.unlink()
@@ -152,7 +152,7 @@ def write_film_strip(
     path: str | os.PathLike, frames: Sequence[ProcessFrame], *, tile: int = 128
 ) -> None:
     """Write ``film_strip`` as a PNG; raises ``UserError`` as ``atomic_path``."""
-    write_png(path, np.asarray(film_strip(frames, tile=tile)))
+    write_image(path, np.asarray(film_strip(frames, tile=tile)))
 
 
 def write_gif(
@@ -204,7 +204,7 @@ def _frame_image(frame: ProcessFrame, tile: int) -> Image.Image:
 
 def _fit(pixels: np.ndarray, most: int) -> Image.Image:
     """Scale to a longer side of at most ``most`` pixels; small pictures grow in whole pixels."""
-    image = _as_image(pixels)
+    image = as_image(pixels)
     longest = max(image.size)
     if longest <= most:
         times = most // longest

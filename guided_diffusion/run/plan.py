@@ -44,7 +44,6 @@ from guided_diffusion.image_datasets import (
     warn_of_kinds,
 )
 from guided_diffusion.io.files import (
-    JPEG_SUFFIXES,
     FileStamp,
     check_folder,
     refuse_inside,
@@ -52,7 +51,7 @@ from guided_diffusion.io.files import (
     stamp_of,
     write_text_atomic,
 )
-from guided_diffusion.io.results import is_written, result_path
+from guided_diffusion.io.results import JPEG_SUFFIXES, is_written, result_path
 from guided_diffusion.run.full_size import Cut, find_cuts, known_in
 from guided_diffusion.run.windows import window_places
 from guided_diffusion.scheduler import count_steps

@@ -14,7 +14,8 @@ if __name__ == "__main__":  # as a script its own folder comes first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.files import remove_leftovers, write_image
+from guided_diffusion.io.files import remove_leftovers
+from guided_diffusion.io.results import write_image
 from guided_diffusion.masks import FAMILIES, MAX_SIZE, MIN_SIZE, generated_share, make_mask
 
 MAX_COUNT = 1_000_000  # file names have six digits

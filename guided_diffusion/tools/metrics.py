@@ -47,8 +47,9 @@ from guided_diffusion.config.keys import RESULT_FOLDERS, InpaintConf
 from guided_diffusion.config.reading import load_conf
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import list_images, output_name, sample_names
-from guided_diffusion.io.files import JPEG_SUFFIXES, write_text_atomic
+from guided_diffusion.io.files import write_text_atomic
 from guided_diffusion.io.images import read_rgb, to_model_range
+from guided_diffusion.io.results import JPEG_SUFFIXES
 from guided_diffusion.tools.perceptual import LPIPS, MIN_SIDE, load_lpips
 
 KINDS = ("lpips", "psnr", "ssim")

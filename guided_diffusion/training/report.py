@@ -15,7 +15,7 @@ import torch
 from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.io.files import atomic_path, write_png, write_text_atomic
+from guided_diffusion.io.files import atomic_path, write_text_atomic
 from guided_diffusion.io.images import (
     load_crop,
     mask_to_tensor,
@@ -23,6 +23,7 @@ from guided_diffusion.io.images import (
     to_model_range,
     to_uint8,
 )
+from guided_diffusion.io.results import write_image
 from guided_diffusion.io.sheets import OverviewRow, montage, write_overview
 from guided_diffusion.masks import make_mask
 from guided_diffusion.scheduler import get_schedule_jump
@@ -244,7 +245,7 @@ class Evaluator:
         samples = self._repaint(gt, torch.zeros_like(gt), labels, jump_n_sample=1)
         grid = montage(samples, columns=math.ceil(math.sqrt(count)))
         times = max(1, 128 // conf.image_size)  # so that small pictures can be seen
-        write_png(path, grid.repeat(times, 0).repeat(times, 1))
+        write_image(path, grid.repeat(times, 0).repeat(times, 1))
 
     def write_inpaintings(self, path: Path) -> None:
         """Write a grid of fixed pictures and masks: masked, inpainted, truth."""

@@ -57,8 +57,9 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import condition
 from guided_diffusion.image_datasets import Pair, list_images, load_pair, output_name
 from guided_diffusion.io.checkpoints import check_beginning, fingerprint
-from guided_diffusion.io.files import write_png, write_text_atomic
+from guided_diffusion.io.files import write_text_atomic
 from guided_diffusion.io.images import load_crop, mask_to_tensor, to_model_range, to_uint8
+from guided_diffusion.io.results import write_image
 from guided_diffusion.io.sheets import montage
 from guided_diffusion.masks import FAMILIES
 from guided_diffusion.run.inpainter import Inpainter
@@ -477,7 +478,7 @@ class Block:
             tiles = tiles.reshape(-1, size, COLUMNS, size, 3).swapaxes(1, 2)
             results = np.concatenate([tiles.reshape(-1, size, size, 3)[: len(self.rows)], results])
         # The numbers last: pictures without numbers are made again, the other way round not.
-        write_png(sheet, montage(results, COLUMNS))
+        write_image(sheet, montage(results, COLUMNS))
         self.tree["rows"] = [*self.rows, *rows]
         self.tree["seconds"] += seconds
         self.tree["machine"] = machine(self.way.conf)
@@ -507,9 +508,9 @@ def make(way: Way, blocks: Sequence[Block], args: argparse.Namespace, bar: tqdm)
 
 def show_inputs(folder: Path, inputs: Inputs) -> None:
     """Write the pictures and their holes beside the results, laid out alike."""
-    write_png(folder / "0-pictures.png", montage(inputs.gt, COLUMNS))
+    write_image(folder / "0-pictures.png", montage(inputs.gt, COLUMNS))
     holes = np.where(inputs.holes[..., None], 0, inputs.gt).astype(np.uint8)
-    write_png(folder / "0-holes.png", montage(holes, COLUMNS))
+    write_image(folder / "0-holes.png", montage(holes, COLUMNS))
 
 
 # ---- the command ---------------------------------------------------------------------------------

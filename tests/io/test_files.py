@@ -1,6 +1,7 @@
-"""One run a folder: the lock that a crash releases."""
+"""Locks that a crash releases, and whole files or none."""
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import platform
@@ -10,10 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io import files
+from guided_diffusion.io.results import write_image
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
 
 HOLD = r"""
 import os, sys, time
@@ -120,3 +126,131 @@ def test_a_folder_that_always_vanishes_is_one_line(tmp_path, monkeypatch):
     told = r"out: results cannot be written there: No such file"
     with pytest.raises(UserError, match=told), files.locked(tmp_path / "out"):
         pass
+
+
+# ---- whole files -------------------------------------------------------------------------------
+
+
+def test_a_file_appears_whole_and_alone(tmp_path):
+    target = tmp_path / "new" / "folder" / "x.txt"
+    with files.atomic_path(target) as temporary:
+        temporary.write_text("whole")
+        assert not target.exists()
+        assert temporary.parent == target.parent
+    assert target.read_text() == "whole"
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("exception", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_the_old_file_and_no_rest(tmp_path, exception):
+    target = tmp_path / "x.txt"
+    target.write_text("old")
+    with pytest.raises(exception), files.atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise exception
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_synced_before_it_gets_its_name(tmp_path, monkeypatch):
+    events = []
+    real_sync, real_replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("sync"), real_sync(fd))[1])
+    monkeypatch.setattr(
+        Path, "replace", lambda self, to: (events.append("name"), real_replace(self, to))[1]
+    )
+    files.write_text_atomic(tmp_path / "x.txt", "text")
+    assert events == ["sync", "name", "sync"]
+
+
+def test_files_get_the_usual_permissions(tmp_path):
+    (tmp_path / "usual").touch()
+    files.write_text_atomic(tmp_path / "x.txt", "text")
+    assert (tmp_path / "x.txt").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_text_is_utf8_with_its_own_line_ends(tmp_path):
+    files.write_text_atomic(tmp_path / "名.yml", "größe: 1\n")
+    assert (tmp_path / "名.yml").read_bytes() == "größe: 1\n".encode()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_what_the_system_refuses_is_one_line_with_the_path(tmp_path, monkeypatch, code):
+    def refuse(fd):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match=os.strerror(code)) as caught:
+        write_image(tmp_path / "x.png", PIXELS)
+    assert caught.value.path == tmp_path / "x.png"
+    assert list(tmp_path.iterdir()) == []
+
+
+FULL_DISK = """
+import resource, sys, torch
+import numpy as np
+from guided_diffusion.errors import UserError
+from guided_diffusion.io import files, results, sheets
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # refuses to write on, as a full disk
+pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+frame = sheets.ProcessFrame(1, pixels, pixels)
+for name, write in {
+    "x.png": lambda path: results.write_image(path, pixels),
+    "x.txt": lambda path: files.write_text_atomic(path, "x" * 30_000),
+    "x.gif": lambda path: sheets.write_gif(path, [frame, frame]),
+    "x.pt": lambda path: files.write_checkpoint(path, {"a": torch.zeros(30_000)}),
+}.items():
+    try:
+        write(f"{sys.argv[1]}/{name}")
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=root, capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    reason = os.strerror(errno.EFBIG)
+    assert lines == [
+        f"{tmp_path}/{name}: cannot be written: {reason}"
+        for name in ("x.png", "x.txt", "x.gif", "x.pt")
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
+    (tmp_path / "log").touch()
+    with pytest.raises(UserError, match=r"log/x\.png: cannot be written"):
+        write_image(tmp_path / "log" / "x.png", PIXELS)
+    (tmp_path / "y.png").mkdir()
+    with pytest.raises(UserError, match=r"y\.png: cannot be written"):
+        write_image(tmp_path / "y.png", PIXELS)
+
+
+def test_a_folder_deleted_under_the_run_is_made_again(tmp_path):
+    for _ in range(2):
+        write_image(tmp_path / "log" / "x.png", PIXELS)
+        (tmp_path / "log" / "x.png").unlink()
+        (tmp_path / "log").rmdir()
+    with (
+        pytest.raises(UserError, match=r"x\.png"),
+        files.atomic_path(tmp_path / "log" / "x.png") as temporary,
+    ):
+        temporary.touch()
+        temporary.unlink()
+        (tmp_path / "log").rmdir()
+
+
+def test_checkpoints_come_back_and_failures_of_ones_own_stay_tracebacks(tmp_path):
+    state = {"weights": torch.arange(5.0), "step": 7, "rng": {"state": 2**100}}
+    files.write_checkpoint(tmp_path / "x.pt", state)
+    loaded = torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)
+    assert torch.equal(loaded["weights"], state["weights"])
+    assert loaded["rng"] == state["rng"]
+    with pytest.raises((AttributeError, TypeError)):  # a lambda cannot be stored
+        files.write_checkpoint(tmp_path / "y.pt", {"no": lambda: None})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]

@@ -366,7 +366,7 @@ def test_a_disk_that_fails_under_the_run(here, tmp_path, monkeypatch, code, reas
 
 def test_a_checkpoint_that_changes_under_the_run_ends_it(here, tmp_path, monkeypatch):
     options = write_run(tmp_path, 3)
-    before, write = Path("model.pt").read_bytes(), files.write_png
+    before, write = Path("model.pt").read_bytes(), io_results.write_image
     other = Path(tmp_path, "other.pt")
     torch.save({name: t + 1 for name, t in torch.load("model.pt").items()}, other)
 
@@ -375,7 +375,7 @@ def test_a_checkpoint_that_changes_under_the_run_ends_it(here, tmp_path, monkeyp
         if Path(path) == Path(LOG, "inpainted", "01.png"):
             shutil.copyfile(other, "model.pt")  # in place: the same inode
 
-    monkeypatch.setattr(io_results, "write_png", copying)
+    monkeypatch.setattr(io_results, "write_image", copying)
     ended = here(*options)
     assert ended.status == 1
     [line] = ended.lines
@@ -389,7 +389,7 @@ def test_a_checkpoint_that_changes_under_the_run_ends_it(here, tmp_path, monkeyp
 
 def test_inputs_that_vanish_under_the_run_cost_only_themselves(here, tmp_path, monkeypatch):
     options = write_run(tmp_path, 4, overview=True)
-    write = files.write_png
+    write = io_results.write_image
 
     def vanishing(path, *rest, **names):
         write(path, *rest, **names)
@@ -397,7 +397,7 @@ def test_inputs_that_vanish_under_the_run_cost_only_themselves(here, tmp_path, m
             Path("gt/01.png").unlink()
             Path("mask/02.png").write_bytes(b"")
 
-    monkeypatch.setattr(io_results, "write_png", vanishing)
+    monkeypatch.setattr(io_results, "write_image", vanishing)
     ended = here(*options)
     assert ended.status == 1
     assert ended.lines == [

@@ -1,0 +1,175 @@
+"""Overview, film strip, GIF and grids."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from guided_diffusion.io import images, results, sheets
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def read(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image)
+
+
+def colours(image):
+    return {colour for _, colour in image.getcolors(1 << 24)}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return {key: str(tmp_path / "log" / key) for key in ("srs", "lrs", "gts", "gt_keep_masks")}
+
+
+# ---- overview ----------------------------------------------------------------------------------
+
+
+def plain(colour, side=16):
+    return np.full((side, side, 3), colour, np.uint8)
+
+
+def row(name="a.png", samples=1, side=16, gt=True):
+    greens = [plain((0, 100 + number, 0), side) for number in range(samples)]
+    truth = plain((0, 0, 200), side) if gt else None
+    return sheets.OverviewRow(name, plain((200, 0, 0), side), greens, truth)
+
+
+def test_a_row_shows_input_samples_and_truth_from_left_to_right():
+    sheet = np.asarray(sheets.overview([row(samples=2)])).astype(int)
+    places = [
+        np.argwhere((sheet == colour).all(-1)).mean(0)
+        for colour in ((200, 0, 0), (0, 100, 0), (0, 101, 0), (0, 0, 200))
+    ]
+    assert np.all(np.diff([place[1] for place in places]) > 0)
+    assert len({place[0] for place in places}) == 1
+    assert (0, 0, 200) not in colours(sheets.overview([row(gt=False)]))
+
+
+@pytest.mark.parametrize("name", ["a.png", "x" * 300, "名前.png", "\ud800\n.png", ""])
+def test_names_of_every_kind_stand_below(name):
+    with_name = np.asarray(sheets.overview([row(name)]))
+    without = np.asarray(sheets.overview([row("")]))
+    assert with_name.shape == without.shape
+    assert np.array_equal(with_name, without) == (name == "")
+
+
+def test_the_sheet_grows_and_stays_within_bounds():
+    sizes = [sheets.overview([row(side=256)] * count).size for count in (1, 4, 8, 9, 100)]
+    assert sizes[0][0] < sizes[1][0] * 2
+    assert max(sizes[-1]) < 5000
+    assert sizes[3][0] * sizes[3][1] < sizes[2][0] * sizes[2][1]  # nine tiles are smaller
+    assert 0.5 < sizes[-1][0] / sizes[-1][1] < 2
+    many = sheets.overview([row(samples=50, side=64)])
+    assert len([c for c in colours(many) if c[0] == c[2] == 0]) == 8
+
+
+def test_large_runs_are_paged_from_a_generator(tmp_path):
+    rows = (row(f"{number}.png") for number in range(sheets.ROWS_PER_PAGE + 1))
+    paths = sheets.write_overview(tmp_path / "overview.png", rows)
+    assert [path.name for path in paths] == ["overview.png", "overview_2.png"]
+    assert read(paths[0]).size > 10 * read(paths[1]).size
+    assert sheets.write_overview(tmp_path / "none.png", []) == []
+    assert len(list(tmp_path.iterdir())) == 2
+    assert sheets.write_overview(tmp_path / "overview.png", [row()]) == paths[:1]
+    assert list(tmp_path.iterdir()) == paths[:1]  # no page of the larger one stays
+
+
+def test_a_page_holds_no_pictures_larger_than_a_tile(folders):
+    gt = noise(300, 600, 3)
+    results.write_result(folders, "a.png", gt, gt, gt)
+    [row] = sheets.finished_rows(folders, [("a.png", ["a.png"])])
+    shapes = [tile.shape for tile in (row.masked, *row.samples, row.gt)]
+    assert shapes == [(128, 256, 3)] * 3
+
+
+def test_rows_are_read_back_from_disk(folders):
+    gt, mask, sample = (noise(8, 8, 3, seed=seed) for seed in range(3))
+    results.write_result(folders, "a.png", sample, gt, mask)
+    results.write_result(folders, "b.png", sample, gt, mask, sample_name="b_2.png")
+    Path(folders["srs"], "bad.png").write_text("no picture")
+    Path(folders["lrs"], "bad.png").write_text("no picture")
+    Path(folders["srs"], "half.png").write_bytes(Path(folders["srs"], "a.png").read_bytes())
+    rows_of = [
+        ("half.png", ["half.png"]),
+        ("absent.png", ["absent.png"]),
+        ("bad.png", ["bad.png"]),
+        ("a.png", ["a.png"]),
+    ]
+    rows = list(sheets.finished_rows(folders, [*rows_of, ("b.png", ["b_1.png", "b_2.png"])]))
+    assert [row.name for row in rows] == ["a.png", "b.png"]
+    assert np.array_equal(rows[0].masked, images.masked_u8(gt, mask))
+    assert np.array_equal(rows[0].gt, gt)
+    assert [len(row.samples) for row in rows] == [1, 1]
+    without = next(sheets.finished_rows(folders | {"gts": None}, rows_of))
+    assert without.gt is None
+
+
+# ---- the process -------------------------------------------------------------------------------
+
+
+def frames(count, side=16):
+    return [
+        sheets.ProcessFrame(t, plain((200, 0, t), side), plain((0, 200, t), side))
+        for t in reversed(range(count))
+    ]
+
+
+def test_film_strip_puts_noise_above_and_prediction_below():
+    strip = np.asarray(sheets.film_strip(frames(3), tile=32)).astype(int)
+    for t in range(3):
+        x = np.argwhere((strip == (200, 0, t)).all(-1))
+        pred = np.argwhere((strip == (0, 200, t)).all(-1))
+        assert len(x) == len(pred) == 32 * 32  # small pictures grow to the tile
+        assert x[:, 0].max() < pred[:, 0].min()
+        assert x[:, 1].min() == pred[:, 1].min()
+    assert np.argwhere((strip == (200, 0, 2)).all(-1))[0, 1] == 0  # the noisiest comes first
+
+
+def test_small_pictures_grow_by_whole_pixels():
+    pixels = noise(8, 8, 3)
+    strip = np.asarray(sheets.film_strip([sheets.ProcessFrame(0, pixels, pixels)], tile=20))
+    assert np.array_equal(strip[:16], pixels.repeat(2, 0).repeat(2, 1))
+
+
+def test_long_strips_are_wrapped(tmp_path):
+    sheets.write_film_strip(tmp_path / "strip.png", frames(30), tile=16)
+    strip = read(tmp_path / "strip.png")
+    assert strip.shape[1] < 13 * 18
+    seen = colours(Image.fromarray(strip))
+    assert all((200, 0, t) in seen for t in range(30))
+
+
+def test_strips_take_wide_pictures():
+    wide = sheets.montage(np.stack([plain((9, 9, 9))] * 4))
+    assert wide.shape == (16, 64, 3)
+    strip = sheets.film_strip([sheets.ProcessFrame(5, wide, wide)], tile=32)
+    assert strip.width == 32
+
+
+def test_gif_plays_all_frames_and_holds_the_last(tmp_path):
+    sheets.write_gif(tmp_path / "x.gif", frames(5), seconds=1.0, tile=64)
+    with Image.open(tmp_path / "x.gif") as film:
+        assert film.format == "GIF"
+        assert film.n_frames == 5
+        assert film.info["loop"] == 0
+        durations = []
+        for number in range(5):
+            film.seek(number)
+            durations.append(film.info["duration"])
+        assert durations == [200] * 4 + [2000]
+        last = np.asarray(film.convert("RGB")).astype(int)
+    assert np.abs(last[5, 5] - (200, 0, 0)).max() < 9
+    assert np.abs(last[64 + 10, 5] - (0, 200, 0)).max() < 9
+
+
+def test_montage_fills_lines_and_leaves_the_rest_white():
+    pictures = np.stack([plain((number, 0, 0), 2) for number in range(5)])
+    grid = sheets.montage(pictures, 3)
+    assert grid[::2, ::2, 0].tolist() == [[0, 1, 2], [3, 4, 255]]
