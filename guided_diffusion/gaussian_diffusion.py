@@ -1,6 +1,7 @@
-"""DENOISE, CONDITION, UNDO: the diffusion mathematics and RePaint's loop over the schedule.
+"""DENOISE, UNDO: the diffusion mathematics and RePaint's loop over the schedule.
 
-``p_sample_loop_progressive`` is the paper's Algorithm 1; begin reading there.
+``p_sample_loop_progressive`` is the paper's Algorithm 1; begin reading there. What its sampler does
+(CONDITION) is in samplers.py.
 
 Everywhere here: images are float32 NCHW in [-1, 1]; a mask is 1 where the picture is known and 0
 where it is generated; ``t`` indexes the respaced chain, ``timestep_map[t]`` the original one.
@@ -12,9 +13,9 @@ Papers: DDPM (Ho et al. 2020), IDDPM (Nichol & Dhariwal 2021), DDIM (Song et al.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -45,7 +46,7 @@ class Step:
     """One transition of the loop, as seen from outside."""
 
     t: int  # the level that ``x`` has now; -1 is finished
-    x: Tensor  # (N, 3, S, S)
+    x: Tensor  # (N, C, H, W)
     pred_xstart: Tensor | None  # the network's idea of the finished picture; None for an undo
 
 
@@ -94,8 +95,7 @@ class GaussianDiffusion:
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod - 1)
         self.sqrt_alphas_cumprod_prev = np.sqrt(self.alphas_cumprod_prev)
         self.sqrt_one_minus_alphas_cumprod_prev = np.sqrt(1 - self.alphas_cumprod_prev)
-        self.sqrt_betas = np.sqrt(self.betas)
-        self.sqrt_alphas = np.sqrt(1 - self.betas)
+        self.sqrt_betas, self.sqrt_alphas = np.sqrt(self.betas), np.sqrt(1 - self.betas)
 
         # q(x_{t-1} | x_t, x_0): DDPM eqs. 6 and 7.
         ratio = 1 / (1 - self.alphas_cumprod)
@@ -112,12 +112,11 @@ class GaussianDiffusion:
             for name, table in vars(self).items()
             if isinstance(table, np.ndarray) and table.dtype == np.float64
         }
-        times = torch.from_numpy(self.timestep_map)
-        scaled = times if time_scale == 1 else times * time_scale  # in float32, as torch does it
-        self._numbers["network_times"] = scaled.tolist()
+        times = torch.from_numpy(self.timestep_map)  # scaled in float32, as torch does it
+        self._numbers["network_times"] = (times * time_scale if time_scale != 1 else times).tolist()
         self._tables: dict[tuple[torch.device, str], Tensor] = {}
 
-    def _at(self, name: str, t: int | Tensor) -> Coefficient:
+    def at(self, name: str, t: int | Tensor) -> Coefficient:
         """Read the table ``name`` in float32 at one step, or at a batch of steps (N,)."""
         if isinstance(t, int):
             return self._numbers[name][t]
@@ -138,37 +137,37 @@ class GaussianDiffusion:
 
     def q_sample(self, x_start: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """Return ``x_start`` at noise level ``t`` in one leap (DDPM eq. 4)."""
-        signal = self._at("sqrt_alphas_cumprod", t)
-        return _mix(signal, x_start, self._at("sqrt_one_minus_alphas_cumprod", t), noise)
+        signal = self.at("sqrt_alphas_cumprod", t)
+        return _mix(signal, x_start, self.at("sqrt_one_minus_alphas_cumprod", t), noise)
 
     def undo(self, x: Tensor, t: int, noise: Tensor) -> Tensor:
         """Diffuse x_{t-1} forward to x_t again (DDPM eq. 2; RePaint, Algorithm 1 line 10)."""
-        return _mix(self._at("sqrt_alphas", t), x, self._at("sqrt_betas", t), noise)
+        return _mix(self.at("sqrt_alphas", t), x, self.at("sqrt_betas", t), noise)
 
     def q_posterior_mean(self, x_start: Tensor, x: Tensor, t: int | Tensor) -> Tensor:
         """Return the mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
-        coef1, coef2 = self._at("posterior_mean_coef1", t), self._at("posterior_mean_coef2", t)
+        coef1, coef2 = self.at("posterior_mean_coef1", t), self.at("posterior_mean_coef2", t)
         return _mix(coef1, x_start, coef2, x)
 
     def predict_xstart_from_eps(self, x: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
         """Return x_0 of which ``x`` is x_t with noise ``eps`` (DDPM eq. 4 solved for x_0)."""
-        scale = self._at("sqrt_recip_alphas_cumprod", t)
-        return _mix(scale, x, -self._at("sqrt_recipm1_alphas_cumprod", t), eps)
+        scale = self.at("sqrt_recip_alphas_cumprod", t)
+        return _mix(scale, x, -self.at("sqrt_recipm1_alphas_cumprod", t), eps)
 
     def predict_xstart_from_v(self, x: Tensor, t: int | Tensor, v: Tensor) -> Tensor:
         """Return x_0 of which ``x`` is x_t with velocity ``v`` (Salimans & Ho 2022, appendix D)."""
-        signal = self._at("sqrt_alphas_cumprod", t)
-        return _mix(signal, x, -self._at("sqrt_one_minus_alphas_cumprod", t), v)
+        signal = self.at("sqrt_alphas_cumprod", t)
+        return _mix(signal, x, -self.at("sqrt_one_minus_alphas_cumprod", t), v)
 
     def predict_eps_from_xstart(self, x: Tensor, t: int | Tensor, x_start: Tensor) -> Tensor:
         """Return the noise that leads from ``x_start`` to ``x`` (DDPM eq. 4 solved for eps)."""
-        scale = self._at("sqrt_recip_alphas_cumprod", t)
-        return (scale * x - x_start) / self._at("sqrt_recipm1_alphas_cumprod", t)
+        scaled = self.at("sqrt_recip_alphas_cumprod", t) * x
+        return (scaled - x_start) / self.at("sqrt_recipm1_alphas_cumprod", t)
 
     # --- what the network's output means ---------------------------------------------------------
 
     def pred_xstart(self, output: Tensor, x: Tensor, t: int | Tensor, *, clip: bool) -> Tensor:
-        """Return the x_0 (N, 3, S, S) that the network's ``output`` (N, 3 or 6, S, S) implies."""
+        """Return the x_0 (N, C, H, W) that the network's ``output`` (N, C or 2C, H, W) implies."""
         mean_part = output[:, : x.shape[1]]
         if self.predict_xstart:
             x_start = mean_part
@@ -179,21 +178,21 @@ class GaussianDiffusion:
         return x_start.clamp(-self.clip_range, self.clip_range) if clip else x_start
 
     def target(self, x_start: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
-        """Return what a perfect network says of ``q_sample(x_start, t, noise)``, (N, 3, S, S)."""
+        """Return what a perfect network says of ``q_sample(x_start, t, noise)``, (N, C, H, W)."""
         if self.predict_xstart:
             return x_start
         if not self.predict_v:
             return noise
-        signal = self._at("sqrt_alphas_cumprod", t)  # Salimans & Ho 2022, appendix D
-        return _mix(signal, noise, -self._at("sqrt_one_minus_alphas_cumprod", t), x_start)
+        signal = self.at("sqrt_alphas_cumprod", t)  # Salimans & Ho 2022, appendix D
+        return _mix(signal, noise, -self.at("sqrt_one_minus_alphas_cumprod", t), x_start)
 
     def pred_log_variance(self, output: Tensor, t: int | Tensor) -> Coefficient:
         """Return the log variance of p(x_{t-1} given x_t), learned (IDDPM eq. 15) or fixed."""
         if not self.learn_sigma:
             small, large = "posterior_log_variance_clipped", "fixed_large_log_variance"
-            return self._at(small if self.fixed_small else large, t)
+            return self.at(small if self.fixed_small else large, t)
         between = output[:, output.shape[1] // 2 :]  # -1: the lower one, 1: the upper one
-        upper, lower = self._at("log_betas", t), self._at("posterior_log_variance_clipped", t)
+        upper, lower = self.at("log_betas", t), self.at("posterior_log_variance_clipped", t)
         return (upper - lower) / 2 * between + (upper + lower) / 2
 
     def p_mean_variance(
@@ -244,51 +243,18 @@ class GaussianDiffusion:
         x_start = self.pred_xstart(output, x, t, clip=self.clip_denoised)
         eps = self.predict_eps_from_xstart(x, t, x_start)
         if gradient is not None:
-            eps = eps - self._at("sqrt_one_minus_alphas_cumprod", t) * gradient
+            eps = eps - self.at("sqrt_one_minus_alphas_cumprod", t) * gradient
             x_start = self.predict_xstart_from_eps(x, t, eps)
         if correct:
             x_start = correct(x_start)
         if eta:
             eps = _mix(eta, noise, math.sqrt(1 - eta**2), eps)
-        direction = self._at("sqrt_one_minus_alphas_cumprod_prev", t) * eps
-        return self._at("sqrt_alphas_cumprod_prev", t) * x_start + direction, x_start
+        direction = self.at("sqrt_one_minus_alphas_cumprod_prev", t) * eps
+        return self.at("sqrt_alphas_cumprod_prev", t) * x_start + direction, x_start
 
     # --- the loop --------------------------------------------------------------------------------
 
     def p_sample_loop_progressive(
-        self,
-        model: Callable[[Tensor, Tensor], Tensor],
-        x: Tensor,
-        times: list[int],
-        draw_noise: Callable[[], Tensor],
-        *,
-        condition_x: Callable[[Tensor, int], Tensor],
-        denoise: Callable[[Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor]],
-        inpa_inj_time_shift: int = 1,
-    ) -> Iterator[Step]:
-        """Walk ``times`` from the noise ``x`` to a picture (RePaint, Algorithm 1).
-
-        The comments name the lines of the algorithm; line 1 draws ``x``. ``times`` ends at -1 and
-        its neighbours differ by one. ``model`` gets x (N, 3, S, S) and the network's times (N,).
-        ``condition_x`` (x, t) puts the known pixels into x_t, ``denoise`` (output, x, t, noise)
-        returns x_{t-1} and x_0. ``draw_noise`` gives standard normal noise of the shape of ``x``.
-        Yields after every transition; the last ``x`` is the result.
-        """
-        network_times = self.network_times(x.device)[:, None].expand(-1, len(x))
-        is_first = True  # x_T is noise everywhere, so there is nothing to condition yet
-        for t, t_next in pairwise(times):  # lines 2, 3 and 9
-            if t_next > t:
-                x = self.undo(x, t + inpa_inj_time_shift, draw_noise())  # line 10
-                yield Step(t_next, x, None)
-                continue
-            noise = draw_noise()  # line 6
-            if not is_first:
-                x = condition_x(x, t)  # lines 4, 5 and 8
-            is_first = False
-            x, pred_xstart = denoise(model(x, network_times[t]), x, t, noise)  # line 7
-            yield Step(t_next, x, pred_xstart)
-
-    def repaint(
         self,
         model: Callable[[Tensor, Tensor], Tensor],
         gt: Tensor,
@@ -296,73 +262,58 @@ class GaussianDiffusion:
         times: list[int],
         draw_noise: Callable[[], Tensor],
         *,
-        sampler: str = "repaint",  # how known pixels come in: into x_t, or with ddnm into x_0
-        ddnm_eta: float = 0.85,
+        sampler: "Sampler",
         cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
-        use_ddim: bool = False,
-        inpa_inj_sched_prev: bool = True,  # condition on the known pixels at all
-        inpa_inj_sched_prev_cumnoise: bool = False,  # their noise is one walk, not drawn anew
         inpa_inj_time_shift: int = 1,
     ) -> Iterator[Step]:
-        """Choose the pieces of ``p_sample_loop_progressive`` and start it.
+        """Walk ``times`` from noise to a picture whose known part is that of ``gt`` (Algorithm 1).
 
-        ``gt`` and ``gt_keep_mask`` are (N, 3, S, S). ``cond_fn`` (x, the network's times) returns
-        scale · ∇_x log p(y | x). Noise is drawn in this order: x_T; with cumulative noise one for
-        every step of the chain; then for each step down the step's own and, where x_t is
-        conditioned with new noise, the known part's; one for each undo. Known pixels are not pasted
-        back into the result. Raises ValueError where ``times`` leave the chain.
+        The comments name the lines of the algorithm. ``gt`` and ``gt_keep_mask`` are (N, C, H, W).
+        ``times`` ends at -1 and its neighbours differ by one. ``model`` gets x (N, C, H, W) and the
+        network's times (N,). ``draw_noise`` gives standard normal noise of the shape of ``gt``.
+        ``cond_fn`` (x, the network's times) returns scale · ∇_x log p(y | x). Noise is drawn in
+        this order: x_T; what the sampler draws at the start; for each step down the step's own and
+        what the sampler draws to condition x_t; one for each undo. Yields after every transition;
+        the last ``x`` is the result. Raises ValueError where ``times`` leave the chain.
         """
         self.check_times(times, inpa_inj_time_shift)
+        network_times = self.network_times(gt.device)[:, None].expand(-1, len(gt))
         x = draw_noise()  # line 1
-        trajectory: list[Tensor] = []
-        if inpa_inj_sched_prev and inpa_inj_sched_prev_cumnoise:
-            trajectory = self.forward_trajectory(gt, draw_noise, max(times))
+        walk = Walk(self, gt, gt_keep_mask, times, draw_noise)
+        sampler.start(walk)
+        for number, (t, t_next) in enumerate(pairwise(times)):  # lines 2, 3 and 9
+            if t_next > t:
+                x = self.undo(x, t + inpa_inj_time_shift, draw_noise())  # line 10
+                yield Step(t_next, x, None)
+                continue
+            noise = draw_noise()  # line 6
+            if number > 0:  # x_T is noise everywhere: there is nothing to condition yet
+                x = sampler.condition_x(walk, x, t)  # lines 4, 5 and 8
+            output = model(x, network_times[t])
+            gradient = cond_fn(x, network_times[t]) if cond_fn else None
+            x, pred_xstart = sampler.denoise(walk, output, x, t, noise, gradient)  # line 7
+            yield Step(t_next, x, pred_xstart)
 
-        def condition_x(x: Tensor, t: int) -> Tensor:
-            if sampler == "ddnm" or not inpa_inj_sched_prev:
-                return x
-            known = trajectory[t] if trajectory else self.q_sample(gt, t, draw_noise())
-            return condition(x, known, gt_keep_mask)
+    @torch.inference_mode()
+    def inpaint(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        gt: Tensor,
+        gt_keep_mask: Tensor,
+        times: list[int],
+        *,
+        sampler: "Sampler",  # such as samplers.Repaint()
+        generators: Sequence[torch.Generator] | None = None,  # one an image; default: torch's own
+    ) -> Tensor:
+        """Return ``gt`` (N, C, H, W) with its part where the mask is 0 made anew.
 
-        denoise = self.ddim_sample if use_ddim else self.p_sample
-        if sampler == "ddnm":
-            correct = partial(condition, known=gt, gt_keep_mask=gt_keep_mask)
-            correct = correct if inpa_inj_sched_prev else None
-            denoise = partial(self.ddim_sample, eta=ddnm_eta, correct=correct)
-        if cond_fn:
-            denoise = self._guided(denoise, cond_fn)
-        return self.p_sample_loop_progressive(
-            model,
-            x,
-            times,
-            draw_noise,
-            condition_x=condition_x,
-            denoise=denoise,
-            inpa_inj_time_shift=inpa_inj_time_shift,
-        )
-
-    def _guided(
-        self, denoise: Callable[..., tuple[Tensor, Tensor]], cond_fn: Callable
-    ) -> Callable[..., tuple[Tensor, Tensor]]:
-        """Return ``denoise`` with the gradient of ``cond_fn`` at its x."""
-
-        def guided(output: Tensor, x: Tensor, t: int, noise: Tensor) -> tuple[Tensor, Tensor]:
-            times = self.network_times(x.device)[t].expand(len(x))
-            return denoise(output, x, t, noise, cond_fn(x, times))
-
-        return guided
-
-    def forward_trajectory(
-        self, gt: Tensor, draw_noise: Callable[[], Tensor], last: int
-    ) -> list[Tensor]:
-        """Return z_0 … z_last of one forward walk from ``gt``; draws the whole chain's noise."""
-        trajectory, z = [], gt
-        for t in range(self.num_timesteps):
-            noise = draw_noise()
-            if t <= last:
-                z = self.undo(z, t, noise)
-                trajectory.append(z)
-        return trajectory
+        ``model`` is any callable of x (N, C, H, W) and the network's times (N,); ``times`` is a
+        walk such as ``get_schedule_jump`` returns; the mask is broadcast to the shape of ``gt``.
+        Known pixels are not pasted back. Raises ValueError as ``p_sample_loop_progressive``.
+        """
+        mask, draw_noise = gt_keep_mask.to(gt).expand_as(gt), noise_source(generators, gt)
+        steps = self.p_sample_loop_progressive(model, gt, mask, times, draw_noise, sampler=sampler)
+        return deque(steps, maxlen=1)[0].x
 
     def check_times(self, times: list[int], inpa_inj_time_shift: int = 1) -> None:
         """Raise ValueError where the walk ``times`` or its undos leave the chain."""
@@ -373,6 +324,35 @@ class GaussianDiffusion:
             raise ValueError(f"undo would use steps {min(shifted)} to {max(shifted)} of the chain")
 
 
+@dataclass
+class Walk:
+    """What a sampler knows of the walk it takes part in; tensors are (N, C, H, W)."""
+
+    diffusion: GaussianDiffusion
+    gt: Tensor
+    gt_keep_mask: Tensor
+    times: list[int]
+    draw_noise: Callable[[], Tensor]
+    trajectory: list[Tensor] = field(default_factory=list)  # of the known pixels, by time
+
+
+class Sampler:
+    """How the known pixels of a walk come in: here not at all, in samplers.py in three ways."""
+
+    def start(self, walk: Walk) -> None:
+        """Draw what the sampler needs before the first step."""
+
+    def condition_x(self, walk: Walk, x: Tensor, t: int) -> Tensor:
+        """Return x_t as the network is to see it (Algorithm 1, lines 4, 5 and 8)."""
+        return x
+
+    def denoise(
+        self, walk: Walk, output: Tensor, x: Tensor, t: int, noise: Tensor, gradient: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return x_{t-1} and x_0, given the network's ``output`` at x_t (Algorithm 1, line 7)."""
+        return walk.diffusion.p_sample(output, x, t, noise, gradient)
+
+
 def condition(x: Tensor, known: Tensor, gt_keep_mask: Tensor) -> Tensor:
     """Take ``known`` where the mask is 1 and ``x`` where it is 0 (RePaint eq. 8c).
 
@@ -381,6 +361,26 @@ def condition(x: Tensor, known: Tensor, gt_keep_mask: Tensor) -> Tensor:
     13). A soft mask mixes.
     """
     return torch.lerp(x, known, gt_keep_mask)
+
+
+def noise_source(
+    generators: Sequence[torch.Generator] | None, like: Tensor
+) -> Callable[[], Tensor]:
+    """Return a function that draws standard normal noise, shaped as ``like`` (N, C, H, W).
+
+    Each image has a generator of its own, so that it does not depend on the others. Without
+    generators torch's global one draws. Raises ValueError unless there are N.
+    """
+    if generators is not None and len(generators) != len(like):
+        raise ValueError(f"expected {len(like)} generators, found {len(generators)}")
+
+    def draw_noise() -> Tensor:
+        noise = torch.empty_like(like)
+        for i, image in enumerate(noise):
+            image.normal_(generator=generators[i] if generators else None)
+        return noise
+
+    return draw_noise
 
 
 def _mix(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:

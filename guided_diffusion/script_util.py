@@ -24,7 +24,11 @@ from guided_diffusion.config.folders import is_folder, read_folder
 from guided_diffusion.config.keys import CLASSIFIER_CLASSES, CLASSIFIER_HEAD_CHANNELS, InpaintConf
 from guided_diffusion.config.network_keys import CHANNEL_MULT_BY_SIZE, ModelConf
 from guided_diffusion.errors import UserError
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
+from guided_diffusion.gaussian_diffusion import (
+    GaussianDiffusion,
+    Sampler,
+    get_named_beta_schedule,
+)
 from guided_diffusion.io.checkpoints import (
     check_checkpoint,
     fingerprint,
@@ -33,6 +37,7 @@ from guided_diffusion.io.checkpoints import (
 )
 from guided_diffusion.models.diffusers import DiffusersUNet, check_folder, load_network
 from guided_diffusion.respace import respaced_betas, space_timesteps
+from guided_diffusion.samplers import Ddim, Ddnm, Repaint
 from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
 
@@ -141,6 +146,23 @@ def create_schedule(conf: InpaintConf, diffusion: GaussianDiffusion) -> list[int
         got = conf.inpa_inj_time_shift
         raise UserError(str(error), key="inpa_inj_time_shift", got=got) from error
     return times
+
+
+def _repaint(conf: InpaintConf) -> Sampler:
+    sampler = Ddim if conf.use_ddim else Repaint
+    return sampler(conf.inpa_inj_sched_prev, conf.inpa_inj_sched_prev_cumnoise)
+
+
+# What the key ``sampler`` may be.
+SAMPLERS: dict[str, Callable[[InpaintConf], Sampler]] = {
+    "repaint": _repaint,
+    "ddnm": lambda conf: Ddnm(conf.ddnm_eta, conf.inpa_inj_sched_prev),
+}
+
+
+def create_sampler(conf: InpaintConf) -> Sampler:
+    """Build what puts the known pixels in, as the key ``sampler`` says."""
+    return SAMPLERS[conf.sampler](conf)
 
 
 # ---- Loading -------------------------------------------------------------------------------------

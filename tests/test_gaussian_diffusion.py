@@ -2,6 +2,7 @@ import itertools
 import math
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from guided_diffusion.gaussian_diffusion import (
 )
 from guided_diffusion.respace import respaced_betas, space_timesteps
 from guided_diffusion.run.inpainter import classifier_gradient
+from guided_diffusion.samplers import Ddim, Ddnm, Repaint
 from guided_diffusion.scheduler import get_schedule_jump
+from guided_diffusion.script_util import create_sampler
 from guided_diffusion.training.losses import training_losses, vb_terms_bits
 from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
 
@@ -26,6 +29,24 @@ def chain(respacing="12", noise_schedule="linear", steps=1000, **flags):
     kept = space_timesteps(steps, respacing)
     betas = respaced_betas(get_named_beta_schedule(noise_schedule, steps), kept)
     return GaussianDiffusion(betas, kept, **flags)
+
+
+def repaint(diffusion, model, gt, mask, times, draw, **flags):
+    """Walk with the sampler that these keys of a YAML choose."""
+    loop = ("cond_fn", "inpa_inj_time_shift")
+    keys = {
+        "sampler": "repaint",
+        "use_ddim": False,
+        "ddnm_eta": 0.85,
+        "inpa_inj_sched_prev": True,
+        "inpa_inj_sched_prev_cumnoise": False,
+    }
+    keys |= {name: value for name, value in flags.items() if name not in loop}
+    sampler = create_sampler(SimpleNamespace(**keys))
+    rest = {name: value for name, value in flags.items() if name in loop}
+    return diffusion.p_sample_loop_progressive(
+        model, gt, mask, times, draw, sampler=sampler, **rest
+    )
 
 
 def noise_source(shape, seed=0):
@@ -88,7 +109,7 @@ def test_the_network_is_told_original_and_scaled_times(time_scale):
         return torch.zeros(2, 6, 4, 4)
 
     gt = torch.zeros(2, 3, 4, 4)
-    last(diffusion.repaint(model, gt, gt, [2, 1, 0, -1], noise_source(gt.shape)))
+    last(repaint(diffusion, model, gt, gt, [2, 1, 0, -1], noise_source(gt.shape)))
     training_losses(diffusion, model, gt, torch.tensor([2, 1]), gt)
     expected = [[999.0, 999.0], [500.0, 500.0], [0.0, 0.0], [999.0, 500.0]]
     assert [(t / time_scale).tolist() for t in seen] == expected
@@ -140,7 +161,8 @@ def test_golden_samples_for_every_batch_size(name, batch_size):
             lambda x, t, y=y: classifier_gradient(classifier, x, t, y, conf["classifier_scale"])
         )
         sample = last(
-            diffusion.repaint(
+            repaint(
+                diffusion,
                 lambda x, t, y=y: model(x, t, y),
                 gt[batch],
                 mask[batch],
@@ -317,7 +339,8 @@ def test_all_combinations_against_a_naive_loop(values, time_shift):
     )
     drawn_by_torch = iter(torch.tensor(noises))
     got = last(
-        diffusion.repaint(
+        repaint(
+            diffusion,
             toy_network(torch, flags),
             torch.tensor(gt),
             torch.tensor(mask),
@@ -378,14 +401,14 @@ WALK = [2, 1, 2, 1, 0, -1]  # down, up, down, down, down
 def test_order_of_draws(flags, order, use_ddim):
     record = Recorder((1, 3, 2, 2))
     gt = torch.zeros(record.shape)
-    last(chain("5").repaint(record.model, gt, gt, WALK, record.draw, use_ddim=use_ddim, **flags))
+    last(repaint(chain("5"), record.model, gt, gt, WALK, record.draw, use_ddim=use_ddim, **flags))
     assert record.events == ["model" if word == "m" else "draw" for word in order.split()]
 
 
 def test_denoising_noise_is_drawn_before_conditioning_noise():
     record, diffusion = Recorder((1, 3, 2, 2)), chain("5")
     gt, mask = torch.full(record.shape, 0.4), torch.ones(record.shape)
-    steps = list(diffusion.repaint(record.model, gt, mask, WALK, record.draw))
+    steps = list(repaint(diffusion, record.model, gt, mask, WALK, record.draw))
     x_T, eps1_first, undo_noise, eps1, eps2 = record.draws[:5]
     assert torch.equal(record.seen[0], x_T)  # the first step down is not conditioned
     mean = diffusion.q_posterior_mean((x_T / diffusion.sqrt_alphas_cumprod[2]).clamp(-1, 1), x_T, 2)
@@ -403,7 +426,7 @@ def test_denoising_noise_is_drawn_before_conditioning_noise():
 def test_steps_tell_where_they_are():
     record = Recorder((1, 3, 2, 2))
     gt = torch.zeros(record.shape)
-    steps = list(chain("5").repaint(record.model, gt, gt, WALK, record.draw))
+    steps = list(repaint(chain("5"), record.model, gt, gt, WALK, record.draw))
     assert [step.t for step in steps] == WALK[1:]
     assert [step.pred_xstart is None for step in steps] == [False, True, False, False, False]
 
@@ -412,8 +435,8 @@ def test_cumulative_noise_is_one_trajectory():
     record, diffusion = Recorder((1, 3, 2, 2)), chain("5")
     gt, mask = torch.full(record.shape, 0.4), torch.ones(record.shape)
     last(
-        diffusion.repaint(
-            record.model, gt, mask, WALK, record.draw, inpa_inj_sched_prev_cumnoise=True
+        repaint(
+            diffusion, record.model, gt, mask, WALK, record.draw, inpa_inj_sched_prev_cumnoise=True
         )
     )
     z, levels = gt, []
@@ -441,7 +464,7 @@ def test_all_unknown_is_plain_sampling(use_ddim):
     def run(draw, **flags):
         mask = torch.zeros_like(gt)
         return last(
-            chain().repaint(bounded_network, gt, mask, times, draw, use_ddim=use_ddim, **flags)
+            repaint(chain(), bounded_network, gt, mask, times, draw, use_ddim=use_ddim, **flags)
         )
 
     source = noise_source(gt.shape)
@@ -469,7 +492,7 @@ def test_all_known_returns_the_picture_up_to_the_last_noise():
         def model(x, t):
             return torch.cat([eps_of(x, t), torch.zeros_like(x)], 1)
 
-        return last(diffusion.repaint(model, gt, mask, times, draw))
+        return last(repaint(diffusion, model, gt, mask, times, draw))
 
     # A network that knows the noise gives back the picture, whatever happened before.
     def true_noise(x, t):
@@ -497,7 +520,7 @@ def test_results_do_not_depend_on_the_batch():
     def run(rows):
         sources = [noise_source((1, 3, 4, 4), seed=row) for row in rows]
         draw = lambda: torch.cat([source() for source in sources])  # noqa: E731
-        return last(diffusion.repaint(bounded_network, gt[rows], mask[rows], times, draw))
+        return last(repaint(diffusion, bounded_network, gt[rows], mask[rows], times, draw))
 
     torch.testing.assert_close(run([0, 1, 2]), torch.cat([run([2]), run([0]), run([1])])[[1, 2, 0]])
 
@@ -531,7 +554,8 @@ def test_sampling_reproduces_a_gaussian(mu, s, use_ddim):
     diffusion = chain("1000", clip_denoised=False)
     gt = torch.zeros(4, 3, 40, 40)  # 19,200 independent samples
     sample = last(
-        diffusion.repaint(
+        repaint(
+            diffusion,
             gaussian_denoiser(diffusion, mu, s),
             gt,
             gt,
@@ -554,7 +578,8 @@ def test_wide_jumps_keep_a_gaussian():
     diffusion, mu, s = chain("250", clip_denoised=False), 0.3, 0.5
     gt = torch.zeros(4, 3, 40, 40)
     sample = last(
-        diffusion.repaint(
+        repaint(
+            diffusion,
             gaussian_denoiser(diffusion, mu, s),
             gt,
             gt,
@@ -592,7 +617,8 @@ def posterior_of_pairs(jump_n_sample, seed=0):
     mask = torch.zeros(shape)
     mask[..., 0] = 1
     sample = last(
-        diffusion.repaint(
+        repaint(
+            diffusion,
             pair_denoiser(diffusion),
             gt,
             mask,
@@ -748,8 +774,14 @@ def test_time_shift_in_the_loop(shift):
     record, diffusion = Recorder((1, 3, 2, 2)), chain("9")
     gt = torch.zeros(record.shape)
     steps = list(
-        diffusion.repaint(
-            record.model, gt, gt, [3, 2, 1, 2, 1, 0, -1], record.draw, inpa_inj_time_shift=shift
+        repaint(
+            diffusion,
+            record.model,
+            gt,
+            gt,
+            [3, 2, 1, 2, 1, 0, -1],
+            record.draw,
+            inpa_inj_time_shift=shift,
         )
     )
     beta = diffusion.betas[1 + shift]
@@ -830,13 +862,16 @@ def test_walks_that_leave_the_chain(times, shift, problem):
         diffusion.check_times(times, shift)
     calls = []
     with pytest.raises(ValueError, match=problem):
-        diffusion.repaint(
-            lambda x, t: calls.append(x),
-            gt,
-            gt,
-            times,
-            lambda: calls.append(gt),
-            inpa_inj_time_shift=shift,
+        last(
+            repaint(
+                diffusion,
+                lambda x, t: calls.append(x),
+                gt,
+                gt,
+                times,
+                lambda: calls.append(gt),
+                inpa_inj_time_shift=shift,
+            )
         )
     assert not calls  # found before anything is drawn or called
 
@@ -977,7 +1012,8 @@ def test_a_step_of_ddnm_by_hand(t, eta):
     mask = torch.linspace(0, 1, known.numel()).view_as(known)  # soft ones, too
     draws = iter([x, noise])
     step = next(
-        diffusion.repaint(
+        repaint(
+            diffusion,
             lambda *_: output,
             known,
             mask,
@@ -1001,9 +1037,67 @@ def test_ddnm_ends_with_the_known_pixels_as_they_are():
     gt = torch.rand(1, 3, 4, 4) * 2 - 1
     mask = torch.zeros_like(gt)
     mask[..., :2] = 1
-    steps = chain("5").repaint(
-        bounded_network, gt, mask, WALK, noise_source(gt.shape), sampler="ddnm"
+    steps = repaint(
+        chain("5"), bounded_network, gt, mask, WALK, noise_source(gt.shape), sampler="ddnm"
     )
     x = last(steps)
     assert torch.equal(x[..., :2], gt[..., :2])
     assert not torch.equal(x[..., 2:], gt[..., 2:])
+
+
+# --- the door for other networks and other data --------------------------------------------------
+
+
+def two_channel_network(x, t):
+    return torch.sin(x + t[:, None, None, None] / 1000)
+
+
+@pytest.mark.parametrize("sampler", [Repaint(), Repaint(cumulative_noise=True), Ddim(), Ddnm(0.5)])
+def test_inpaint_takes_any_shape_and_keeps_what_is_known(sampler):
+    diffusion = chain("5", learn_sigma=False)
+    gt = torch.linspace(-1, 1, 2 * 2 * 3 * 5).reshape(2, 2, 3, 5)
+    mask = torch.ones(1, 1, 3, 5)
+    mask[..., 2:] = 0
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    made = diffusion.inpaint(
+        two_channel_network, gt, mask, WALK, sampler=sampler, generators=generators
+    )
+    assert made.shape == gt.shape
+    alone = diffusion.inpaint(
+        two_channel_network,
+        gt[1:],
+        mask,
+        WALK,
+        sampler=sampler,
+        generators=[torch.Generator().manual_seed(2)],
+    )
+    torch.testing.assert_close(made[1:], alone)
+    if isinstance(sampler, Ddnm):  # its last step ends at x_0 itself
+        torch.testing.assert_close(made[..., :2], gt[..., :2])
+    assert (made[..., 2:] - gt[..., 2:]).abs().mean() > 0.05
+
+
+def test_inpaint_wants_a_generator_for_each_image():
+    gt = torch.zeros(2, 1, 2, 2)
+    with pytest.raises(ValueError, match="expected 2 generators, found 1"):
+        chain("5").inpaint(
+            two_channel_network, gt, gt, WALK, sampler=Repaint(), generators=[torch.Generator()]
+        )
+
+
+def test_a_sampler_of_ones_own_is_one_class():
+    class KeepFirst(Repaint):
+        def condition_x(self, walk, x, t):
+            return condition(x, walk.gt, walk.gt_keep_mask)
+
+    gt = torch.full((1, 1, 2, 2), 0.5)
+    seen = []
+
+    def network(x, t):
+        seen.append(x.clone())
+        return torch.zeros_like(x)
+
+    chain("5", learn_sigma=False).inpaint(
+        network, gt, torch.ones_like(gt), WALK, sampler=KeepFirst()
+    )
+    assert all(torch.equal(x, gt) for x in seen[1:])

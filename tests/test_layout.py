@@ -13,7 +13,7 @@ FLOORS = (  # from the top; a name is a module or a room
     {"training", "script_util"},
     {"accel", "models", "image_datasets", "config"},
     {"unet", "dist_util", "io", "cli"},
-    {"gaussian_diffusion", "scheduler", "respace", "nn", "masks", "errors"},
+    {"samplers", "gaussian_diffusion", "scheduler", "respace", "nn", "masks", "errors"},
 )
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 SEES_CONFIGURATIONS = {"config", "script_util", "run", "training", "tools"}

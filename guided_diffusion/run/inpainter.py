@@ -16,9 +16,14 @@ from guided_diffusion.accel.accelerate import (
 )
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.dist_util import get_device
-from guided_diffusion.gaussian_diffusion import Step
+from guided_diffusion.gaussian_diffusion import Step, noise_source
 from guided_diffusion.run.windows import Windows
-from guided_diffusion.script_util import create_gaussian_diffusion, load_classifier, load_model
+from guided_diffusion.script_util import (
+    create_gaussian_diffusion,
+    create_sampler,
+    load_classifier,
+    load_model,
+)
 
 
 class Inpainter:
@@ -92,18 +97,14 @@ class Inpainter:
         network = self.network
         if gt.shape[2:] != (self.conf.image_size, self.conf.image_size):
             network = Windows(network, self.conf.image_size, gt_keep_mask, windows_at_once)
-        return self.diffusion.repaint(
+        return self.diffusion.p_sample_loop_progressive(
             partial(network, y=y) if self.conf.class_cond else network,
             gt,
             gt_keep_mask,
             self.times,
-            noise_source(generators, gt.shape),
-            sampler=self.conf.sampler,
-            ddnm_eta=self.conf.ddnm_eta,
+            noise_source(generators, gt),
+            sampler=create_sampler(self.conf),
             cond_fn=partial(self.gradient, y=y) if self.conf.guided else None,
-            use_ddim=self.conf.use_ddim,
-            inpa_inj_sched_prev=self.conf.inpa_inj_sched_prev,
-            inpa_inj_sched_prev_cumnoise=self.conf.inpa_inj_sched_prev_cumnoise,
             inpa_inj_time_shift=self.conf.inpa_inj_time_shift,
         )
 
@@ -115,20 +116,6 @@ class Inpainter:
         return torch.cat(
             [torch.randint(0, high, (1,), generator=g, device=g.device) for g in generators]
         )
-
-
-def noise_source(
-    generators: Sequence[torch.Generator], shape: Sequence[int]
-) -> Callable[[], Tensor]:
-    """Return a function that draws standard normal noise (N, 3, S, S), a generator an image."""
-
-    def draw_noise() -> Tensor:
-        noise = torch.empty(shape, device=generators[0].device)
-        for own, generator in zip(noise.unbind(), generators, strict=True):
-            own.normal_(generator=generator)
-        return noise
-
-    return draw_noise
 
 
 def classifier_gradient(

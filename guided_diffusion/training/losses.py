@@ -46,7 +46,7 @@ def vb_terms_bits(
     """Return L_{t-1}, or L_0 where t is 0, in bits a dimension (N,) (IDDPM eqs. 4 to 6)."""
     mean, log_variance, _ = diffusion.p_mean_variance(output, x, t, clip_denoised=False)
     true_mean = diffusion.q_posterior_mean(x_start, x, t)
-    true_log_variance = diffusion._at("posterior_log_variance_clipped", t)
+    true_log_variance = diffusion.at("posterior_log_variance_clipped", t)
     kl = _normal_kl(true_mean, true_log_variance, mean, log_variance)
     nll = -_discretized_gaussian_log_likelihood(x_start, mean, 0.5 * log_variance)
     return torch.where(t == 0, _mean_flat(nll), _mean_flat(kl)) / math.log(2)

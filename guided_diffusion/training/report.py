@@ -26,6 +26,7 @@ from guided_diffusion.io.images import (
 from guided_diffusion.io.results import write_image
 from guided_diffusion.io.sheets import OverviewRow, montage, write_overview
 from guided_diffusion.masks import make_mask
+from guided_diffusion.samplers import Repaint
 from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.training.checkpoints import last_saved
 from guided_diffusion.training.losses import training_losses
@@ -278,7 +279,9 @@ class Evaluator:
                 torch.randn, gt[part].shape, generator=source, device=self.device
             )
             predict = self.predictor(None if labels is None else labels[part])
-            walk = self.sample_diffusion.repaint(predict, gt[part], keep[part], times, draw)
+            walk = self.sample_diffusion.p_sample_loop_progressive(
+                predict, gt[part], keep[part], times, draw, sampler=Repaint()
+            )
             [last] = collections.deque(walk, maxlen=1)
             results.append(to_uint8(last.x))
         return np.concatenate(results)

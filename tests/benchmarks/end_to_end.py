@@ -39,8 +39,8 @@ from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.dist_util import get_device
 from guided_diffusion.errors import UserError
-from guided_diffusion.gaussian_diffusion import Step
-from guided_diffusion.run.inpainter import Inpainter, noise_source
+from guided_diffusion.gaussian_diffusion import Step, noise_source
+from guided_diffusion.run.inpainter import Inpainter
 from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import create_gaussian_diffusion, create_schedule, load_model
 
@@ -120,7 +120,7 @@ def ways_of(conf: InpaintConf, batch: int, device: torch.device) -> list[Way]:
 
     def port() -> Iterator[Tensor]:
         generators = [torch.Generator(device).manual_seed(seed) for seed in range(batch)]
-        draw = noise_source(generators, shape)
+        draw = noise_source(generators, gt)
         return plain.repaint(inpainter.diffusion, network, gt, mask, inpainter.times, draw)
 
     def ours(walker: Inpainter) -> Callable[[], Iterator[Step]]:

@@ -59,8 +59,10 @@ from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.keys import DataConf, InpaintConf
 from guided_diffusion.config.reading import load_conf
 from guided_diffusion.dist_util import get_device
+from guided_diffusion.gaussian_diffusion import noise_source
 from guided_diffusion.io.files import check_folder, write_text_atomic
-from guided_diffusion.run.inpainter import Inpainter, noise_source
+from guided_diffusion.run.inpainter import Inpainter
+from guided_diffusion.samplers import Repaint
 from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import (
     create_classifier,
@@ -360,7 +362,7 @@ class Benchmark:
                 own.normal_(generator=generator)
             return noise
 
-        draw = noise_source(generators, self.x.shape)
+        draw = noise_source(generators, self.x)
 
         def network(x: Tensor, timesteps: Tensor) -> Tensor:
             return zeros
@@ -373,7 +375,9 @@ class Benchmark:
         inputs = (network, self.x.clamp(-1, 1), mask, times)
         loops: dict[str, Callable[[], Iterable]] = {
             "plain": lambda: plain.repaint(self.diffusion, *inputs, draw_plainly),
-            "ours": lambda: inpainter.diffusion.repaint(*inputs, draw),
+            "ours": lambda: inpainter.diffusion.p_sample_loop_progressive(
+                *inputs, draw, sampler=Repaint()
+            ),
             "plain noise": lambda: draw_only(draw_plainly),
             "our noise": lambda: draw_only(draw),
         }

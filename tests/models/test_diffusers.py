@@ -12,6 +12,7 @@ from guided_diffusion.config.folders import read_folder
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.models.diffusers import check_folder, load_network
+from guided_diffusion.samplers import Repaint
 
 CPU = torch.device("cpu")
 
@@ -200,7 +201,9 @@ def test_the_whole_walk_is_that_of_diffusers_scheduler(plain, monkeypatch):
     draws = [torch.randn(gt.shape) for _ in range(3 * len(times))]
     source = iter(draws)
     with torch.no_grad():
-        *_, last = diffusion.repaint(network, gt, mask, times, lambda: next(source))
+        *_, last = diffusion.p_sample_loop_progressive(
+            network, gt, mask, times, lambda: next(source), sampler=Repaint()
+        )
     source = iter(draws)
     x, is_first = next(source), True
     for t, t_next in itertools.pairwise(times):
