@@ -41,6 +41,7 @@ class TrunkConfig:
     norm_groups: int = 32  # of each GroupNorm
     dropout: float = 0.0
     use_checkpoint: bool = False  # recompute activations in the backward pass
+    in_channels: int = 3  # of the input picture
 
 
 class Downsample(nn.Module):
@@ -173,7 +174,8 @@ class UNetEncoder(nn.Module):
         first, last = nn.Linear(width, 4 * width), nn.Linear(4 * width, 4 * width)
         self.time_embed = nn.Sequential(first, nn.SiLU(), last)
         channels = int(cfg.channel_mult[0] * width)
-        self.input_blocks = nn.ModuleList([EmbedSequential(nn.Conv2d(3, channels, 3, padding=1))])
+        conv = nn.Conv2d(cfg.in_channels, channels, 3, padding=1)
+        self.input_blocks = nn.ModuleList([EmbedSequential(conv)])
         self.skip_channels = [channels]  # of every input block's output
         for level, mult in enumerate(cfg.channel_mult):
             for _ in range(cfg.num_res_blocks):
@@ -228,7 +230,7 @@ class Head(nn.Sequential):
 
 
 class UNetModel(UNetEncoder):
-    """Estimates noise, and the variance's interpolation where ``out_channels`` is 6.
+    """Estimates noise, and the variance's interpolation with twice the channels of the input.
 
     With ``num_classes`` a label embedding is added to that of time.
     """
@@ -254,7 +256,7 @@ class UNetModel(UNetEncoder):
         self.out = Head(GroupNorm32(channels, cfg.norm_groups), nn.SiLU(), conv)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """``x`` (N, 3, S, S) in [-1, 1], ``timesteps`` and ``y`` (N,) → (N, out_channels, S, S)."""
+        """``x`` (N, C, S, S) in [-1, 1], ``timesteps`` and ``y`` (N,) → (N, out_channels, S, S)."""
         emb = self.embed_time(timesteps)
         if self.label_emb is not None:
             emb = emb + self.label_emb(y)
@@ -311,7 +313,7 @@ class EncoderUNetModel(UNetEncoder):
             raise ValueError(f"unknown pool {pool!r}")
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        """``x`` (N, 3, S, S) in [-1, 1], ``timesteps`` (N,) → logits (N, out_channels)."""
+        """``x`` (N, C, S, S) in [-1, 1], ``timesteps`` (N,) → logits (N, out_channels)."""
         h, skips = self.encode(x, self.embed_time(timesteps))
         if self.pool.startswith("spatial"):
             means = [feature.type(x.dtype).mean(dim=(2, 3)) for feature in [*skips, h]]

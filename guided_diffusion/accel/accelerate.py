@@ -18,12 +18,11 @@ from guided_diffusion.accel.fused_unet import FusedUNet, with_fused_convolutions
 from guided_diffusion.accel.gpu_kernels import GpuKernels
 from guided_diffusion.accel.graphs import FixedBatch, with_compiled_blocks
 from guided_diffusion.accel.layout import lay_out, precision_on, set_arithmetic
-from guided_diffusion.accel.memory import CallMemory, forget_pages, keep_freed_memory
+from guided_diffusion.accel.memory import forget_pages, keep_freed_memory
 from guided_diffusion.dist_util import is_out_of_memory
 from guided_diffusion.unet import EmbedSequential, EncoderUNetModel, UNetEncoder, UNetModel
 
 __all__ = [
-    "CallMemory",
     "accelerate",
     "accelerate_gradient",
     "precision_on",

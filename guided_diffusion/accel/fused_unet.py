@@ -232,8 +232,8 @@ def with_fused_convolutions(kernels: Kernels, network: UNetEncoder) -> UNetEncod
 def _fused_convolution(kernels: Kernels, conv: nn.Conv2d) -> nn.Module:
     """Return a convolution by the kernels, or ``conv`` itself where they have none for it."""
     has_kernel = (conv.kernel_size, conv.stride) == ((3, 3), (1, 1))
-    # The picture's own three channels are too few.
-    return FusedConv2d(kernels, conv) if has_kernel and conv.in_channels > 3 else conv
+    is_first = conv.in_channels <= 3  # of the picture: too few channels
+    return FusedConv2d(kernels, conv) if has_kernel and not is_first else conv
 
 
 class FusedConv2d(nn.Module):

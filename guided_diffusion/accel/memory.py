@@ -1,6 +1,5 @@
-"""What a network call takes of memory, and how memory is kept and given back."""
+"""How memory is kept between network calls and given back."""
 
-import contextlib
 import ctypes
 import os
 from pathlib import Path
@@ -52,50 +51,6 @@ def keep_freed_memory() -> None:
         return
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, -1)
-
-
-class CallMemory:
-    """What a call of the network takes of a device's memory beside the weights, and what is left.
-
-    Measured at the second call: at the first one, weights are packed and the fast network is
-    checked. On a CPU it takes Linux to tell.
-    """
-
-    def __init__(self, device: torch.device, weights: int) -> None:
-        self._device, self._weights = device, weights  # bytes
-        self._before: int | None = None  # bytes of the process before the second call
-        self._is_told = True  # by the system
-
-    def after_call(self) -> tuple[int, int] | None:
-        """Return bytes taken at once and bytes that are free without them; None: not known yet."""
-        if not self._is_told:
-            return None
-        try:
-            if self._before is None:
-                self._before = self._start()
-                return None
-            if self._device.type == "cuda":  # reserved: a replayed CUDA graph allocates nothing
-                free, _ = torch.cuda.mem_get_info(self._device)
-                free += torch.cuda.memory_reserved(self._device)
-                peak = torch.cuda.max_memory_reserved(self._device)
-            else:
-                peak = bytes_of("/proc/self/status", "VmHWM")
-                free = bytes_of("/proc/meminfo", "MemAvailable") + peak
-        except (OSError, LookupError):  # another system than Linux, or it does not tell
-            self._is_told = False  # so that no further call pays for asking
-            return None
-        return max(1, peak - self._before), free - self._before
-
-    def _start(self) -> int:
-        """Return the bytes that stay between calls; the peak is measured from here on."""
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self._device)
-            return self._weights
-        with contextlib.suppress(AttributeError):  # another C library than glibc
-            ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        return bytes_of("/proc/self/status", "VmRSS")
 
 
 def bytes_of(path: str, name: str) -> int:

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from guided_diffusion.accel.accelerate import CallMemory
 from guided_diffusion.cli import Interrupts
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.dist_util import Team, is_main, is_out_of_memory
@@ -47,7 +46,6 @@ from guided_diffusion.run.plan import (
     walked_by,
     write_record,
 )
-from guided_diffusion.run.windows import window_places
 from guided_diffusion.scheduler import count_steps
 
 # Sees each network call: its number in the walk, from 1, and what it predicts, (N, 3, S, S) in
@@ -162,10 +160,6 @@ class Share:
     observe: Observer | None = None
     exact: Inpainter | None = None  # the same in float32, once that is needed
     summary: Summary = field(default_factory=Summary)
-    call_memory: CallMemory | None = None  # until it has told what a network call takes
-
-    def __post_init__(self) -> None:
-        self.call_memory = CallMemory(self.inpainter.device, self.inpainter.weight_bytes)
 
     def progress(self, title: str, total: int, unit: str, *, leave: bool) -> tqdm:
         """Return a progress bar; only the main process shows it."""
@@ -181,18 +175,6 @@ class Share:
         if job.name not in self.summary.failures:  # a batch may be tried twice
             self.summary.failures[job.name] = problem
             log(f"failed: {job.name}: {problem}")
-
-    def suggest_batch_size(self, batch_size: int) -> None:
-        """Say once what memory a network call takes, and which batch_size would fit."""
-        if self.call_memory and (known := self.call_memory.after_call()):
-            self.call_memory = None
-            taken, free = known
-            most = max(batch_size, int(0.9 * free * batch_size / taken))  # a tenth is for gaps
-            if is_main():
-                tqdm.write(
-                    f"batch_size {batch_size}: takes up to {taken / 1e9:.2g} GB beside the "
-                    f"weights; free memory would hold about {most}"
-                )
 
 
 def make_all(share: Share) -> list[dict[str, Any]]:
@@ -395,7 +377,6 @@ def sample_batch(
     nonfinite_at = torch.zeros(len(inputs), dtype=torch.int64, device=device)
     all_lost = AsyncFlag(device)
     steps = inpainter.steps(gt, mask, [one.seed for one in inputs], batch_size)
-    at_once = pictures_a_call(plan.conf, inputs, batch_size)
     with share.progress("network", count_steps(plan.times)[0], "call", leave=False) as bar:
         for number, step in enumerate(steps):
             share.interrupts.check()
@@ -407,7 +388,6 @@ def sample_batch(
                 bar.update()
                 if share.observe:
                     share.observe(calls, pred_xstart)
-                share.suggest_batch_size(at_once)
                 if calls % _NONFINITE_CHECK_INTERVAL == 0 and all_lost(nonfinite_at.all()):
                     break
             if number in wanted:
@@ -419,14 +399,6 @@ def sample_batch(
         SampleResult(samples[i], lost, [ProcessFrame(t, now[i], x0[i]) for t, now, x0 in frames])
         for i, lost in enumerate(nonfinite_at.tolist())
     ]
-
-
-def pictures_a_call(conf: InpaintConf, inputs: Sequence[Inputs], batch_size: int) -> int:
-    """Return how many pictures, or windows of one, go through the network at once."""
-    known = inputs[0].mask_u8[:, :, 0] == 255
-    if len(known) == conf.image_size:
-        return len(inputs)
-    return min(batch_size, len(window_places(known, conf.image_size)))
 
 
 def wanted_transitions(plan: Plan) -> set[int]:

@@ -57,11 +57,6 @@ class Inpainter:
         """Whether any network computes in less than float32."""
         return any(network.dtype != torch.float32 for network in self._networks())
 
-    @property
-    def weight_bytes(self) -> int:
-        """How many bytes all networks' weights take."""
-        return sum(p.nbytes for network in self._networks() for p in network.parameters())
-
     def _networks(self) -> list[torch.nn.Module]:
         return [self.model, *([self.classifier] if self.classifier else [])]
 

@@ -34,11 +34,10 @@ def built(network):
     return fused_unet.FusedUNet(cpu_kernels.load(), network)
 
 
-def inputs(count, size=16):
+def inputs(count, size=16, channels=3):
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, 3, size, size, generator=generator), torch.randint(
-        0, 1000, (count,), generator=generator
-    )
+    x = torch.randn(count, channels, size, size, generator=generator)
+    return x, torch.randint(0, 1000, (count,), generator=generator)
 
 
 def exact(network, *arguments):
@@ -53,6 +52,8 @@ def exact(network, *arguments):
     [
         {},
         {"out_channels": 3},
+        {"in_channels": 1, "out_channels": 1},
+        {"in_channels": 1, "out_channels": 2},
         {"use_scale_shift_norm": False},
         {"norm_groups": 8},
         {"resblock_updown": False},
@@ -66,7 +67,7 @@ def exact(network, *arguments):
 )
 def test_every_kind_of_network(changes):
     network = unet(**changes)
-    x, t = inputs(3, changes.get("image_size", 16))
+    x, t = inputs(3, network.cfg.image_size, network.cfg.in_channels)
     with torch.inference_mode():
         output = built(network)(x, t)
     reference = exact(network, x, t)
