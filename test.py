@@ -18,6 +18,7 @@ from guided_diffusion.config.docs import help_text
 from guided_diffusion.config.keys import FAST, RESULT_FOLDERS, InpaintConf
 from guided_diffusion.config.reading import load_conf
 from guided_diffusion.errors import UserError
+from guided_diffusion.models.hub import fetch_configuration
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -90,7 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, build, run; return the exit status: 0, or 1 where a result failed."""
     args = parse_args(argv)
     overrides = overrides_of(args)
-    conf = load_conf(args.conf_path, InpaintConf, [*(FAST if args.fast else ()), *overrides])
+    options = [*(FAST if args.fast else ()), *overrides]
+    conf = load_conf(args.conf_path, InpaintConf, options)
+    if fetch_configuration(conf.model_path):
+        conf = load_conf(args.conf_path, InpaintConf, options)
     # Only a configuration without mistakes is worth the seconds that torch takes to import.
     from guided_diffusion.dist_util import Team
     from guided_diffusion.io.files import locked

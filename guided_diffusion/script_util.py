@@ -20,7 +20,6 @@ from guided_diffusion.config.checkpoint_flags import (
     shapes_of,
     warn_of_silent_flags,
 )
-from guided_diffusion.config.folders import is_folder, read_folder
 from guided_diffusion.config.keys import CLASSIFIER_CLASSES, CLASSIFIER_HEAD_CHANNELS, InpaintConf
 from guided_diffusion.config.network_keys import CHANNEL_MULT_BY_SIZE, ModelConf
 from guided_diffusion.errors import UserError
@@ -36,6 +35,8 @@ from guided_diffusion.io.checkpoints import (
     load_state_dict,
 )
 from guided_diffusion.models.diffusers import DiffusersUNet, check_folder, load_network
+from guided_diffusion.models.folders import read_folder
+from guided_diffusion.models.follow import is_folder
 from guided_diffusion.respace import respaced_betas, space_timesteps
 from guided_diffusion.samplers import Ddim, Ddnm, Repaint
 from guided_diffusion.scheduler import get_schedule_jump

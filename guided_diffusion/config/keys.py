@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from guided_diffusion.config.folders import NETWORK_KEYS, follow_folder, is_folder
 from guided_diffusion.config.network_keys import (
     CHANNEL_MULT_BY_SIZE,
     ModelConf,
@@ -20,6 +19,7 @@ from guided_diffusion.config.network_keys import (
     widths_with_attention,
 )
 from guided_diffusion.config.schema import SIDES, Conf, Pattern, key, numbers, require
+from guided_diffusion.models.follow import NETWORK_KEYS, follow_model, is_folder
 
 CLASSIFIER_CLASSES = 1000
 CLASSIFIER_HEAD_CHANNELS = 64
@@ -223,7 +223,7 @@ class InpaintConf(ModelConf):
     @classmethod
     def completed(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the tree with the keys that the folder at ``model_path`` decides."""
-        return follow_folder(tree)
+        return follow_model(tree)
 
     @property
     def follows_folder(self) -> bool:

@@ -201,16 +201,15 @@ def check_fits(
 
     Raises UserError naming the first tensor that differs; ``key`` is the YAML key of ``path``.
     """
-    problem = "does not fit the network" if key else "is not a checkpoint of this network"
     for name in (*expected, *state):
         shape = tuple(state[name].shape) if name in state else None
         if expected.get(name) != shape:
             raise UserError(
-                f"{problem}: {short(name)} is of another size or missing",
+                f"does not fit the network: {short(name)} has another size or is missing",
                 path=path,
                 key=key,
                 expected=expected.get(name, "no such tensor"),
-                got=shape or foreign_form(list(state)) or "no such tensor",
+                got=shape or "no such tensor",
             )
         if not is_plain(state[name]):
             wanted = f"{short(name)} as plain floating-point numbers"

@@ -1,30 +1,38 @@
 """PREDICT by a network that diffusers saved: an unconditional UNet2DModel from its folder."""
 
+import contextlib
 import hashlib
 import importlib.metadata
-import importlib.util
-import inspect
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from guided_diffusion.config.folders import NEEDS, ModelFolder, fetch_weights
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.checkpoints import (
-    SAFETENSORS,
     check_checkpoint,
+    check_fits,
     fingerprint,
-    is_plain,
     load_state_dict,
     short,
 )
+from guided_diffusion.models.folders import (
+    ModelFolder,
+    built,
+    defaults,
+    import_diffusers,
+    read_json,
+    wrong,
+)
+from guided_diffusion.models.hub import HUB, fetch
 
-# What attention called its projections before version 0.12; the published folders are older.
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# Keys that say how weights were made, beside those of the network.
+_WEIGHTS = "diffusion_pytorch_model"
+# Names of the attention projections before diffusers 0.12; the published folders are older.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Keys of config.json that say how the weights were made.
 _MADE_BY = (
     "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma",
     "power", "_class_name", "_diffusers_version", "_name_or_path", "architectures", "model_type",
@@ -42,7 +50,7 @@ class DiffusersUNet(nn.Module):
     def convert_trunk(self, dtype: torch.dtype) -> None:
         """Compute in ``dtype`` between a float32 input and a float32 output."""
         self.dtype = dtype
-        nn.Module.to(self.unet, dtype)  # diffusers' own warns of what is no matter here
+        nn.Module.to(self.unet, dtype)  # diffusers' own method warns without need
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """``x`` (N, 3, S, S) in [-1, 1], ``timesteps`` and ``y`` (N,) → (N, 3 or 6, S, S)."""
@@ -52,15 +60,14 @@ class DiffusersUNet(nn.Module):
 
 
 def check_folder(folder: ModelFolder) -> str:
-    """Find what is wrong with a folder's weights before they are needed; return a fingerprint.
+    """Find what is wrong with a folder before its network is needed; return a fingerprint.
 
-    Raises UserError where diffusers or safetensors is missing, or a file is damaged.
+    Raises UserError where diffusers cannot run the network, safetensors is missing, or a file is
+    damaged.
     """
-    files = fetch_weights(folder)
-    needed = ["diffusers", *["safetensors"] * any(path.suffix == SAFETENSORS for path in files)]
-    for module in needed:
-        if importlib.util.find_spec(module) is None:
-            raise UserError(f"needs {module}: {NEEDS}", path=folder.name)
+    with torch.device("meta"):
+        _unet_of(folder)
+    files = _weight_files(folder)
     for path in files:
         check_checkpoint(path)
     if folder.scheduler_path is None:
@@ -69,103 +76,101 @@ def check_folder(folder: ModelFolder) -> str:
             "diffusion_steps, predict_xstart and predict_v are as the YAML says or by default",
             stacklevel=2,
         )
-    said = repr((sorted(folder.unet.items()), sorted(folder.scheduler.items()), files[0].name))
-    return hashlib.sha256((said + "".join(map(fingerprint, files))).encode()).hexdigest()[:16]
+    parts = (sorted(folder.unet.items()), sorted(folder.scheduler.items()), files[0].name)
+    text = repr(parts) + "".join(map(fingerprint, files))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load_network(folder: ModelFolder, device: torch.device) -> DiffusersUNet:
     """Return the network with its weights on ``device``, in float32, ready to be called.
 
-    Raises UserError where diffusers is missing or cannot build it, and where weights do not fit.
+    Raises UserError where diffusers cannot run it, and where weights do not fit.
     """
-    state: dict[str, Tensor] = {}
-    for path in fetch_weights(folder):
-        state |= load_state_dict(path)
     with torch.device("meta"):
-        unet = _built(folder)
-        _try(folder, unet)
-    state = _renamed(state, unet.state_dict())
-    _check_fits(folder, state, unet.state_dict())
-    if len(list(unet.buffers())) > sum(1 for name, _ in unet.named_buffers() if name in state):
-        unet = _built(folder)  # what is in no file has to be computed
+        unet = _unet_of(folder)
+    expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        for name, tensor in load_state_dict(path).items():
+            newer = ".".join(_OLD_NAMES.get(part, part) for part in name.split("."))
+            state[name if name in expected else newer] = tensor
+    check_fits(folder.name, state, expected)
+    if any(name not in state for name, _ in unet.named_buffers()):
+        unet = _unet_of(folder)  # buffers that no file holds have to be computed
     tensors = {name: tensor.to(device).float().contiguous() for name, tensor in state.items()}
     unet.load_state_dict(tensors, assign=True)
     return DiffusersUNet(nn.Module.to(unet, device).eval().requires_grad_(False))
 
 
-def _built(folder: ModelFolder) -> nn.Module:
-    """Build the network that a configuration describes, as the installed diffusers has it."""
-    try:
-        from diffusers import UNet2DModel
-    except ImportError as error:
-        first = str(error).splitlines()[0][:160]
-        raise UserError(f"needs diffusers: {NEEDS} ({first})", path=folder.name) from None
-    known = set(inspect.signature(UNet2DModel.__init__).parameters) - {"self"}
-    config = {key: value for key, value in folder.unet.items() if key in known}
-    others = folder.unet.keys() - known - set(_MADE_BY)
-    unknown = [key for key in sorted(others) if folder.unet[key] is not None]
-    version = importlib.metadata.version("diffusers")
-    if unknown:
-        names = ", ".join(short(key) for key in unknown[:4])
-        warnings.warn(
-            f"{folder.unet_path}: diffusers {version} does not know {names}; go on without",
-            stacklevel=2,
-        )
-    try:
-        return UNet2DModel(**config)
-    except Exception as error:  # a wrong configuration fails wherever it is used first
-        raise _not_runnable(folder, error) from error
+def _unet_of(folder: ModelFolder) -> nn.Module:
+    """Build the network that a configuration describes; without weights, call it once, too."""
+    kind = import_diffusers(folder.name).UNet2DModel
+    config = {key: folder.unet[key] for key in defaults(kind)}
+    others = sorted(folder.unet.keys() - config.keys() - set(_MADE_BY))
+    if names := [short(key) for key in others if folder.unet[key] is not None]:
+        version = importlib.metadata.version("diffusers")
+        problem = f"diffusers {version} does not know {', '.join(names[:4])}, and goes on without"
+        warnings.warn(f"{folder.unet_path}: {problem}", stacklevel=2)
+
+    def build(config: Mapping[str, Any]) -> nn.Module:
+        unet = kind(**config)
+        if next(unet.parameters()).is_meta:
+            _try(unet, 4 * 2 ** (len(unet.config.block_out_channels) - 1))
+        return unet
+
+    return built(build, config, folder.unet_path)
 
 
-def _try(folder: ModelFolder, unet: nn.Module) -> None:
+def _try(unet: nn.Module, side: int) -> None:
     """Call a network without weights: much of what a configuration says is used there first."""
-    side = 4 * 2 ** (len(folder.unet["block_out_channels"]) - 1)
     takes_labels = getattr(unet, "class_embedding", None) is not None
     y = torch.zeros(1, dtype=torch.long) if takes_labels else None
-    try:
-        unet(torch.zeros(1, 3, side, side), torch.zeros(1, dtype=torch.long), class_labels=y)
-    except NotImplementedError:  # not everything that runs can do so without weights
-        pass
-    except Exception as error:
-        raise _not_runnable(folder, error) from error
+    x = torch.zeros(1, unet.config.in_channels, side, side)
+    with contextlib.suppress(NotImplementedError):  # not all that runs can do so without weights
+        unet(x, torch.zeros(1, dtype=torch.long), class_labels=y)
 
 
-def _not_runnable(folder: ModelFolder, error: Exception) -> UserError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    version = importlib.metadata.version("diffusers")
-    problem = f"diffusers {version} cannot run this network: {first[:240]}"
-    return UserError(problem, path=folder.unet_path)
+# ---- The files of weights ------------------------------------------------------------------------
 
 
-def _renamed(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give tensors the names and shapes that this version of diffusers has for them."""
-    renamed = {}
-    for name, tensor in state.items():
-        if name not in expected:
-            parts = [OLD_NAMES.get(part, part) for part in name.split(".")]
-            name = ".".join(parts) if ".".join(parts) in expected else name
-        wanted = expected.get(name)
-        if wanted is not None and tensor.shape != wanted.shape:
-            plain = [[side for side in each.shape if side != 1] for each in (tensor, wanted)]
-            if plain[0] == plain[1]:  # a product that was a convolution over one pixel
-                tensor = tensor.reshape(wanted.shape)
-        renamed[name] = tensor
-    return renamed
+def _weight_files(folder: ModelFolder) -> list[Path]:
+    """Return the files of weights, fetched from the hub if need be; raises UserError."""
+    place, problem = folder.unet_path.parent, None
+    part = f"{place.name}/" if place.name in ("unet", "unet_ema") else ""
+    formats = ("safetensors", "bin") if folder.name.startswith(HUB) else ()
+    for suffix in (None, *formats):
+        if suffix:
+            fetch(folder.name, ["*.json", f"{part}{_WEIGHTS}*.{suffix}"])
+        try:
+            return _weights_in(place, folder.name)
+        except UserError as error:
+            problem = error
+    raise problem
 
 
-def _check_fits(
-    folder: ModelFolder, state: Mapping[str, Tensor], expected: Mapping[str, Any]
-) -> None:
-    for name in (*expected, *state):
-        found = tuple(state[name].shape) if name in state else "no such tensor"
-        wanted = tuple(expected[name].shape) if name in expected else "no such tensor"
-        if found != wanted:
-            raise UserError(
-                f"has other weights than its config.json says: {short(name)}",
-                path=folder.name,
-                expected=wanted,
-                got=found,
-            )
-        if not is_plain(state[name]):
-            text = f"{short(name)} as plain floating-point numbers"
-            raise UserError(path=folder.name, expected=text, got=state[name].dtype)
+def _weights_in(place: Path, name: str) -> list[Path]:
+    for suffix in ("safetensors", "bin"):
+        whole, index = place / f"{_WEIGHTS}.{suffix}", place / f"{_WEIGHTS}.{suffix}.index.json"
+        if whole.exists() or index.exists():
+            return [whole] if whole.exists() else _parts(index)
+    for suffix in ("safetensors", "bin", "pt"):  # a variant such as fp16
+        found = sorted(path for path in place.glob(f"*.{suffix}") if "non_ema" not in path.name)
+        if len(found) > 1:
+            names = ", ".join(path.name[-60:] for path in found[:3])
+            raise UserError(path=place, expected=f"{_WEIGHTS}.{suffix}", got=names)
+        if found:
+            return found
+    expected = f"{_WEIGHTS}.safetensors or .bin beside config.json"
+    raise UserError("holds a configuration without its weights", path=name, expected=expected)
+
+
+def _parts(index: Path) -> list[Path]:
+    """Return the files that an index lists, each in the index's folder."""
+    files = read_json(index).get("weight_map")
+    names = sorted({str(file) for file in files.values()}) if isinstance(files, dict) else []
+    if not names or len(names) > 1000 or any(Path(name).name != name for name in names):
+        raise wrong(index, "weight_map", "files of this folder by name", files)
+    for name in names:
+        if not (index.parent / name).exists():
+            raise UserError("names a part that is missing", path=index, got=name[:80])
+    return [index.parent / name for name in names]

@@ -29,6 +29,7 @@ from guided_diffusion.dist_util import Team, get_device
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.images import open_image, read_rgb, to_uint8
 from guided_diffusion.masks import FAMILIES
+from guided_diffusion.models.hub import fetch_configuration
 from guided_diffusion.run import inpaint
 from guided_diffusion.run.plan import Plan, checkpoints_of, plan_run, settings_of_results
 from guided_diffusion.scheduler import count_steps
@@ -117,6 +118,8 @@ class Studio:
     def __init__(self, conf_path: str, overrides: Sequence[str] = ()) -> None:
         self.conf_path, self.overrides = conf_path, list(overrides)
         self.conf = load_conf(conf_path, InpaintConf, self.overrides)
+        if fetch_configuration(self.conf.model_path):
+            self.conf = load_conf(conf_path, InpaintConf, self.overrides)
         get_device(self.conf.device)
         for path in checkpoints_of(self.conf).values():
             check_network(path)

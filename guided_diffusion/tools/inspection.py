@@ -1,7 +1,6 @@
 """What a checkpoint or folder is, and which YAML keys it needs; tools/inspect.py runs it."""
 
 import argparse
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from guided_diffusion.config.checkpoint_flags import (
     model_flags,
     yaml_text,
 )
-from guided_diffusion.config.folders import HUB, USUAL_STEPS, ModelFolder, is_folder, read_folder
 from guided_diffusion.config.network_keys import CHANNEL_MULT_BY_SIZE
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.checkpoints import (
@@ -23,9 +21,10 @@ from guided_diffusion.io.checkpoints import (
     foreign_form,
     listed,
     read_weights,
-    state_dict_shapes,
 )
-from guided_diffusion.models.conversion import training_keys
+from guided_diffusion.models.folders import read_folder
+from guided_diffusion.models.follow import is_folder, short_walk
+from guided_diffusion.models.hub import fetch_configuration
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,13 +62,14 @@ def _count(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _of_folder(path: str) -> list[str]:
+    fetch_configuration(path)
     folder = read_folder(path)
     chain, version = folder.chain, str(folder.unet.get("_diffusers_version", "unknown"))[:20]
     outputs = "the picture" if chain.predict_xstart else "v" if chain.predict_v else "noise"
     variance = "learned" if chain.learn_sigma else "posterior" if chain.fixed_small else "beta"
     clip = f"clipped to {chain.clip_range:g}" if chain.clip_denoised else "not clipped"
     lines = [
-        f"# {path}: a UNet2DModel of diffusers {version}{_size_of(folder)}",
+        f"# {path}: a UNet2DModel of diffusers {version}",
         f"# chain: {len(chain.betas):,} steps with betas from {chain.betas[0]:.3g} to "
         f"{chain.betas[-1]:.3g}; predicts {outputs}, {clip}; variance: {variance}",
     ]
@@ -83,26 +83,7 @@ def _of_folder(path: str) -> list[str]:
         keys |= {"predict_xstart": False, "predict_v": False}
     follow = ", ".join(_yaml(folder.keys()))
     lines.append(f"# These follow the folder and may be left out: {follow}")
-    with contextlib.suppress(UserError):  # most folders cannot be trained here
-        training = ", ".join(_yaml(training_keys(folder)))
-        lines.append(f"# train.py starts from it with init_from: {path}, {training}")
-    return [*lines, *_yaml({**keys, **_walk(len(chain.betas))})]
-
-
-def _size_of(folder: ModelFolder) -> str:
-    if folder.name.startswith(HUB):
-        return ""
-    shapes = {}
-    for path in folder.weights:
-        shapes |= state_dict_shapes(path)
-    return f", {_count(shapes)}"
-
-
-def _walk(steps: int) -> dict[str, Any]:
-    """Return the keys of a walk over a chain that is shorter than the usual walk."""
-    if steps >= USUAL_STEPS:
-        return {}
-    return {"timestep_respacing": str(steps), "schedule_jump_params": {"t_T": steps}}
+    return [*lines, *_yaml({**keys, **short_walk({}, len(chain.betas))})]
 
 
 # ---- A checkpoint --------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.dist_util import is_main, is_out_of_memory, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.io.checkpoints import check_fits, load_state_dict, write_weights
+from guided_diffusion.io.checkpoints import check_fits, foreign_form, load_state_dict, write_weights
 from guided_diffusion.io.files import (
     check_folder,
     refuse_inside,
@@ -33,7 +33,7 @@ from guided_diffusion.io.files import (
     write_text_atomic,
 )
 from guided_diffusion.io.listing import list_images
-from guided_diffusion.models.conversion import initial_state_dict
+from guided_diffusion.models.follow import is_folder
 from guided_diffusion.training.pictures import TrainingImages, names_below
 from guided_diffusion.training.trainer import Trainer
 from guided_diffusion.unet import UNetModel
@@ -228,9 +228,13 @@ def export(conf: TrainConf, path: str) -> str:
 
 
 def load_initial(model: UNetModel, path: str) -> None:
-    """Give ``model`` the weights of a checkpoint or folder; raises UserError if they do not fit."""
-    order = model.cfg.use_new_attention_order
-    state = initial_state_dict(path, new_attention_order=order)
+    """Give ``model`` the weights of a checkpoint; raises UserError where they do not fit."""
+    expected = "a checkpoint in guided-diffusion's layout"
+    if is_folder(path):
+        raise UserError(path=path, key="init_from", expected=expected, got="a folder")
+    state = load_state_dict(path)
+    if form := foreign_form(list(state)):
+        raise UserError(path=path, key="init_from", expected=expected, got=form)
     check_fits(path, state, shapes_of(model.state_dict()), key="init_from")
     model.load_state_dict(state)
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers_cases import STEPS, edit, flattened, save, scheduler, tiny_unet
 
-from guided_diffusion.config.folders import read_folder
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.models.diffusers import check_folder, load_network
+from guided_diffusion.models.folders import read_folder
 from guided_diffusion.samplers import Repaint
 
 CPU = torch.device("cpu")
@@ -144,10 +144,14 @@ def test_averages_beside_the_network_are_preferred(tmp_path):
 # ---- The reverse step ----------------------------------------------------------------------------
 
 STEP_CASES = [
-    {"prediction_type": prediction, "variance_type": variance}
-    for prediction in ("epsilon", "sample", "v_prediction")
-    for variance in ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
-] + [
+    *(
+        {"prediction_type": prediction, "variance_type": variance}
+        for prediction, variance in (
+            ("epsilon", "fixed_small"), ("epsilon", "learned_range"), ("sample", "fixed_large"),
+            ("sample", "learned_range"), ("v_prediction", "fixed_small_log"),
+            ("v_prediction", "learned_range"),
+        )
+    ),
     {"beta_schedule": "scaled_linear"},
     {"beta_schedule": "squaredcos_cap_v2"},
     {"beta_schedule": "sigmoid"},
@@ -157,7 +161,7 @@ STEP_CASES = [
     {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
     {"prediction_type": "sample", "rescale_betas_zero_snr": True},
     {"num_train_timesteps": 1000, "beta_end": 0.02},
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", STEP_CASES, ids=str)
@@ -167,8 +171,7 @@ def test_the_reverse_step_is_that_of_diffusers(tmp_path, monkeypatch, case):
     save(tmp_path, tiny_unet(out_channels=6 if learned else 3), noise)
     diffusion = chain_of(tmp_path)
     generator = torch.Generator().manual_seed(1)
-    # diffusers rescales in float32, of which little is left where hardly any noise is added.
-    near = 1e-4 if "rescale_betas_zero_snr" in case else 1e-5
+    near = 1e-5
     steps = range(0, diffusion.num_timesteps, max(1, diffusion.num_timesteps // 50))
     for t in (*steps, diffusion.num_timesteps - 1):
         x, z = torch.randn(2, 2, 3, 4, 4, generator=generator)
@@ -242,7 +245,7 @@ def refusal(folder, read=lambda folder: load_network(read_folder(str(folder)), C
         ({"_class_name": "UNet2DConditionModel"}, ["_class_name", "UNet2DModel", "Condition"]),
         ({"_class_name": ..., "block_out_channels": ...}, ["_class_name", "null"]),
         ({"in_channels": 4}, ["in_channels", "only 3-channel networks", "found 4"]),
-        ({"out_channels": 1}, ["out_channels", "only 3-channel networks", "found 1"]),
+        ({"out_channels": 1}, ["out_channels", "expected 3 or 6", "found 1"]),
         ({"sample_size": [8, 16]}, ["sample_size", "[8, 16]"]),
         ({"sample_size": 7}, ["sample_size", "divisible by 2", "7"]),
         ({"sample_size": "8"}, ["sample_size", '"8"']),
@@ -258,7 +261,11 @@ def refusal(folder, read=lambda folder: load_network(read_folder(str(folder)), C
         ({"time_embedding_type": "fourier"}, ["time_embedding_type", "fourier"]),
         ({"class_embed_type": "identity"}, ["class_embed_type", "identity"]),
         ({"num_class_embeds": 0}, ["num_class_embeds", "0"]),
-        ({"act_fn": "wild" * 1000}, ["config.json"]),
+        ({"act_fn": "wild" * 1000}, ["config.json", "act_fn"]),
+        ({"attention_head_dim": "8"}, ["attention_head_dim", '"8"']),
+        ({"attention_head_dim": 0}, ["attention_head_dim", "found 0"]),
+        ({"attention_head_dim": 33}, ["attention_head_dim", "found 33"]),
+        ({"norm_eps": "small"}, ["norm_eps", "small"]),
     ],
     ids=str,
 )
@@ -275,20 +282,21 @@ def test_a_network_that_cannot_be_is_refused_by_key_and_value(tmp_path, changes,
         ({"_class_name": "ScoreSdeVeScheduler"}, ["_class_name", "ScoreSdeVe"]),
         ({"prediction_type": "flow"}, ["prediction_type", "flow"]),
         ({"variance_type": "learned"}, ["variance_type", "learned"]),
-        ({"variance_type": "learned_range"}, ["variance_type", "out_channels is 3"]),
+        ({"variance_type": "learned_range"}, ["variance_type", "out_channels 3", "fixed_small"]),
         ({"beta_schedule": "wild"}, ["beta_schedule", "wild"]),
         ({"beta_end": 2}, ["beta_end", "2"]),
-        ({"beta_end": 10**400}, ["beta_end", "from 0 to 1"]),
-        ({"beta_start": 0}, ["beta_schedule"]),
+        ({"beta_end": 10**400}, ["beta_end"]),
+        ({"beta_start": 0}, ["beta_start", "above 0"]),
         ({"beta_start": float("nan")}, ["beta_start", "NaN"]),
-        ({"trained_betas": [0.1, 0.2]}, ["trained_betas", "20 numbers", "found 2"]),
+        ({"trained_betas": [0.1, 0.2]}, ["trained_betas", "20 numbers", "[0.1, 0.2]"]),
         ({"trained_betas": "0.1"}, ["trained_betas"]),
-        ({"trained_betas": [2.0] * 19 + [-1]}, ["trained_betas", "between 0 and 1"]),
+        ({"trained_betas": [2.0] * 19 + [-1]}, ["trained_betas", "at most 1"]),
         ({"num_train_timesteps": 0}, ["num_train_timesteps"]),
         ({"num_train_timesteps": 10**12}, ["num_train_timesteps"]),
         ({"thresholding": True}, ["thresholding"]),
         ({"clip_sample_range": -1}, ["clip_sample_range"]),
         ({"rescale_betas_zero_snr": True}, ["prediction_type", "epsilon"]),
+        ({"_class_name": "no class"}, ["_class_name", "no class"]),
     ],
     ids=str,
 )
@@ -393,14 +401,11 @@ def test_fingerprints_follow_weights_and_configuration(tmp_path):
 def test_keys_of_a_newer_version_are_named_and_left_out(tmp_path):
     save(tmp_path)
     edit(tmp_path / "unet" / "config.json", some_new_key=3, another=None)
-    with pytest.warns(UserWarning, match="does not know some_new_key; go on"):
+    with pytest.warns(UserWarning, match="does not know some_new_key,"):
         loaded(tmp_path)
 
 
 def test_without_diffusers_one_line_says_what_to_install(tmp_path, monkeypatch):
     save(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
-    assert "pip install -r requirements-diffusers.txt" in refusal(tmp_path)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    line = refusal(tmp_path, lambda folder: check_folder(read_folder(str(folder))))
-    assert "needs diffusers: pip install" in line
+    assert "needs diffusers: pip install -r requirements-diffusers.txt" in refusal(tmp_path)

@@ -406,6 +406,14 @@ def test_half_precision_is_a_start_too(tmp_path):
     assert torch.equal(model.time_embed[0].weight, state["time_embed.0.weight"].float())
 
 
+def test_a_training_starts_from_guided_diffusions_layout_alone(tmp_path):
+    torch.save({"time_embedding.linear_1.weight": torch.ones(1)}, tmp_path / "unet.pt")
+    for path, found in ((tmp_path, "a folder"), (tmp_path / "unet.pt", "a diffusers network")):
+        expected = f"init_from: expected a checkpoint in guided-diffusion's layout, .*{found}"
+        with pytest.raises(UserError, match=expected):
+            checkpoints.load_initial(create_model(tiny_conf(tmp_path)), str(path))
+
+
 def test_test_py_reads_pictures_as_the_training_did(tmp_path):
     conf = tiny_conf(tmp_path, depth_min=-100.0, depth_max=4095.0, all_formats=True)
     saved(conf)
