@@ -47,7 +47,6 @@ _MASK_WORDS = "mask|masks|msk|matte|hole|keep|label"
 ALPHA = "alpha"  # the mask_path that makes the pictures' own transparency the mask
 # Share of a hole's pixels that may be half-known before that is told: thin strokes have up to 0.22.
 _SOFT_RIM = 0.23
-_MOST_DPI = 65_536  # a JPEG has 16 bits for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,8 +416,9 @@ class Photo:
     """A photo as it is: ``pixels`` uint8 (H, W, 3), ``known`` uint8 (H, W), 255 = known.
 
     ``mode`` is what it is given back as, L, LA, RGB or RGBA, with ``alpha`` uint8 (H, W) or None;
-    ``info`` its profile and resolution. ``odd`` says what is odd about the mask, ``dim`` why the
-    photo will be dark, and ``lost`` what it loses all over, each if there is anything to say.
+    ``info`` what its file holds besides (``metadata_of``). ``odd`` says what is odd about the mask,
+    ``dim`` why the photo will be dark, and ``lost`` what it loses all over, each if there is
+    anything to say.
     """
 
     pixels: np.ndarray
@@ -450,7 +450,7 @@ def load_photo(
     with ROOM.lease():
         image = read_upright(pair.gt_path, whole=True)
         known, odd = _known_of_photo(pair, image, invert_mask, seed, handling)
-        info = _profile_and_resolution(image)
+        info = image.info["metadata"]
         if is_deep(image):
             gray = _noted_rgb(image, handling.depth)
             dim = dim_picture(gray, handling.depth)
@@ -465,17 +465,6 @@ def load_photo(
         suffix = "" if alpha is None else "A"
         pixels = np.asarray(layers.convert("RGB"))
         return Photo(pixels, known, mode + suffix, alpha, info, odd, dim, lost)
-
-
-def _profile_and_resolution(image: Image.Image) -> dict[str, object]:
-    """Return Pillow's ``icc_profile`` and ``dpi`` of a photo, as far as its RGB can keep them."""
-    kept = {}
-    if image.mode not in ("CMYK", "LAB", "YCbCr"):  # a profile is for the colours of its mode
-        kept["icc_profile"] = image.info.get("icc_profile")
-    dpi = image.info.get("dpi", ())
-    if dpi and all(0 < value < _MOST_DPI for value in dpi):  # a file may say 0/0
-        kept["dpi"] = tuple(map(float, dpi))
-    return kept
 
 
 def _known_of_photo(

@@ -23,6 +23,7 @@ import torch
 from PIL import Image, ImageOps
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.metadata import metadata_of
 
 # Recognised by content, whatever the suffix says; others stay out because some of Pillow's
 # readers start foreign programs (EPS) or are rarely exercised. Older Pillows read no AVIF.
@@ -158,7 +159,8 @@ def read_rgb(path: str, depth: tuple[float, float] | None = None) -> Image.Image
 def read_upright(path: str, *, whole: bool = False) -> Image.Image:
     """Read a picture in its own mode and depth, turned as EXIF says; raises as ``read_rgb``.
 
-    With ``whole`` it may have as many pixels as memory holds, and is never read at half its side.
+    With ``whole`` it may have as many pixels as memory holds, and is never read at half its side;
+    its ``info["metadata"]`` is what the file holds besides (``metadata_of``).
     """
     path = os.fspath(path)
     with _told_of(path), open_bytes(path) as stream:
@@ -208,11 +210,13 @@ def _decode(stream: io.BufferedIOBase, path: str, whole: bool) -> Image.Image:
         is_deep_colour = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(image.tile)
         ROOM.take(image.width * image.height * (20 if image.has_transparency_data else 9))
         image.load()
+        metadata = metadata_of(image) if whole else {}  # turning removes some of it
         upright, orientation = _upright(image)
         size = stored[::-1] if orientation >= 5 else stored
         upright.info["origin"] = Origin(
             size, stored, orientation, None, is_deep_colour, _is_transparent(upright)
         )
+        upright.info["metadata"] = metadata
         return upright
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import atomic_path
-from guided_diffusion.io.images import bare_png, masked_u8, open_image
+from guided_diffusion.io.images import as_rgb, bare_png, is_deep, masked_u8, open_image
+from guided_diffusion.io.metadata import jpeg_options, png_options
 
 JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 _MARK = "repaint"  # the keyword of the PNG text, or the start of the JPEG comment, with the mark
@@ -33,23 +33,22 @@ def write_image(
 ) -> None:
     """Write a JPEG where ``path`` ends like one, else a PNG, whole or not at all.
 
-    ``picture`` is an image, which keeps its mode, its profile and its resolution, or an array as
-    ``as_image`` takes it. A JPEG has quality 95 and full colour resolution, and no transparency.
+    ``picture`` is an upright image, whose mode and metadata (``metadata_of``, in its ``info``) are
+    kept, or an array as ``as_image`` takes it. A JPEG has quality 95, full colour resolution and no
+    transparency.
     ``mark`` is kept in the file, and ``read_mark`` returns it. Raises ``UserError`` as
     ``atomic_path``.
     """
     image = picture if isinstance(picture, Image.Image) else as_image(picture)
-    options = {key: image.info[key] for key in ("icc_profile", "dpi") if image.info.get(key)}
     if Path(path).suffix.lower() in JPEG_SUFFIXES:
         if image.mode.endswith("A"):
             image = image.convert(image.mode.removesuffix("A"))
         comment = {} if mark is None else {"comment": f"{_MARK}:{mark}"}
-        options |= {"format": "JPEG", "quality": 95, "subsampling": "4:4:4", **comment}
+        options = {"format": "JPEG", "quality": 95, "subsampling": "4:4:4", **comment}
+        options |= jpeg_options(image.info)
     else:
-        texts = PngInfo()
-        if mark is not None:
-            texts.add_text(_MARK, mark)
-        options |= {"format": "PNG", "pnginfo": texts}
+        texts = {} if mark is None else {_MARK: mark}
+        options = {"format": "PNG", **png_options(image.info, texts)}
     with atomic_path(path) as temporary:
         image.save(temporary, **options)
 
@@ -73,7 +72,7 @@ def read_result(path: str | os.PathLike) -> np.ndarray | None:
     """Return a picture of a run's folders, uint8 (H, W, 3), or None where there is none."""
     try:
         with _opened(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(as_rgb(image)[0] if is_deep(image) else image.convert("RGB"))
     except (OSError, SyntaxError, ValueError):  # absent, or somebody else's file under this name
         return None
 
@@ -108,16 +107,28 @@ def write_result(
     ``folders`` maps srs (inpainted), lrs (ground truth with its hole), gts (ground truth; may be
     missing or None) and gt_keep_masks. All pictures are uint8 (S, S, 3); ground truth and mask
     are written as they are. ``sample_name`` is the inpainted picture's name where an image has
-    several, ``mark`` is kept in it. A ``sample`` that is a Pillow image keeps its mode, its profile
-    and its resolution. It comes last: where it exists, the others do.
+    several, ``mark`` is kept in it. A ``sample`` that is an image keeps its mode and its metadata;
+    the ground truth gets its mode, transparency and profile. The sample comes last: where it
+    exists, the others do.
     Raises ``UserError`` as ``atomic_path`` and ``result_path``.
     """
     inputs = _input_pictures(folders, name, gt_u8, mask_u8)
     inpainted = result_path(folders["srs"], sample_name or name)
     for path, pixels in inputs:
-        write_image(path, pixels)
+        write_image(path, _like(sample, pixels) if pixels is not mask_u8 else pixels)
     write_image(inpainted, sample, mark=mark)
     return [*(path for path, _ in inputs), inpainted]
+
+
+def _like(sample: np.ndarray | Image.Image, pixels: np.ndarray) -> Image.Image:
+    """Return pixels as an image with the mode, the transparency and the profile of ``sample``."""
+    image = as_image(pixels)
+    if isinstance(sample, Image.Image):
+        image = image.convert(sample.mode.removesuffix("A"))
+        if sample.mode.endswith("A"):
+            image.putalpha(sample.getchannel("A"))
+        image.info["icc_profile"] = sample.info.get("icc_profile")
+    return image
 
 
 def is_written(
@@ -135,8 +146,19 @@ def is_written(
     return (
         all(_has_end(path) for path in (inpainted, *(path for path, _ in inputs)))
         and read_mark(inpainted) == mark
-        and all(np.array_equal(read_result(path), pixels) for path, pixels in inputs)
+        and all(_holds(path, pixels) for path, pixels in inputs)
     )
+
+
+def _holds(path: Path, pixels: np.ndarray) -> bool:
+    """Whether a file holds exactly these pixels, transparency aside."""
+    if pixels.shape[2] == 3:
+        return np.array_equal(read_result(path), pixels)
+    try:
+        with _opened(path) as image:
+            return np.array_equal(np.asarray(image), pixels[:, :, 0])
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def _has_end(path: Path) -> bool:

@@ -75,6 +75,21 @@ def test_four_folders_hold_exactly_the_pixels(folders):
     assert np.array_equal(masked, images.masked_u8(gt, mask))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_gray_pictures_are_gray_files_of_their_depth(folders, dtype):
+    gt, mask = noise(8, 8, 1).astype(dtype) * (257 if dtype == np.uint16 else 1), noise(8, 8, 1)
+    results.write_result(folders, "a.png", gt, gt, mask, mark="m")
+    for key, pixels in (("srs", gt), ("gts", gt), ("gt_keep_masks", mask)):
+        found = read(f"{folders[key]}/a.png")
+        assert found.dtype == pixels.dtype
+        assert np.array_equal(found, pixels[..., 0])
+    shown = results.read_result(f"{folders['srs']}/a.png")
+    assert np.array_equal(shown, (gt // (257 if dtype == np.uint16 else 1)).repeat(3, 2))
+    assert results.is_written(folders, "a.png", gt, mask, mark="m")
+    gt[0, 0] += 1
+    assert not results.is_written(folders, "a.png", gt, mask, mark="m")
+
+
 @pytest.mark.parametrize("absent", [{}, {"gts": None}])
 def test_ground_truth_is_optional(folders, tmp_path, absent):
     del folders["gts"]

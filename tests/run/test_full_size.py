@@ -214,7 +214,9 @@ def test_a_photo_comes_back_in_its_mode_with_its_known_pixels(here, tmp_path, mo
     if mode == "RGBA":
         assert np.array_equal(old[..., 3], new[..., 3])
     with Image.open("log/run/gt/00.png") as gt, Image.open("log/run/gt_masked/00.png") as masked:
-        assert gt.size == masked.size == (40, 30)
+        assert gt.mode == masked.mode == mode
+        assert gt.info["icc_profile"] == masked.info["icc_profile"] == b"a profile"
+        assert np.array_equal(np.asarray(gt), old)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
