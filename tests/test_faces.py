@@ -14,7 +14,7 @@ from run_cases import ROOT
 from guided_diffusion.errors import UserError
 
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
-import quality
+import quality_baselines
 
 FACES = ROOT / "data" / "faces"
 SIDE = 4
@@ -117,15 +117,10 @@ def stripes(seed):
     return np.repeat(np.array(rows, np.uint8)[:, None], SIDE, axis=1)
 
 
-def faces_of(stems, gt, holes):
-    masks = np.where(holes[..., None], 0, 255).repeat(3, axis=3)
-    return quality.Inputs([f"{stem}.png" for stem in stems], gt, masks)
-
-
 @pytest.fixture
 def posterior(faces, monkeypatch):
-    monkeypatch.setattr(quality, "FACES", faces)
-    posterior = quality.Posterior()
+    monkeypatch.setattr(quality_baselines, "FACES", faces)
+    posterior = quality_baselines.Posterior()
     yield posterior
     posterior._program.communicate()
 
@@ -136,20 +131,22 @@ def test_behind_a_hole_is_any_face_with_the_same_known_pixels(posterior):
     holes = np.zeros((len(gt), SIDE, SIDE), bool)
     holes[:, 3] = True  # all of the clothes
     holes[:, 1, 1:] = True  # of the skin a pixel is known
-    faces = faces_of(seeds, gt, holes)
-    results = posterior(faces)
+    names = [f"{seed}.png" for seed in seeds]
+    results = posterior(names, gt, holes)
     assert np.array_equal(results[:, :3], gt[:, :3])
     clothes, counts = np.unique(results[:, 3, 0], axis=0, return_counts=True)
     assert len(clothes) == 8
     assert counts.max() < 20
     assert (results[:, 3] == gt[:, 3]).all(axis=(1, 2)).mean() < 0.5
-    assert np.array_equal(results, posterior(faces))
+    assert np.array_equal(results, posterior(names, gt, holes))
 
 
 def test_what_is_no_drawn_face_is_told(posterior):
     gt, holes = stripes(5)[None], np.ones((1, SIDE, SIDE), bool)
     holes[0, 0] = False
     with pytest.raises(UserError, match=r"^7\.png: is not the face that make\.mjs draws from 7$"):
-        posterior(faces_of(["7"], gt, holes))
-    with pytest.raises(UserError, match=r"^anna\.png: is no face .* expected its seed as its name"):
-        posterior(faces_of(["anna"], gt, holes))
+        posterior(["7.png"], gt, holes)
+    with pytest.raises(
+        UserError, match=r"^anna\.png: is not a face .* expected its seed as its name"
+    ):
+        posterior(["anna.png"], gt, holes)

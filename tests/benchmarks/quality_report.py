@@ -1,5 +1,7 @@
 """Tables and plot from the blocks that quality.py has made."""
 
+import csv
+import io
 import json
 import math
 import re
@@ -9,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -23,11 +24,8 @@ MEASURES = {
     "hole": "MSE in the hole",
     "border": "MSE across its border",
 }
-PLOTTED = ("lpips", "hole", "border")
-BUDGETS = (10, 25, 50, 100, 250, 500, 1000, 2500)
 BASELINES = {
     "nearest": "nearest training picture",
-    "mirror": "mirror image",
     "posterior": "another face with the same known pixels",
 }
 _KINDS = {"repaint": "RePaint", "ddim": "DDIM steps", "ddnm": "DDNM"}
@@ -39,8 +37,13 @@ class Numbers:
 
     setting: str
     calls: int
-    seconds: float  # of all pictures
     values: dict[str, np.ndarray]
+    machine: str = ""
+
+    @property
+    def count(self) -> int:
+        """How many pictures are measured."""
+        return len(self.values["lpips"])
 
 
 Blocks = dict[str, dict[str, Numbers]]  # by mask and setting, the cheapest first
@@ -50,63 +53,54 @@ def read_block(path: Path) -> dict[str, Any]:
     """Return a block as quality.py writes it; raises UserError for anything else."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        family_of(tree["setting"])
-        numbers_of(tree, len(tree["rows"]))
-        is_whole = {"digest", "overrides", "machine"} <= tree.keys()
-        is_whole = is_whole and all("picture" in row for row in tree["rows"])
+        curve_of(tree["setting"])
+        numbers_of(tree)
+        is_whole = all("picture" in row for row in tree["rows"]) and "seconds" in tree
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         is_whole = False
     if not is_whole:
-        raise UserError("is no whole block: remove it, and it is made anew", path=path)
+        raise UserError("is damaged: remove it, and it is made again", path=path)
     return tree
 
 
-def numbers_of(tree: dict[str, Any], count: int) -> Numbers:
-    """Return the numbers of a block's first ``count`` pictures."""
-    rows = tree["rows"][:count]
-    values = {key: np.array([row[key] for row in rows], float) for key in MEASURES}
-    return Numbers(tree["setting"], int(tree["calls"]), float(tree["seconds"]), values)
+def numbers_of(tree: dict[str, Any]) -> Numbers:
+    """Return the numbers of a block."""
+    values = {key: np.array([row[key] for row in tree["rows"]], float) for key in MEASURES}
+    return Numbers(tree["setting"], int(tree["calls"]), values, tree["machine"])
 
 
-def read_blocks(out: Path, count: int) -> tuple[Blocks, set[str]]:
-    """Return the numbers of the first ``count`` pictures below ``out``, and who made them.
-
-    Blocks of fewer pictures are left out, so that all figures are of the same ones. Raises
-    UserError for a damaged block.
-    """
-    blocks, machines = {}, set()
+def read_blocks(out: Path) -> Blocks:
+    """Return the numbers of all blocks below ``out``; raises UserError for a damaged one."""
+    blocks = {}
     for family in FAMILIES:
-        found = []
-        for path in sorted((out / "blocks" / family).glob("*.json")):
-            tree = read_block(path)
-            if len(tree["rows"]) < count:
-                continue
-            found.append(numbers_of(tree, count))
-            machines.add(tree["machine"])
+        paths = sorted((out / "blocks" / family).glob("*.json"))
+        found = [numbers_of(read_block(path)) for path in paths]
+        found.sort(key=lambda block: (block.calls, block.setting))
         if found:
-            found.sort(key=lambda one: (one.calls, one.setting))
-            blocks[family] = {one.setting: one for one in found}
-    return blocks, machines
+            blocks[family] = {block.setting: block for block in found}
+    return blocks
 
 
 def label(setting: str) -> str:
-    """Say in words what a setting's name says, such as ddnm0.85-r5-t50."""
+    """Describe a setting, such as ddnm0.85-r5-t50, in words."""
     if setting in BASELINES:
         return BASELINES[setting]
-    return f"{family_of(setting)}, t_T {setting.rpartition('-t')[2]}"
+    return f"{curve_of(setting)}, {re.search(r'[0-9]+$', setting)[0]} steps"
 
 
-def family_of(setting: str) -> str:
-    """Return the curve that a setting is a point of; a baseline is its own."""
+def curve_of(setting: str) -> str:
+    """Return the curve that a setting is a point of; a baseline is a curve of its own."""
     if setting in BASELINES:
         return setting
-    name = re.fullmatch(r"([a-z]+)([\d.]*)(?:-j(\d+))?(?:-r(\d+))?-t\d+", setting)
-    kind, eta, jump, repeats = name.groups()
+    pattern = r"([a-z]+)([\d.]*)(?:-j(\d+))?(?:-r(\d+))?-t([a-z]*)\d+"
+    kind, eta, jump, repeats, spacing = re.fullmatch(pattern, setting).groups()
     parts = [_KINDS[kind] + f" {eta}" * bool(eta)]
     if repeats or kind == "repaint":
         parts.append(f"r = {repeats or 1}")
     if jump:
         parts.append(f"jumps of {jump}")
+    if spacing:
+        parts.append(f"steps by {spacing}")
     return ", ".join(parts)
 
 
@@ -130,134 +124,152 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def long_table(blocks: Blocks) -> str:
+    """Return all numbers as CSV: a row a block, each measure's mean and its standard error."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    head = [column for key in MEASURES for column in (key, f"{key}_se")]
+    writer.writerow(["mask", "setting", "calls", "pictures", *head, "machine"])
+    for family, settings in blocks.items():
+        for name, block in settings.items():
+            figures = (
+                f"{figure:.6f}"
+                for values in block.values.values()
+                for figure in (values.mean(), standard_error(values))
+            )
+            writer.writerow([family, name, block.calls, block.count, *figures, block.machine])
+    return text.getvalue()
+
+
 def curve_table(blocks: Blocks, measure: str) -> str:
     """Return one measure, a row for each setting and a column for each mask.
 
-    The last column is the mean over masks, for settings that have all of them; its standard error
-    is that of a picture's mean over masks.
+    Cells are mean ± standard error; one of fewer pictures than the most says how many. The last
+    column is the mean over masks of the pictures that all of these have.
     """
-    found = {one.setting: one.calls for settings in blocks.values() for one in settings.values()}
+    calls = {name: one.calls for settings in blocks.values() for name, one in settings.items()}
+    most = max(block.count for settings in blocks.values() for block in settings.values())
     rows = []
-    for name in sorted(found, key=lambda name: (found[name], name)):
-        values = [
-            settings[name].values[measure] if name in settings else None
-            for settings in blocks.values()
+    for name in sorted(calls, key=lambda name: (calls[name], name)):
+        found = [settings.get(name) for settings in blocks.values()]
+        cells = []
+        for block in found:
+            cell = spread(block.values[measure]) if block else ""
+            cells.append(f"{cell} (n = {block.count})" if block and block.count < most else cell)
+        if all(found):
+            count = min(block.count for block in found)
+            mean = spread(np.mean([block.values[measure][:count] for block in found], axis=0))
+            cells.append(f"{mean} (n = {count})" if count < most else mean)
+        else:
+            cells.append("")
+        rows.append([label(name), calls[name], *cells])
+    return table([f"{MEASURES[measure]}, n = {most}", "calls", *blocks, "mean"], rows)
+
+
+def differences(blocks: Blocks, reference: str, measure: str = "lpips") -> dict[str, dict]:
+    """Return by setting and mask what it has more than ``reference``, picture by picture.
+
+    The mask ``mean`` is that of a picture over all masks, where both are measured with all.
+    """
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for family, settings in blocks.items():
+        if reference not in settings:
+            continue
+        base = settings[reference].values[measure]
+        for name, block in settings.items():
+            count = min(block.count, len(base))
+            more = block.values[measure][:count] - base[:count]
+            found.setdefault(name, {})[family] = more
+    for values in found.values():
+        if values.keys() == blocks.keys():
+            count = min(map(len, values.values()))
+            values["mean"] = np.mean([more[:count] for more in values.values()], axis=0)
+    return found
+
+
+def difference_table(blocks: Blocks, reference: str) -> str:
+    """Return a table of ``differences`` in LPIPS: mean ± standard error, and the pictures."""
+    rows = []
+    for name, values in differences(blocks, reference).items():
+        if name == reference:
+            continue
+        cells = [
+            f"{spread(values[key])} (n = {len(values[key])})" if key in values else ""
+            for key in (*blocks, "mean")
         ]
-        cells = ["" if one is None else spread(one) for one in values]
-        is_whole = all(one is not None for one in values)
-        cells.append(spread(np.mean(values, axis=0)) if is_whole else "")
-        rows.append([label(name), found[name], *cells])
-    return table([MEASURES[measure], "calls", *blocks, "mean"], rows)
+        rows.append([label(name), *cells])
+    return table([f"LPIPS more than {label(reference)}", *blocks, "mean"], rows)
 
 
 def budget_table(blocks: Blocks) -> str:
-    """Return which setting has the lowest LPIPS for so many calls, over all masks.
+    """Return which setting has the lowest mean LPIPS over all masks, for so many calls at most.
 
-    A picture's LPIPS is its mean over masks; only settings measured with all masks there are take
-    part. Beside the lowest stands the cheapest whose difference, picture by picture, is within two
-    standard errors.
+    Settings take part that are measured with all masks, with as many pictures as the most of them.
+    Beside each row's setting stands how much more LPIPS it has, picture by picture, than the one in
+    the last row.
     """
-    common = set.intersection(*({*settings} for settings in blocks.values()))
-    order = [one.setting for one in next(iter(blocks.values())).values()]
-    names = [name for name in order if name in common and name not in BASELINES]
-    if not names:
-        return "No setting is measured with all masks yet."
-    calls = {name: next(iter(blocks.values()))[name].calls for name in names}
-    score = {
-        name: np.mean([settings[name].values["lpips"] for settings in blocks.values()], axis=0)
-        for name in names
-    }
-    rows, taking_part = [], 0
-    for budget in BUDGETS:
-        able = [name for name in names if calls[name] <= budget]
-        if not able or len(able) == taking_part:  # nothing new to choose from
-            continue
-        taking_part = len(able)
-        best = min(able, key=lambda name: score[name].mean())
-
-        def is_as_good(name: str, best: str = best) -> bool:
-            difference = score[name] - score[best]
-            return difference.mean() <= 2 * standard_error(difference)
-
-        cheapest = next(name for name in able if name == best or is_as_good(name))
-        rows.append([f"{budget:,}", *(
-            cell for name in (best, cheapest)
-            for cell in (label(name), calls[name], spread(score[name]))
-        )])  # fmt: skip
-    head = ["calls at most", "lowest LPIPS", "calls", "LPIPS"]
-    head += ["cheapest within two standard errors of it", "calls", "LPIPS"]
-    note = f"Means over {', '.join(blocks)}."
-    return f"{note}\n\n{table(head, rows)}"
-
-
-def resampling_table(blocks: Blocks) -> str | None:
-    """Return what resampling is worth at equal calls, None where it is not measured.
-
-    A setting that resamples is compared with one that goes straight down in as many steps as the
-    first has calls; the faster way straight down stands beside.
-    """
-    rows = []
-    for family, settings in blocks.items():
-        for name, resampling in settings.items():
-            slowly = settings.get(f"repaint-t{resampling.calls}")
-            match = re.fullmatch(r"repaint-r\d+-t(\d+)", name)
-            if not match or slowly is None:
-                continue
-            plain = settings.get(f"repaint-t{match[1]}")
-            ways = {"straight down": plain, "resampling": resampling, "slowly down": slowly}
-            ways = {way: one for way, one in ways.items() if one is not None}
-            for way, one in ways.items():
-                cells = [spread(one.values[key]) for key in PLOTTED]
-                rows.append([family, f"{way} ({label(one.setting)}; {one.calls} calls)", *cells])
-            cells = []
-            for key in PLOTTED:
-                less = resampling.values[key] - slowly.values[key]
-                cells.append(f"{spread(less)}; lower in {int((less < 0).sum())} of {len(less)}")
-            rows.append([family, "resampling minus slowly down, picture by picture", *cells])
-    if not rows:
-        return None
-    return table(["mask", "way", *(MEASURES[key] for key in PLOTTED)], rows)
+    means = {}
+    for name in next(iter(blocks.values())):
+        found = [settings[name] for settings in blocks.values() if name in settings]
+        if len(found) == len(blocks) and found[0].calls:
+            count = min(block.count for block in found)
+            scores = np.mean([block.values["lpips"][:count] for block in found], axis=0)
+            means[name] = found[0].calls, scores
+    most = max((len(scores) for _, scores in means.values()), default=0)
+    best: list[tuple[str, int, np.ndarray]] = []
+    for name, (calls, scores) in means.items():  # the cheapest first
+        if len(scores) == most and (not best or scores.mean() < best[-1][2].mean()):
+            best = [one for one in best if one[1] < calls] + [(name, calls, scores)]
+    rows = [
+        [calls, label(name), spread(scores), spread(scores - best[-1][2])]
+        for name, calls, scores in best
+    ]
+    head = ["calls", f"lowest LPIPS, mean of {', '.join(blocks)}", f"LPIPS, n = {most}"]
+    return table([*head, "more than the last row"], rows)
 
 
 # ---- plot ----------------------------------------------------------------------------------------
 
 
-def plot(blocks: Blocks) -> Figure:
-    """Draw each measure against calls, a column for each mask, a line for each family of ways."""
-    families = dict.fromkeys(
-        family_of(name) for settings in blocks.values() for name in sorted(settings)
+def plot(blocks: Blocks, measure: str = "lpips") -> Figure:
+    """Draw a measure against calls: a panel for each mask, a line for each curve.
+
+    What makes no call is drawn as a dashed line.
+    """
+    curves = dict.fromkeys(
+        curve_of(name) for settings in blocks.values() for name in sorted(settings)
     )
-    colours = {family: f"C{i}" for i, family in enumerate(families)}
-    size = (1 + 3.2 * len(blocks), 2.6 * len(PLOTTED) + 1)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(PLOTTED), len(blocks), squeeze=False, sharex=True)
+    colours = {curve: f"C{i}" for i, curve in enumerate(curves)}
+    columns = min(3, len(blocks))
+    lines = math.ceil(len(blocks) / columns)
+    figure = Figure(figsize=(2.5 + 3 * columns, 0.6 + 2.4 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
     handles: dict[str, Any] = {}
-    for column, (mask, settings) in enumerate(blocks.items()):
-        axes[0, column].set_title(mask)
-        axes[-1, column].set_xlabel("network calls a picture")
-        for row, key in enumerate(PLOTTED):
-            axis = axes[row, column]
-            axis.set_xscale("log")
-            axis.set_xticks([10, 25, 50, 100, 250, 1000], ["10", "25", "50", "100", "250", "1000"])
-            axis.minorticks_off()
-            axis.grid(alpha=0.3)
-            for family, colour in colours.items():
-                points = [one for one in settings.values() if family_of(one.setting) == family]
-                if not points:
-                    continue
-                mean = [one.values[key].mean() for one in points]
-                if points[0].calls == 0:
-                    handles[family] = axis.axhline(mean[0], color=colour, linestyle="--")
-                    continue
-                error = np.nan_to_num([standard_error(one.values[key]) for one in points])
-                calls = [one.calls for one in points]
-                handles[family] = axis.errorbar(
-                    calls, mean, error, color=colour, marker="o", markersize=3, capsize=2, lw=1
-                )
-            axis.set_ylim(bottom=0)
-            if column == 0:
-                axis.set_ylabel(MEASURES[key])
-    words = [BASELINES.get(family, family) for family in handles]
+    for axis, (mask, settings) in zip(axes, blocks.items(), strict=False):
+        axis.set_title(mask, fontsize=10)
+        axis.set_xscale("log")
+        axis.set_xticks([10, 25, 50, 100, 250, 1000], ["10", "25", "50", "100", "250", "1000"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        for curve, colour in colours.items():
+            points = [block for block in settings.values() if curve_of(block.setting) == curve]
+            if not points:
+                continue
+            mean = [block.values[measure].mean() for block in points]
+            if points[0].calls == 0:
+                handles[curve] = axis.axhline(mean[0], color=colour, linestyle="--")
+                continue
+            error = np.nan_to_num([standard_error(block.values[measure]) for block in points])
+            calls = [block.calls for block in points]
+            handles[curve] = axis.errorbar(
+                calls, mean, error, color=colour, marker="o", markersize=3, capsize=2, lw=1
+            )
+        axis.set_ylim(bottom=0)
+    for axis in axes[len(blocks) :]:
+        axis.set_visible(False)
+    figure.supxlabel("network calls a picture", fontsize=10)
+    figure.supylabel(MEASURES[measure], fontsize=10)
+    words = [BASELINES.get(curve, curve) for curve in handles]
     figure.legend(
         handles.values(), words, loc="outside right upper", fontsize=8,
         title="± one standard error", title_fontsize=8,
@@ -265,22 +277,16 @@ def plot(blocks: Blocks) -> Figure:
     return figure
 
 
-def write(out: Path, command: str, count: int) -> str:
-    """Write ``quality.md`` and ``quality.png`` from the blocks in ``out``; return the tables."""
-    blocks, machines = read_blocks(out, count)
+def write(out: Path, reference: str | None = None) -> str:
+    """Write ``quality.csv`` and ``quality.png`` from the blocks in ``out``; return the tables."""
+    blocks = read_blocks(out)
     if not blocks:
-        raise UserError(f"holds no block of {count} pictures yet", path=out)
-    parts = [
-        f"`{command}`, last; on {'; '.join(sorted(machines))}. Means ± standard errors, "
-        f"n = {count} pictures.",
-        "## Quality against network calls", *(curve_table(blocks, key) for key in MEASURES),
-        "## I have N calls: take this", budget_table(blocks),
-    ]  # fmt: skip
-    resampling = resampling_table(blocks)
-    if resampling:
-        parts += ["## Does resampling beat going slowly at equal calls?", resampling]
-    text = "\n\n".join(parts) + "\n"
-    write_text_atomic(out / "quality.md", text)
-    with mpl.rc_context({"svg.hashsalt": "repaint"}), atomic_path(out / "quality.png") as temporary:
-        plot(blocks).savefig(temporary, format="png", dpi=120)
-    return text
+        raise UserError("holds no block yet", path=out)
+    write_text_atomic(out / "quality.csv", long_table(blocks))
+    with atomic_path(out / "quality.png") as temporary:
+        plot(blocks).savefig(temporary, format="png", dpi=100)
+    tables = [curve_table(blocks, measure) for measure in ("lpips", "hole")]
+    tables.append(budget_table(blocks))
+    if reference:
+        tables.append(difference_table(blocks, reference))
+    return "\n\n".join(tables)
