@@ -4,21 +4,27 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from network_cases import relative
+from network_cases import relative, unet
 from run_cases import tiny_tree, write_tree
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_diffusion.config.keys import FAST, InpaintConf
 from guided_diffusion.config.reading import load_conf
 from guided_diffusion.errors import UserError
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.nn import GroupNorm32
 from guided_diffusion.run.inpainter import classifier_gradient
-from guided_diffusion.scheduler import count_steps
+from guided_diffusion.samplers import Ddim, Ddnm, Repaint
+from guided_diffusion.scheduler import count_steps, get_schedule_jump
 from guided_diffusion.script_util import create_gaussian_diffusion, create_schedule
 from guided_diffusion.unet import EncoderUNetModel, TrunkConfig
 
@@ -28,6 +34,7 @@ import plain
 import sampler
 
 ROOT = Path(__file__).resolve().parents[1]
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 CLASSIFIER = """
 name: benchmark
 model_path: absent.pt
@@ -154,8 +161,38 @@ def test_default_modes_are_understood(device):
     assert sampler.parse_args(["--modes", ",".join(names)]).modes == names
 
 
-@pytest.mark.parametrize("updown", [True, False])
-@pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
+# ---- The plain networks and loop -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("updown", "scale_shift", "new_order", "memory_format"),
+    [
+        (True, True, False, torch.contiguous_format),
+        (False, True, True, torch.channels_last),
+        (True, False, True, torch.contiguous_format),
+        (False, False, False, torch.channels_last),
+    ],
+)
+def test_the_plain_network_computes_the_same(updown, scale_shift, new_order, memory_format):
+    model = unet(
+        num_classes=5,
+        resblock_updown=updown,
+        use_scale_shift_norm=scale_shift,
+        use_new_attention_order=new_order,
+    )
+    inputs = X, torch.tensor([10, 700]), torch.tensor([1, 3])
+    reference = plain.unet(model, *inputs)
+    model.to(memory_format=memory_format).memory_format = memory_format
+    with torch.inference_mode():
+        output = model(*inputs)
+    assert relative(output, reference) < 1e-5
+    assert output.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("pool", "updown"),
+    [("attention", True), ("adaptive", False), ("spatial", True), ("spatial_v2", False)],
+)
 def test_the_plain_classifier_is_the_networks_in_float64(pool, updown, monkeypatch):
     cfg = TrunkConfig(
         16, 32, (1, 2), 1, (8,), num_head_channels=16, resblock_updown=updown,
@@ -183,3 +220,90 @@ def test_the_plain_classifier_is_the_networks_as_it_is():
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([10, 700])
     with torch.inference_mode():
         assert relative(plain.classifier(model, x, t), model(x, t)) < 1e-5
+
+
+# ---- Nothing waits for the device ----------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation that goes to a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name().split("::")[1].split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+# Reading a value back, and bringing one to the device.
+WAITING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select"}
+COPYING = {"lift_fresh", "lift_fresh_copy", "_to_copy", "copy_", "scalar_tensor", "tensor"}
+
+
+def cond_fn(x, timesteps):
+    return x.clone()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "cond_fn"),
+    [(Repaint(), cond_fn), (Repaint(cumulative_noise=True), None), (Ddim(), None), (Ddnm(), None)],
+    ids=str,
+)
+def test_the_loop_never_waits_for_the_device_nor_copies_to_it(sampler, cond_fn):
+    """On ``meta`` tensors reading a value back is impossible, and copies are seen by name."""
+    diffusion = GaussianDiffusion(np.linspace(1e-3, 0.3, 20))
+    times = get_schedule_jump(20, 1, 4, 3)
+    gt = torch.empty(2, 3, 16, 16, device="meta")
+    steps = diffusion.p_sample_loop_progressive(
+        lambda x, timesteps: x.new_empty(2, 6, 16, 16),
+        gt,
+        gt,
+        times,
+        lambda: torch.empty_like(gt),
+        sampler=sampler,
+        cond_fn=cond_fn,
+    )
+    with torch.inference_mode(), Operations() as operations:
+        next(steps)  # before the first step, tables may go to the device
+        operations.names.clear()
+        count = sum(1 for _ in steps)
+    assert count == len(times) - 2
+    assert "mul" in operations.names
+    assert not set(operations.names) & (WAITING | COPYING)
+
+
+def test_a_plain_port_does_both():
+    """The test above can fail: its means see what the plain loop does."""
+    diffusion = GaussianDiffusion(np.linspace(1e-3, 0.3, 20))
+    gt = torch.zeros(2, 3, 16, 16)
+    steps = plain.repaint(
+        diffusion,
+        lambda x, timesteps: x.new_zeros(2, 6, 16, 16),
+        gt,
+        gt,
+        get_schedule_jump(20, 1, 4, 3),
+        lambda: torch.zeros_like(gt),
+    )
+    with Operations() as operations:
+        list(islice(steps, 5))
+    assert "_local_scalar_dense" in operations.names
+    assert set(operations.names) & COPYING
+
+
+@pytest.mark.parametrize("predict_v", [False, True])
+def test_the_plain_loop_samples_the_same(predict_v):
+    gt, mask = X.clamp(-1, 1), (X > 0).float()
+    diffusion = GaussianDiffusion(np.linspace(1e-3, 0.3, 20), predict_v=predict_v)
+    network = partial(unet(num_classes=5), y=torch.tensor([1, 3]))
+
+    def inputs():
+        generator = torch.Generator().manual_seed(7)
+        times = get_schedule_jump(20, 1, 4, 3)
+        return network, gt, mask, times, lambda: torch.randn(gt.shape, generator=generator)
+
+    with torch.inference_mode():
+        *_, ours = diffusion.p_sample_loop_progressive(*inputs(), sampler=Repaint())
+        *_, theirs = plain.repaint(diffusion, *inputs())
+    assert (ours.x - theirs).abs().max() < 1e-4

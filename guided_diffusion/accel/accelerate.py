@@ -1,10 +1,11 @@
-"""THE DOOR of this room: a network goes in, a callable that computes the same comes out, faster.
+"""The door of this folder: a network goes in, a faster callable that computes the same comes out.
 
-Nothing that is fast is trusted unseen. Kernels, compiled code and CUDA graphs differ from machine
-to machine, so what they compute is compared with PyTorch's own operations wherever they run.
+Kernels and compiled code differ from machine to machine. So their first output of each shape is
+compared with PyTorch's own operations on the machine that runs them.
 """
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,20 +16,13 @@ from torch import Tensor, nn
 from guided_diffusion.accel import cpu_kernels
 from guided_diffusion.accel.build import KernelError
 from guided_diffusion.accel.fused_unet import FusedUNet, with_fused_convolutions
-from guided_diffusion.accel.gpu_kernels import GpuKernels
-from guided_diffusion.accel.graphs import FixedBatch, with_compiled_blocks
 from guided_diffusion.accel.layout import lay_out, precision_on, set_arithmetic
 from guided_diffusion.accel.memory import forget_pages, keep_freed_memory
 from guided_diffusion.dist_util import is_out_of_memory
-from guided_diffusion.unet import EmbedSequential, EncoderUNetModel, UNetEncoder, UNetModel
+from guided_diffusion.io.cache import cache_folder
+from guided_diffusion.unet import EmbedSequential, EncoderUNetModel, UNetEncoder
 
-__all__ = [
-    "accelerate",
-    "accelerate_gradient",
-    "precision_on",
-    "prepare",
-    "set_arithmetic",
-]
+__all__ = ["accelerate", "accelerate_gradient", "precision_on", "prepare", "set_arithmetic"]
 Network = Callable[..., Tensor]  # of (x, timesteps[, y]), each (N, ...)
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _TF32_TOLERANCE = 1e-2
@@ -42,18 +36,16 @@ def prepare(device: torch.device) -> None:
 
 
 def accelerate(model: nn.Module, device: torch.device, compile: bool | str) -> Network:
-    """Return what computes ``model`` fast: (x, timesteps[, y]) → output, to rounding.
+    """Return a fast callable that computes ``model``: (x, timesteps[, y]) → output, to rounding.
 
-    ``compile`` is the YAML key. There are kernels for ``UNetModel`` alone.
+    ``compile`` is the YAML key. The CPU's kernels compute ``UNetModel`` alone.
     """
     if (kernels := _cpu_kernels(model, device, compile)) is not None:
         return Checked(FusedUNet(kernels, model), model, model)
     lay_out(model, device, at_once=compile is True)
     if compile is not True:
         return model
-    if device.type == "cuda" and (gpu_kernels := _gpu_kernels(model)) is not None:
-        return Checked(FixedBatch(FusedUNet(gpu_kernels, model), recorded=True), model, model)
-    return Checked(_compiled(with_compiled_blocks(model), device), model, model)
+    return Checked(CompiledBatch(compiled(model, device), device), model, model)
 
 
 def accelerate_gradient(
@@ -62,7 +54,7 @@ def accelerate_gradient(
     device: torch.device,
     compile: bool | str,
 ) -> Network:
-    """Return what computes ``gradient`` of ``classifier`` fast: (x, timesteps, y) → output.
+    """Return a fast ``gradient`` of ``classifier``: (x, timesteps, y) → output, to rounding.
 
     ``gradient`` takes the classifier before its other inputs.
     """
@@ -73,16 +65,16 @@ def accelerate_gradient(
     lay_out(classifier, device, at_once=compile is True)
     if compile is not True:
         return plain
-    fast = partial(gradient, with_compiled_blocks(classifier))
-    return Checked(_compiled(fast, device), plain, classifier)
+    fast = CompiledBatch(partial(gradient, compiled(classifier, device)), device)
+    return Checked(fast, plain, classifier)
 
 
 def _cpu_kernels(
     network: nn.Module, device: torch.device, compile: bool | str
 ) -> cpu_kernels.Kernels | None:
     """Return the CPU's kernels where they are wanted; None, with a warning, if there are none."""
-    is_ours = isinstance(network, UNetEncoder) and network.dtype == torch.float32
-    if device.type != "cpu" or compile is False or not is_ours:
+    has_kernels = isinstance(network, UNetEncoder) and network.dtype == torch.float32
+    if device.type != "cpu" or compile is False or not has_kernels:
         return None
     try:
         return cpu_kernels.load()
@@ -91,36 +83,63 @@ def _cpu_kernels(
         return None
 
 
-def _gpu_kernels(network: nn.Module) -> GpuKernels | None:
-    """Return a GPU's kernels, or None, with a warning, where Triton cannot be imported."""
-    if not isinstance(network, UNetModel):
-        return None
-    try:
-        return GpuKernels()
-    except Exception as error:  # of an installation that is broken, too
-        text = f"compile: no Triton kernels, going on without: {_first_line(error)}"
-        warnings.warn(text, stacklevel=4)
-        return None
+# ---- torch.compile -------------------------------------------------------------------------------
 
 
-def _compiled(fast: Network, device: torch.device) -> FixedBatch:
-    return FixedBatch(fast, compiled=True, recorded=device.type == "cuda")
+def compiled(network: nn.Module, device: torch.device) -> Network:
+    """Return ``network`` through ``torch.compile``, which compiles at the first call.
+
+    On a GPU the calls are CUDA graphs. Compiled code is kept in our own folder of kept things:
+    PyTorch's default is a folder of temporary files.
+    """
+    if (folder := cache_folder()) is not None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    return torch.compile(network, dynamic=False, mode=mode)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
+class CompiledBatch:
+    """A compiled ``function`` of tensors, called with the largest batch size so far.
+
+    A smaller batch is padded, because another size would be compiled anew: no image depends on
+    another. Each output is a copy, because a CUDA graph writes the next output over the last one.
+    PyTorch records a CUDA graph at the second call. On a GPU, two calls with zeros come before the
+    first output, so that it is that of a graph which has read its inputs.
+    """
+
+    def __init__(self, function: Network, device: torch.device) -> None:
+        self._function = function
+        self._warm_up_calls = 2 if device.type == "cuda" else 0
+        self._size = 0  # of the largest batch that worked
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Return what ``function`` returns, to rounding; the first dimension is the batch."""
+        count, worked = len(inputs[0]), self._size
+        size = max(count, worked)
+        self._size = 0  # after a failure, such as a full memory, nothing is padded
+        padded = [_padded(tensor, size) for tensor in inputs]
+        if size > worked:
+            for _ in range(self._warm_up_calls):
+                self._function(*(torch.zeros_like(tensor) for tensor in padded))
+        output = self._function(*padded)
+        self._size = size
+        return output[:count].clone()
+
+
+def _padded(tensor: Tensor, size: int) -> Tensor:
+    """Repeat the last entry of a batch until there are ``size``; the result is contiguous."""
+    last = tensor[-1:].expand(size - len(tensor), *tensor.shape[1:])
+    return torch.cat([tensor, last]).contiguous()
 
 
 # ---- The check -----------------------------------------------------------------------------------
 
 
 class Checked:
-    """``fast``, whose first output of each batch size has to be what ``plain`` computes.
+    """``fast``, whose first output of each shape has to equal that of ``plain`` to rounding.
 
-    Where it is not, or where ``fast`` fails, one warning says so, and from there on every output is
-    that of ``plain``. Running out of memory stays that. ``network`` is the one that ``plain``
-    calls.
+    If it does not, or if ``fast`` fails, one warning says so, and every output from then on is that
+    of ``plain``. Running out of memory is raised. ``network`` is the one that ``plain`` calls.
     """
 
     def __init__(self, fast: Network, plain: Network, network: nn.Module) -> None:
@@ -129,7 +148,7 @@ class Checked:
         self._checked: set[torch.Size] = set()  # shapes of ``x``
 
     def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """Return what ``plain`` returns for ``x`` (N, 3, S, S), ``timesteps`` and ``y`` (N,)."""
+        """Return what ``plain`` returns for ``x`` (N, C, S, S), ``timesteps`` and ``y`` (N,)."""
         inputs = [x, timesteps, *([] if y is None else [y])]
         if self._fast is None:
             return self._plain(*inputs)
@@ -138,13 +157,13 @@ class Checked:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            expected = self._plain(*inputs)  # raises, too, where the inputs are what is wrong
+            expected = self._plain(*inputs)  # raises, too, if the inputs are wrong
             return self._give_up(f"does not work: {_first_line(error)}", expected)
         if x.shape in self._checked:
             return output
         expected = self._expected(inputs)
         error, tolerance = _largest_error(output, expected), _tolerance(self._network, x.device)
-        if not error <= tolerance:  # NaN is no error of 0
+        if not error <= tolerance:  # NaN compares as False
             problem = f"is wrong by {error:.2g} of the largest value at batch size {len(x)}"
             return self._give_up(problem, expected)
         self._checked.add(x.shape)
@@ -161,6 +180,11 @@ class Checked:
         text = f"compile: the fast network {problem}; going on with PyTorch's own operations"
         warnings.warn(text, stacklevel=4)
         return expected
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
 
 
 def _largest_error(output: Tensor, expected: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""PREDICT in fused kernels, on CPUs and GPUs.
+"""PREDICT in fused kernels, on a CPU in float32.
 
 Computes what ``UNetModel.forward`` does, to rounding. Feature maps are (N, H, W, C) here; ``embs``
 are the parts of the embedding that the residual blocks take, in the order of the blocks.
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from guided_diffusion.accel.cpu_kernels import Affine, Kernels, Packed
-from guided_diffusion.accel.gpu_kernels import GpuKernels
 from guided_diffusion.accel.layout import swap_modules, twin
 from guided_diffusion.accel.memory import forget_pages
 from guided_diffusion.nn import downsample, upsample
@@ -26,7 +25,6 @@ from guided_diffusion.unet import (
     Upsample,
 )
 
-AnyKernels = Kernels | GpuKernels
 # Of one map or two joined ones, and of each residual block's (1 or N, out or 2·out).
 Layer = Callable[[list[Tensor], Iterator[Tensor]], Tensor]
 
@@ -34,10 +32,10 @@ Layer = Callable[[list[Tensor], Iterator[Tensor]], Tensor]
 class Conv3x3:
     """A 3×3 convolution whose weights are packed at the first call."""
 
-    def __init__(self, kernels: AnyKernels, conv: nn.Conv2d) -> None:
+    def __init__(self, kernels: Kernels, conv: nn.Conv2d) -> None:
         self._kernels, self._conv = kernels, conv
-        self._weight: Packed | Tensor | None = None
-        self._transposed: Packed | Tensor | None = None  # the weights of ``gradient``
+        self._weight: Packed | None = None
+        self._transposed: Packed | None = None  # the weights of ``gradient``
 
     def __call__(
         self,
@@ -68,9 +66,9 @@ class Conv3x3:
 class Conv1x1:
     """A convolution of single pixels, 1-D or 2-D, whose weights are packed at the first call."""
 
-    def __init__(self, kernels: AnyKernels, conv: nn.Conv1d | nn.Conv2d) -> None:
+    def __init__(self, kernels: Kernels, conv: nn.Conv1d | nn.Conv2d) -> None:
         self._kernels, self._conv = kernels, conv
-        self._weight: Packed | Tensor | None = None
+        self._weight: Packed | None = None
 
     def __call__(
         self, *maps: Tensor, affine: Affine | None = None, residual: Tensor | None = None
@@ -88,7 +86,7 @@ class Conv1x1:
 class FusedResBlock:
     """``ResBlock`` of one map or two joined ones."""
 
-    def __init__(self, kernels: AnyKernels, block: ResBlock) -> None:
+    def __init__(self, kernels: Kernels, block: ResBlock) -> None:
         self._kernels, self._block = kernels, block
         skip = block.skip_connection
         self._conv_skip = Conv1x1(kernels, skip) if isinstance(skip, nn.Conv2d) else None
@@ -125,7 +123,7 @@ class FusedResBlock:
 class FusedAttention:
     """``AttentionBlock``."""
 
-    def __init__(self, kernels: AnyKernels, block: AttentionBlock) -> None:
+    def __init__(self, kernels: Kernels, block: AttentionBlock) -> None:
         self._kernels, self._block = kernels, block
         self._qkv = Conv1x1(kernels, block.qkv)
         self._proj_out = Conv1x1(kernels, block.proj_out)
@@ -139,12 +137,9 @@ class FusedAttention:
 
 
 class FusedUNet:
-    """``model`` in inference, by kernels; its parameters may not change from here on.
+    """``model`` in inference, by kernels; its parameters may not change from here on."""
 
-    On a CPU it takes float32.
-    """
-
-    def __init__(self, kernels: AnyKernels, model: UNetModel) -> None:
+    def __init__(self, kernels: Kernels, model: UNetModel) -> None:
         self._model, self._kernels = model, kernels
         self._projections: list[nn.Linear] = []  # of the embedding, a residual block's each
         self._joined: tuple[Tensor, Tensor] | None = None  # their weights and biases
@@ -156,15 +151,13 @@ class FusedUNet:
     def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """``UNetModel.forward``."""
         model = self._model
-        # One time for all images is embedded once, so that no result depends on the batch. A CUDA
-        # graph reads its times from a buffer, where they are no longer known to be one.
-        if x.device.type == "cpu" and timesteps.stride() == (0,):
+        if timesteps.stride() == (0,):  # one time for all images: no result depends on the batch
             timesteps = timesteps[:1]
         emb = model.embed_time(timesteps)
         if model.label_emb is not None:
             emb = emb + model.label_emb(y)
         embs = self._project(F.silu(emb))
-        x = x.to(model.dtype, memory_format=torch.channels_last)
+        x = x.to(memory_format=torch.channels_last)
         h = _channels_last(model.input_blocks[0](x, emb))
         skips = [h]
         for block in self._input_blocks:

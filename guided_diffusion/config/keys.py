@@ -191,9 +191,8 @@ class InpaintConf(ModelConf):
                                 choices=("float32", "tf32", "float16", "bfloat16"))
     compile: bool | str = key("auto", "How calls of the network are made fast: auto, on a CPU by "
                               "kernels of its own, built in seconds at the first run, on a GPU "
-                              "by PyTorch's own operations; true, on a GPU by Triton, CUDA "
-                              "graphs or torch.compile, which wait for measurement; false, "
-                              "not beyond PyTorch.",
+                              "by PyTorch's own operations; true, by torch.compile on a GPU "
+                              "and as auto on a CPU; false, by PyTorch's own operations.",
                               choices=("auto", True, False), affects_results=False)
     paste_known: bool = key(False, "Paste the known pixels unchanged into the result.")
     invert_mask: bool = key(False, "The masks are the other way round: white is to generate.")

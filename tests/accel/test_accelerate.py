@@ -13,7 +13,7 @@ import torch
 from network_cases import randomised, relative
 
 from guided_diffusion.accel import accelerate as door
-from guided_diffusion.accel import build, cpu_kernels, fused_unet, gpu_kernels, graphs
+from guided_diffusion.accel import build, cpu_kernels
 from guided_diffusion.accel.accelerate import Checked, accelerate, accelerate_gradient
 from guided_diffusion.run.inpainter import classifier_gradient
 from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
@@ -297,50 +297,20 @@ def test_the_check_leaves_no_second_copy_of_the_weights_in_memory(kernels, tmp_p
 # ---- Which way is taken --------------------------------------------------------------------------
 
 
-def ways(monkeypatch, *, triton):
-    """Let a GPU be chosen for on this machine: nothing is called."""
-    monkeypatch.setattr(door, "lay_out", lambda *_, **__: None)
-
-    def init(self):
-        if not triton:
-            raise ImportError("No module named 'triton'")
-
-    monkeypatch.setattr(gpu_kernels.GpuKernels, "__init__", init)
-
-
 @pytest.mark.parametrize("compile", ["auto", False])
-def test_a_gpu_uses_pytorchs_own_operations_unless_told_otherwise(compile, monkeypatch):
-    ways(monkeypatch, triton=True)
-    model, own = unet(), classifier()
+def test_a_gpu_uses_pytorchs_own_operations_unless_it_is_to_compile(compile, monkeypatch):
+    monkeypatch.setattr(door, "lay_out", lambda *_, **__: None)
+    model, encoder = unet(), classifier()
     with silence():
         assert accelerate(model, GPU, compile) is model
-        run = accelerate_gradient(classifier_gradient, own, GPU, compile)
+        run = accelerate_gradient(classifier_gradient, encoder, GPU, compile)
     assert run.func is classifier_gradient
-    assert run.args == (own,)
+    assert run.args == (encoder,)
 
 
-def test_a_gpu_that_is_to_compile_takes_triton_first(monkeypatch):
-    ways(monkeypatch, triton=True)
-    with silence():
-        network = accelerate(unet(), GPU, True)
-    assert isinstance(network, Checked)
-    assert isinstance(network._fast, graphs.FixedBatch)
-    assert isinstance(network._fast._function, fused_unet.FusedUNet)
-    assert network._fast._is_recorded
-    assert not network._fast._is_compiled
-
-
-def test_without_triton_one_warning_and_compiled_blocks(monkeypatch):
-    ways(monkeypatch, triton=False)
-    with pytest.warns(UserWarning, match="no Triton kernels, going on without: No mod") as caught:
-        network = accelerate(model := unet(), GPU, True)
-    assert [each.category for each in caught].count(UserWarning) == 1
-    fast = network._fast
-    assert fast._is_recorded
-    assert fast._is_compiled
-    assert isinstance(fast._function, UNetModel)
-    assert fast._function is not model
-    compiled = [m for m in fast._function.modules() if m._compiled_call_impl]
-    assert {type(m).__name__ for m in compiled} == {"ResBlock", "AttentionBlock", "Head"}
-    assert not any(m._compiled_call_impl for m in model.modules())
-    assert {id(p) for p in fast._function.parameters()} == {id(p) for p in model.parameters()}
+def test_a_gpu_compiles_the_whole_network_into_cuda_graphs(monkeypatch):
+    monkeypatch.setattr(door, "lay_out", lambda *_, **__: None)
+    options = {}
+    monkeypatch.setattr(torch, "compile", lambda model, **own: options.update(own, model=model))
+    accelerate(model := unet(), GPU, True)
+    assert options == {"model": model, "dynamic": False, "mode": "reduce-overhead"}

@@ -17,8 +17,8 @@ products and convolutions, counted, and the matrix rate is what a large product 
 
 A cold start goes from the configuration to the end of the first call: building, loading, compiling.
 Weights come from the page cache. Unless ``--keep_cache``, a mode finds no code on disk, not even
-our C++ kernels for CPUs. It does find what this process has: libraries that are imported, Triton's
-kernels and cuDNN's choices of an earlier mode or batch size. ``--modes`` with one mode and a
+our C++ kernels for CPUs. It does find what this process has: libraries that are imported, and
+cuDNN's choices of an earlier mode or batch size. ``--modes`` with one mode and a
 single batch size gives the honest number.
 """
 
@@ -294,20 +294,15 @@ class Benchmark:
         return inpainter.network, inpainter.model.dtype
 
     def _call_again(self, mode: Mode) -> None:
-        """Call for the peak of memory alone, now that all algorithms are chosen.
-
-        A recording is made anew: what it holds is not allocated again in later calls.
-        """
-        fast = getattr(mode.network, "_fast", None)
-        if getattr(fast, "_runner", None) is not None:
-            fast._runner = None
+        """Call for the peak of memory alone, now that all algorithms are chosen."""
         self._reset_peak()
         self.call(mode)
 
     def _memory(self, *, peak: bool = False) -> int | None:
         """Return the bytes that are taken, or at most were since ``_reset_peak``."""
         if self.device.type == "cuda":
-            read = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+            # A CUDA graph's memory stays reserved and is not allocated again in later calls.
+            read = torch.cuda.max_memory_reserved if peak else torch.cuda.memory_reserved
             return read(self.device)
         return status_bytes("VmHWM" if peak else "VmRSS")
 
@@ -423,7 +418,6 @@ def use_new_cache(folder: str) -> None:
     """Let everything be compiled anew, into a new folder within this one."""
     own = tempfile.mkdtemp(dir=folder)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = own
-    os.environ["TRITON_CACHE_DIR"] = f"{own}/triton"
     cpu_kernels.load.cache_clear()
     if inductor := sys.modules.get("torch._inductor.utils"):
         inductor.clear_caches()  # by their source it finds kernels that are loaded
