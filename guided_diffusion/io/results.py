@@ -15,6 +15,7 @@ from guided_diffusion.io.images import as_rgb, bare_png, is_deep, masked_u8, ope
 from guided_diffusion.io.metadata import jpeg_options, png_options
 
 JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
+_LONGEST_JPEG = 65_500  # pixels a side that libjpeg writes
 _MARK = "repaint"  # the keyword of the PNG text, or the start of the JPEG comment, with the mark
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -26,6 +27,14 @@ def as_image(pixels: np.ndarray) -> Image.Image:
     if pixels.ndim != 3 or (pixels.dtype, pixels.shape[2]) not in kinds:
         raise ValueError(f"not uint8 (H, W, 3) or gray (H, W, 1): {pixels.dtype} {pixels.shape}")
     return Image.fromarray(np.ascontiguousarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]))
+
+
+def check_size(photo: str, name: str, size: tuple[int, int]) -> None:
+    """Raise ``UserError`` where a photo of ``size`` is too long for a result of this file name."""
+    if Path(name).suffix.lower() in JPEG_SUFFIXES and max(size) > _LONGEST_JPEG:
+        problem = "is too long for a JPEG; output_format: png has no such limit"
+        expected = f"at most {_LONGEST_JPEG} pixels a side"
+        raise UserError(problem, path=photo, expected=expected, got="{} x {}".format(*size))
 
 
 def write_image(

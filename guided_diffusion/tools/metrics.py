@@ -2,25 +2,28 @@
 
     python guided_diffusion/tools/metrics.py --conf_path confs/test_c256_thick.yml --paper
 
-What is compared are the PNGs that the run wrote, ``inpainted`` with ``gt``, as they are: pictures
-of 8 bits, known pixels included as the run left them. The hole is where the first channel of
-``gt_keep_mask`` is below 128. Each number is one of a result (a sample of a picture):
+The PNGs of ``inpainted`` are compared with those of ``gt``, known pixels included. The hole is
+where the first channel of ``gt_keep_mask`` is below 128. Each number describes one result:
 
-- LPIPS 0.1 with AlexNet. Whole: as the lpips package has it. Hole: its map of the picture's size
-  averaged over the hole (``perceptual.LPIPS``).
-- PSNR in dB, 10·log10(255² / mean square error over all channels), of all pixels or the hole's.
-- SSIM with the Gaussian window of Wang et al. 2004 (sigma 1.5, 11 x 11), the mean over channels.
-  Whole: the mean of its map without the 5 pixels at the border, as is usual. Hole: the mean of the
-  map over the hole's pixels, pictures continued at the border by reflection.
+- LPIPS 0.1 with AlexNet. Whole: as in the lpips package. Hole: its map at the picture's size,
+  averaged over the hole (``perceptual.LPIPS``). A gray picture is repeated over three channels.
+- PSNR in dB, 10·log10(peak² / mean square error over all channels), of all pixels or of the hole.
+  The peak is 255, or 65,535 for gray pictures of 16 bits.
+- SSIM with the Gaussian window of Wang et al. 2004 (sigma 1.5, 11 x 11), averaged over channels.
+  Whole: the mean of its map without the 5 pixels at the border. Hole: the mean of the map over the
+  hole, with pictures reflected at their borders.
 - LPIPS between samples, where a picture has several: the mean over all pairs. Higher is more
   diverse.
 
-A picture's samples are averaged first. The mean over pictures stands with its standard error, their
-standard deviation over the square root of their number. A hole without pixels counts nowhere.
+Transparent pictures are compared over black; where only one of the two has transparency, it is
+ignored. The samples of a picture are averaged first. A mean over pictures has a standard error: the
+standard deviation over the square root of their number. A picture without a hole is left out of the
+means over holes, and a result that equals ``gt``, whose PSNR is infinite, of the mean PSNR.
 """
 
 import argparse
 import csv
+import functools
 import io
 import itertools
 import json
@@ -29,30 +32,28 @@ import re
 import statistics
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
+from PIL import Image
 from tqdm import tqdm
 
 if __name__ == "__main__":  # as a script its own folder comes first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.keys import RESULT_FOLDERS, InpaintConf
-from guided_diffusion.config.reading import load_conf
+from guided_diffusion.config.reading import load_conf, read_yaml
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import list_images, output_name, sample_names
 from guided_diffusion.io.files import write_text_atomic
-from guided_diffusion.io.images import read_rgb, to_model_range
-from guided_diffusion.io.results import JPEG_SUFFIXES
+from guided_diffusion.io.images import as_rgb, is_deep, read_upright, to_model_range
+from guided_diffusion.io.results import result_path
 from guided_diffusion.tools.perceptual import LPIPS, MIN_SIDE, load_lpips
 
-KINDS = ("lpips", "psnr", "ssim")
 SSIM_BORDER = 5  # half of the window of 11, which sees nothing but the picture inside of it
 TITLES = {
     "lpips": "LPIPS, lower is better",
@@ -60,6 +61,7 @@ TITLES = {
     "ssim": "SSIM, higher is better",
     "diversity": "LPIPS between samples, higher is more diverse",
 }
+COLUMNS = [f"{key}{part}" for key in TITLES for part in ("", "_hole")]
 # RePaint's LPIPS as the paper's tables give it, by data set and mask. The published configurations
 # take 100 pictures each.
 PAPER_COUNT = 100
@@ -76,19 +78,18 @@ PAPER_MASKS = {"thick": "Wide", "thin": "Narrow", "nn2": "2x super-resolution",
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left: folders by their YAML keys, and the names of its pictures.
+    """The folders of a run by their YAML keys, and the results of each picture.
 
-    ``failures`` are the names of results that it could not make; a file there is an earlier run's.
-    ``results`` are the names of all results by their stems, where the run has noted them.
+    ``results`` are file names in ``srs`` by the name of the picture in ``gts``. ``failures`` are
+    results that the run could not make; a file of such a name is from an earlier run.
     """
 
     name: str
     log_dir: Path
     folders: dict[str, str]  # srs, gts, gt_keep_masks
-    pictures: list[str]
+    results: dict[str, list[str]]
     samples_per_image: int
     failures: frozenset[str] = frozenset()
-    results: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,124 +101,130 @@ class Mean:
     n: int
 
     def text(self, digits: int = 4) -> str:
-        """Return mean ± standard error, as far as there are any."""
+        """Return mean ± standard error; a dash without a mean."""
         if not self.n:
             return "–"
         error = f" ± {self.standard_error:.{digits}f}" if math.isfinite(self.standard_error) else ""
         return f"{self.mean:.{digits}f}{error}"
 
 
-# ---- what a run wrote ----------------------------------------------------------------------------
+# ---- the files of a run --------------------------------------------------------------------------
 
 
 def find_run(conf_path: str | None, folder: str | None) -> Run:
     """Return the results of a YAML's run, or those in a log folder.
 
-    ``run.yml`` in the log folder says what was run, ``--set`` included, and which results
-    are the run's; without one, as the published program leaves it, all pictures of ``gt``
-    are. A log folder that was moved keeps its own ``inpainted``, ``gt`` and ``gt_keep_mask``.
-    Raises ``UserError`` where anything is missing, and warns of a run that has not ended.
+    ``run.yml`` in the log folder is the record of the run, ``--set`` included, and lists its
+    results. Without a record, as from the published program, all pictures in ``gt`` count. A log
+    folder may have been moved together with its ``inpainted``, ``gt`` and ``gt_keep_mask``.
+    Raises ``UserError`` where a folder is missing, and warns of a run that has not ended.
     """
     conf = load_conf(conf_path, InpaintConf) if conf_path is not None else None
     log_dir = Path(folder if conf is None else conf.log_dir)
-    record = log_dir / "run.yml"
-    if record.is_file():
-        conf = load_conf(record, InpaintConf)
+    path, record = log_dir / "run.yml", {}
+    if path.is_file():
+        conf = load_conf(path, InpaintConf)
+        record = read_yaml(path).get("record")
+        record = record if isinstance(record, dict) else {}
     folders = {key: str(log_dir / RESULT_FOLDERS[key]) for key in ("srs", "gts", "gt_keep_masks")}
     if conf is not None and (folder is None or not Path(folders["srs"]).is_dir()):
         folders = {key: getattr(conf.data.paths, key) for key in folders}
-    for key, path in folders.items():
-        if not path or not Path(path).is_dir():
+    for key, path_of_key in folders.items():
+        if not path_of_key or not Path(path_of_key).is_dir():
             problem = "no such folder of results: has the run been made, and all its folders kept?"
-            raise UserError(problem, path=path or log_dir, key=f"paths.{key}")
-    count = conf.samples_per_image if conf is not None else 1
-    noted = _noted(record)
-    if noted.get("state") == "started":
-        warnings.warn(f"{record}: this run has not ended, and results of an earlier one may be "
+            raise UserError(problem, path=path_of_key or log_dir, key=f"paths.{key}")
+    if record.get("state") == "started":
+        warnings.warn(f"{path}: this run has not ended, and results of an earlier one may be "
                       "among its own", stacklevel=2)  # fmt: skip
-    number = r"_\d+" if count > 1 else ""
-    # Results may be JPEGs (output_format: same); their pictures are PNGs.
-    results = {Path(name).stem: Path(name).name for name in _names(noted, "seeds")}
-    pictures = [re.sub(rf"{number}\.\w+$", ".png", name) for name in results.values()]
-    pictures = pictures or [output_name(path) for path in list_images(folders["gts"])]
-    pictures, failures = list(dict.fromkeys(pictures)), frozenset(_names(noted, "failures"))
-    name = conf.name if conf else log_dir.name
-    return Run(name, log_dir, folders, pictures, count, failures, results)
+    count = conf.samples_per_image if conf is not None else 1
+    names = [result_path(folders["srs"], name).name for name in _names(record, "seeds")]
+    if not names:
+        pictures = [output_name(path) for path in list_images(folders["gts"])]
+        names = [name for picture in pictures for name in sample_names(picture, count)]
+    # A result may be a JPEG (output_format: same); its gt is always a PNG.
+    ending, results = rf"{r'_[0-9]+' if count > 1 else ''}\.\w+$", {}
+    for name in names:
+        results.setdefault(re.sub(ending, ".png", name), []).append(name)
+    failures = frozenset(_names(record, "failures"))
+    return Run(conf.name if conf else log_dir.name, log_dir, folders, results, count, failures)
 
 
-def _noted(record: Path) -> dict[str, Any]:
-    """Return what a run noted about itself in ``run.yml``; nothing where there is no such file."""
-    if not record.is_file():
-        return {}
-    noted = yaml.safe_load(record.read_text(encoding="utf-8")).get("record")
-    return noted if isinstance(noted, dict) else {}
-
-
-def _names(noted: dict[str, Any], key: str) -> list[str]:
-    """Return the names of results that stand under a key of a run's notes."""
-    names = noted.get(key)
+def _names(record: dict[str, Any], key: str) -> list[str]:
+    """Return the names of results under a key of a run's record."""
+    names = record.get(key)
     return [str(name) for name in names] if isinstance(names, dict) else []
 
 
-def _result(run: Run, name: str) -> Path | None:
-    """Return the file of a result that a PNG's name means; None where the run has none.
+def read_like(path: Path, gt: Image.Image | None = None) -> Image.Image:
+    """Read a picture of ``gt``'s size; ``UserError`` for another size, or one below 31 pixels."""
+    image = read_upright(str(path))
+    got = "{} x {}".format(*image.size)
+    if gt is not None and image.size != gt.size:
+        expected = "{} x {}".format(*gt.size)
+        raise UserError("does not have the size of gt", path=path, expected=expected, got=got)
+    if min(image.size) < MIN_SIDE:
+        expected = f"{MIN_SIDE} pixels or more"
+        raise UserError("is too small for LPIPS", path=path, expected=expected, got=got)
+    return image
 
-    Without a run's notes it is a JPEG where there is no PNG.
+
+def comparable(result: Image.Image, gt: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pixels of two pictures over the same ground, uint8 (H, W, 3).
+
+    Two gray pictures are (H, W, 1), and uint16 if both have 16 bits.
     """
-    path = Path(run.folders["srs"]) / name
-    noted = run.results.get(path.stem)
-    suffixes = (".png", *JPEG_SUFFIXES, *(suffix.upper() for suffix in JPEG_SUFFIXES))
-    paths = [path.with_name(noted)] if noted else [path.with_suffix(suffix) for suffix in suffixes]
-    return next((path for path in paths if path.is_file() and path.name not in run.failures), None)
+    images = (result, gt)
+    if all(map(is_deep, images)):
+        return tuple(np.asarray(image).astype(np.uint16)[:, :, None] for image in images)
+    if result.has_transparency_data != gt.has_transparency_data:
+        images = [image if is_deep(image) else image.convert("RGBA") for image in images]
+        images = [image.convert("RGB") if image.mode == "RGBA" else image for image in images]
+    is_gray = all(image.mode in ("1", "L", "LA") or is_deep(image) for image in (result, gt))
+    arrays = (np.asarray(as_rgb(image)[0]) for image in images)
+    return tuple(array[:, :, :1] if is_gray else array for array in arrays)
 
 
 # ---- measures ------------------------------------------------------------------------------------
-
-
-def import_torchmetrics() -> ModuleType:
-    """Return ``torchmetrics.functional.image``; ``UserError`` where it is not installed."""
-    try:
-        import torchmetrics.functional.image as image_metrics
-    except ImportError as error:
-        raise UserError(
-            f"PSNR and SSIM need torchmetrics ({error}): pip install -r requirements-metrics.txt"
-        ) from error
-    return image_metrics
 
 
 class Meter:
     """LPIPS, PSNR and SSIM of a result; raises ``UserError`` where a package or file is missing."""
 
     def __init__(self, alexnet: str | None = None) -> None:
-        self._torchmetrics = import_torchmetrics()
+        try:
+            import torchmetrics.functional.image as image_metrics
+        except ImportError as error:
+            problem = f"PSNR and SSIM need torchmetrics ({error})"
+            raise UserError(f"{problem}: pip install -r requirements-metrics.txt") from error
+        self._torchmetrics = image_metrics
         self._lpips: LPIPS = load_lpips(alexnet)
 
     def compare(self, result: np.ndarray, gt: np.ndarray, hole: np.ndarray) -> dict[str, float]:
         """Return lpips, psnr and ssim of a result, and of its hole as lpips_hole and so on.
 
-        Pictures are uint8 (H, W, 3) with H, W >= 31; ``hole`` is bool (H, W). NaN where there is
-        no hole; PSNR of equal pictures is infinite.
+        Pictures are uint8 or uint16 (H, W, C), C = 1 or 3, with H, W >= 31; ``hole`` is bool
+        (H, W). NaN where there is no hole; the PSNR of equal pictures is infinite.
         """
-        x, y = (torch.from_numpy(picture.copy()).double() for picture in (result, gt))
+        peak = float(np.iinfo(gt.dtype).max)
+        x, y = (torch.from_numpy(picture.astype(np.float64)) for picture in (result, gt))
         region = torch.from_numpy(hole)
         image = self._torchmetrics.structural_similarity_index_measure
         planes = (picture.permute(2, 0, 1)[None] for picture in (x, y))
-        full = image(*planes, data_range=255.0, return_full_image=True)[1][0].mean(0)
-        psnr = self._torchmetrics.peak_signal_noise_ratio
+        full = image(*planes, data_range=peak, return_full_image=True)[1][0].mean(0)
+        psnr = functools.partial(self._torchmetrics.peak_signal_noise_ratio, data_range=peak)
         whole, inside = self.lpips(result, gt, hole)
         return {
             "lpips": whole,
-            "psnr": psnr(x, y, data_range=255.0).item(),
+            "psnr": psnr(x, y).item(),
             "ssim": full[SSIM_BORDER:-SSIM_BORDER, SSIM_BORDER:-SSIM_BORDER].mean().item(),
             "lpips_hole": inside,
-            "psnr_hole": psnr(x[region], y[region], data_range=255.0).item() if hole.any()
-            else math.nan,
+            "psnr_hole": psnr(x[region], y[region]).item() if hole.any() else math.nan,
             "ssim_hole": full[region].mean().item(),
-        }  # fmt: skip
+        }
 
     def lpips(self, x: np.ndarray, y: np.ndarray, hole: np.ndarray) -> tuple[float, float]:
         """Return LPIPS between two pictures and between their holes, as ``compare`` takes them."""
-        tensors = (to_model_range(picture.copy())[None] for picture in (x, y))
+        tensors = (to_model_range(picture.copy())[None].expand(1, 3, -1, -1) for picture in (x, y))
         whole, inside = self._lpips(*tensors, torch.from_numpy(hole)[None])
         return whole.item(), inside.item()
 
@@ -227,64 +234,55 @@ class Meter:
         return tuple(statistics.fmean(values) for values in zip(*pairs, strict=True))
 
 
-def read_like(path: Path, gt: np.ndarray | None = None) -> np.ndarray:
-    """Read a picture, uint8 (H, W, 3), of ``gt``'s size; ``UserError`` where it is of another."""
-    pixels = np.asarray(read_rgb(str(path)))
-    if gt is not None and pixels.shape != gt.shape:
-        height, width = gt.shape[:2]
-        got = f"{pixels.shape[1]} x {pixels.shape[0]}"
-        raise UserError("is not of gt's size", path=path, expected=f"{width} x {height}", got=got)
-    if min(pixels.shape[:2]) < MIN_SIDE:
-        got = f"{pixels.shape[1]} x {pixels.shape[0]}"
-        raise UserError("is too small for LPIPS", path=path, expected=f"{MIN_SIDE} pixels", got=got)
-    return pixels
-
-
 def measure(run: Run, meter: Meter) -> list[dict[str, Any]]:
-    """Return a row for each picture: its name, samples, hole's share, and all numbers.
+    """Return a row for each picture: its name, the hole's share, all numbers, and the samples.
 
-    Numbers are those of ``Meter.compare`` averaged over the samples, the samples' own under
-    ``samples``, and with two or more ``diversity`` and ``diversity_hole``. Pictures without any
-    result are left out with a warning. Raises ``UserError`` where none is left, and for files that
-    cannot be read or do not fit each other.
+    Numbers are those of ``Meter.compare`` averaged over the samples, whose own are under
+    ``samples``; with two samples or more also ``diversity`` and ``diversity_hole``. Warns of
+    missing results and of gray pictures. Raises ``UserError`` where no picture remains, and for
+    files that cannot be read or do not fit each other.
     """
-    rows, missing = [], []
-    for name in tqdm(run.pictures, "measuring", delay=2, leave=False):
-        names = sample_names(name, run.samples_per_image)
-        found = {n: path for n in names if (path := _result(run, n))}
+    rows, missing, gray = [], [], 0
+    for name, names in tqdm(run.results.items(), "measuring", delay=2, leave=False):
+        paths = {n: Path(run.folders["srs"]) / n for n in names if n not in run.failures}
+        found = {n: path for n, path in paths.items() if path.is_file()}
         missing += [n for n in names if n not in found]
         if not found:
             continue
         gt = read_like(Path(run.folders["gts"]) / name)
-        hole = read_like(Path(run.folders["gt_keep_masks"]) / name, gt)[:, :, 0] < 128
-        results = [read_like(path, gt) for path in found.values()]
-        each = [meter.compare(result, gt, hole) for result in results]
-        row = {key: statistics.fmean(one[key] for one in each) for key in each[0]}
-        if len(results) > 1:
-            row["diversity"], row["diversity_hole"] = meter.diversity(results, hole)
-        samples = [{"name": n} | one for n, one in zip(found, each, strict=True)]
+        mask = read_like(Path(run.folders["gt_keep_masks"]) / name, gt)
+        hole = np.asarray(as_rgb(mask)[0])[:, :, 0] < 128
+        pairs = [comparable(read_like(path, gt), gt) for path in found.values()]
+        gray += pairs[0][1].shape[2] == 1
+        each = [meter.compare(*pair, hole) for pair in pairs]
+        row = {key: statistics.fmean(numbers[key] for numbers in each) for key in each[0]}
+        if len(pairs) > 1:
+            diversity = meter.diversity([result for result, _ in pairs], hole)
+            row["diversity"], row["diversity_hole"] = diversity
+        samples = [{"name": n} | numbers for n, numbers in zip(found, each, strict=True)]
         rows.append({"name": name, "hole_share": float(hole.mean())} | row | {"samples": samples})
     if not rows:
         raise UserError("holds no results of this run", path=run.folders["srs"])
     if missing:
-        total = len(run.pictures) * run.samples_per_image
+        total = sum(map(len, run.results.values()))
         warnings.warn(f"{len(missing)} of {total} results are missing, such as {missing[0]}",
                       stacklevel=2)  # fmt: skip
+    if gray:
+        warnings.warn(f"{gray} of {len(rows)} pictures are gray: for LPIPS they are repeated over "
+                      "three channels", stacklevel=2)  # fmt: skip
     return rows
 
 
 def mean_of(rows: Sequence[dict[str, Any]], key: str) -> Mean:
-    """Return the mean over pictures of one number; those that have none do not count."""
-    values = [row[key] for row in rows if not math.isnan(row.get(key, math.nan))]
+    """Return the mean over pictures of one number, without those where it is not finite."""
+    values = [row[key] for row in rows if math.isfinite(row.get(key, math.nan))]
     if not values:
         return Mean(math.nan, math.nan, 0)
-    error = math.nan
-    if len(values) > 1 and all(map(math.isfinite, values)):
-        error = statistics.stdev(values) / math.sqrt(len(values))
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Mean(statistics.fmean(values), error, len(values))
 
 
-# ---- telling -------------------------------------------------------------------------------------
+# ---- output --------------------------------------------------------------------------------------
 
 
 def summary_table(run: Run, rows: Sequence[dict[str, Any]]) -> str:
@@ -298,18 +296,21 @@ def summary_table(run: Run, rows: Sequence[dict[str, Any]]) -> str:
         "| --- | --- | --- |",
     ]
     for key, title in TITLES.items():
-        whole, hole = mean_of(rows, key), mean_of(rows, f"{key}_hole")
-        if whole.n:
-            digits = 2 if key == "psnr" else 4
-            fewer = f" (n = {hole.n})" if hole.n < len(rows) else ""
-            lines.append(f"| {title} | {whole.text(digits)} | {hole.text(digits)}{fewer} |")
+        cells = []
+        for column in (key, f"{key}_hole"):
+            mean = mean_of(rows, column)
+            fewer = f" (n = {mean.n})" if 0 < mean.n < len(rows) else ""
+            cells.append(f"{mean.text(2 if key == 'psnr' else 4)}{fewer}")
+        if any(key in row for row in rows):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    if equal := sum(math.isinf(row["psnr"]) for row in rows):
+        lines += ["", f"{equal} of them equal gt: an infinite PSNR, which the mean leaves out."]
     return "\n".join(lines)
 
 
 def each_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the Markdown table with a row for each picture."""
-    keys = [f"{key}{part}" for key in TITLES for part in ("", "_hole")]
-    keys = [key for key in keys if any(key in row for row in rows)]
+    keys = [key for key in COLUMNS if any(key in row for row in rows)]
     lines = [f"| picture | {' | '.join(keys)} |", f"| --- |{' --- |' * len(keys)}"]
     for row in rows:
         cells = [f"{row[key]:.4f}" if key in row else "–" for key in keys]
@@ -349,8 +350,7 @@ def paper_table(run: Run, rows: Sequence[dict[str, Any]]) -> str:
 
 def write_numbers(run: Run, rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
     """Write ``metrics.csv``, a row for each result, and ``metrics.json``; return their paths."""
-    keys = [f"{key}{part}" for key in TITLES for part in ("", "_hole")]
-    means = {key: vars(mean) for key in keys if (mean := mean_of(rows, key)).n}
+    means = {key: vars(mean) for key in COLUMNS if (mean := mean_of(rows, key)).n}
     tree = {
         "name": run.name, "pictures": len(rows), "samples_per_image": run.samples_per_image,
         "means": means, "each": rows,
@@ -358,25 +358,24 @@ def write_numbers(run: Run, rows: Sequence[dict[str, Any]], out: Path) -> list[P
     text = json.dumps(_finite(tree), indent=1, ensure_ascii=False, allow_nan=False)
     write_text_atomic(out / "metrics.json", _as_utf8(text) + "\n")
     table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    columns = [f"{key}{part}" for key in KINDS for part in ("", "_hole")]
-    extra = [key for key in ("diversity", "diversity_hole") if key in means]
-    writer.writerow(["picture", "result", "hole_share", *columns, *extra])
+    keys = [key for key in COLUMNS if key in rows[0]["samples"][0] or key in means]
+    names = ["picture", "result", "hole_share", *keys]
+    writer = csv.DictWriter(table, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
     for row in rows:
         for sample in row["samples"]:
-            own = [sample[key] for key in columns] + [row.get(key, "") for key in extra]
-            writer.writerow([row["name"], sample["name"], row["hole_share"], *own])
+            writer.writerow(row | sample | {"picture": row["name"], "result": sample["name"]})
     write_text_atomic(out / "metrics.csv", _as_utf8(table.getvalue()))
     return [out / "metrics.csv", out / "metrics.json"]
 
 
 def _as_utf8(text: str) -> str:
-    """Escape what UTF-8 has not: file names may be any bytes."""
+    """Escape what is not UTF-8 in the names of files, which may be any bytes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _finite(tree: Any) -> Any:
-    """Replace what JSON has no word for, NaN and infinity, by null."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(tree, dict):
         return {key: _finite(value) for key, value in tree.items()}
     if isinstance(tree, list):

@@ -14,6 +14,7 @@ from PIL import Image
 from run_cases import run_here, write_run
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.image_datasets import sample_names
 from guided_diffusion.tools import metrics
 
 SIDE = 36
@@ -98,6 +99,45 @@ def test_extremes(meter):
     assert all(math.isnan(same[key]) for key in ("lpips_hole", "psnr_hole", "ssim_hole"))
 
 
+def test_gray_pictures_have_their_own_peak_and_are_repeated_for_lpips(meter):
+    gt, hole = picture(0), half()
+    result = noisy(gt, 1)
+    gray = [p[:, :, :1] for p in (result, gt)]
+    repeated = [p.repeat(3, axis=2) for p in gray]
+    assert meter.compare(*gray, hole) == pytest.approx(meter.compare(*repeated, hole), rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("gt_has_alpha", [True, False])
+def test_transparent_pictures_are_compared_over_one_ground(tmp_path, mode, gt_has_alpha):
+    """The result is as transparent as its photo; gt is too, or is what lies below."""
+    levels = picture(0)
+    if mode == "P":
+        photo = Image.fromarray(levels[:, :, 0] // 8).convert("P")
+        photo.putpalette(levels[0].tobytes() * 2)
+        photo.info["transparency"] = 5
+    else:
+        photo = Image.fromarray(levels).convert(mode.removesuffix("A"))
+        photo.putalpha(Image.fromarray(levels[:, :, 0] // 128 * 255))
+    result = photo.convert("RGBA") if mode == "P" else photo
+    gt = photo if gt_has_alpha else photo.convert("RGBA").convert("RGB")
+    result.save(tmp_path / "a.png")
+    gt.save(tmp_path / "b.png")
+    x, y = metrics.comparable(*(metrics.read_like(tmp_path / f"{name}.png") for name in "ab"))
+    assert x.std() > 10
+    assert np.array_equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_gray_files_keep_their_depth(tmp_path, dtype):
+    pixels = picture(0)[:, :, 0].astype(dtype) * (200 if dtype == np.uint16 else 1)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = metrics.read_like(tmp_path / "a.png")
+    for found in metrics.comparable(image, image):
+        assert found.dtype == dtype
+        assert np.array_equal(found, pixels[:, :, None])
+
+
 def write_results(folder, count=3, samples=1, record=True):
     """Write a run's folder by hand; return its pictures by name."""
     found = {}
@@ -105,7 +145,7 @@ def write_results(folder, count=3, samples=1, record=True):
         gt = picture(number)
         mask = np.full_like(gt, 255)
         mask[half()] = 127
-        names = metrics.sample_names(f"{number}.png", samples)
+        names = sample_names(f"{number}.png", samples)
         results = [noisy(gt, 100 + 10 * number + j) for j in range(samples)]
         for kind, name, pixels in [
             ("gt", f"{number}.png", gt), ("gt_keep_mask", f"{number}.png", mask),
@@ -167,6 +207,27 @@ def test_a_log_without_record_is_all_its_pictures(tmp_path, alexnet, capsys):
     assert "theirs: n = 3 pictures, 3 results" in capsys.readouterr().out
 
 
+def test_a_picture_that_equals_gt_is_left_out_of_the_mean_psnr(tmp_path, alexnet, capsys):
+    found = write_results(tmp_path / "log")
+    gt, _ = found["1.png"]
+    Image.fromarray(gt).save(tmp_path / "log/inpainted/1.png")
+    assert metrics.main([str(tmp_path / "log"), "--alexnet", alexnet]) == 0
+    mean = json.loads((tmp_path / "log/metrics.json").read_text())["means"]["psnr"]
+    values = [expected(r, gt, half())["psnr"] for n in ("0.png", "2.png")
+              for gt, results in [found[n]] for r in results.values()]  # fmt: skip
+    assert (mean["mean"], mean["n"]) == (pytest.approx(np.mean(values)), 2)
+    told = capsys.readouterr().out
+    assert "(n = 2)" in told
+    assert "1 of them equal gt" in told
+
+
+def test_numbers_of_base_60_in_a_record_are_text(tmp_path):
+    write_results(tmp_path / "log")
+    path = tmp_path / "log/run.yml"
+    path.write_text(path.read_text().replace("record:", f"record:\n  x: 1{':1' * 300}.5"))
+    assert len(metrics.find_run(None, str(tmp_path / "log")).results) == 3
+
+
 def test_missing_results_are_told(tmp_path, meter):
     write_results(tmp_path / "log")
     (tmp_path / "log/inpainted/1.png").unlink()
@@ -191,14 +252,15 @@ def test_a_run_that_has_not_ended_is_told(tmp_path):
     write_results(tmp_path / "log")
     note(tmp_path / "log", state="started")
     with pytest.warns(UserWarning, match=r"log/run\.yml: this run has not ended, and results of"):
-        assert metrics.find_run(None, str(tmp_path / "log")).pictures == ["0.png", "1.png", "2.png"]
+        run = metrics.find_run(None, str(tmp_path / "log"))
+    assert run.results.keys() == {"0.png", "1.png", "2.png"}
 
 
 def test_other_sizes_are_refused_by_name(tmp_path, meter):
     write_results(tmp_path / "log")
     Image.fromarray(picture(0, 40)).save(tmp_path / "log/inpainted/1.png")
     run = metrics.find_run(None, str(tmp_path / "log"))
-    with pytest.raises(UserError, match=r"inpainted/1\.png: is not of gt's size; expected 36 x 36"):
+    with pytest.raises(UserError, match=r"inpainted/1\.png: .*expected 36 x 36, found 40 x 40"):
         metrics.measure(run, meter)
 
 
