@@ -1,8 +1,7 @@
-"""The C++ kernels for CPUs: built on the machine that runs them, given tensors.
+"""The C++ kernels for CPUs, called with tensors.
 
-Feature maps are (N, H, W, C), float32
-and contiguous, with C a multiple of 16. What does not have the type, shape or layout that a kernel
-reads is a ValueError.
+Feature maps are (N, H, W, C), float32 and contiguous, with C a multiple of 16. A tensor of another
+type, shape or layout than a kernel reads is a ValueError.
 """
 
 import ctypes
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from guided_diffusion.accel.build import load_library
+from guided_diffusion.accel.build import KernelError, load_library
 
 _TAPS, _POINTS = 9, 36  # values a pair of channels in packed weights, without and with transform
 _FEW_WEIGHTS = 9 * 256 * 512  # at most this many are transformed beforehand
@@ -95,6 +94,13 @@ class _Attention(ctypes.Structure):
     )
 
 
+_STRUCTURES = (_Convolution, _Normalisation, _Pointwise, _Attention)  # numbered as in size_of
+_FUNCTIONS = (
+    *("size_of", "packed_size", "pack_weights", "convolve", "pointwise", "chunks_of", "group_norm"),
+    *("attention_size", "attend"),
+)
+
+
 class Packed(NamedTuple):
     """A convolution's weights as ``Kernels.convolve`` and ``Kernels.pointwise`` take them."""
 
@@ -105,15 +111,21 @@ class Packed(NamedTuple):
 
 
 class Kernels:
-    """The functions of the built library; AttributeError where it is another."""
+    """The functions of the built library.
+
+    Raises AttributeError where a function is missing, and KernelError where a structure has another
+    size than here.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        for name in (
-            *("packed_size", "chunks_of", "attention_size", "convolve", "pointwise", "attend"),
-            *("pack_weights", "group_norm"),
-        ):
-            getattr(library, name).restype = c_int64  # of those that return nothing it is not read
+        for name in _FUNCTIONS:
+            getattr(library, name).restype = c_int64  # not read where nothing is returned
+        for number, structure in enumerate(_STRUCTURES):
+            expected, found = ctypes.sizeof(structure), library.size_of(c_int64(number))
+            if expected != found:
+                name = structure.__name__
+                raise KernelError(f"{name}: expected {expected} bytes, found {found} in C++")
 
     def pack_weights(self, weight: Tensor) -> Packed:
         """Pack a convolution's ``weight`` (out, C, 3, 3), or (out, C, 1, 1) for ``pointwise``.

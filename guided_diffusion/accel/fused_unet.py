@@ -1,10 +1,10 @@
 """PREDICT in fused kernels, on a CPU in float32.
 
-Computes what ``UNetModel.forward`` does, to rounding. Feature maps are (N, H, W, C) here; ``embs``
-are the parts of the embedding that the residual blocks take, in the order of the blocks.
+Computes what ``UNetModel.forward`` does, to rounding. Feature maps are (N, H, W, C) here; ``emb``
+is SiLU of the embedding, (1 or N, 4·model_channels). No module that is given is changed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,8 +25,7 @@ from guided_diffusion.unet import (
     Upsample,
 )
 
-# Of one map or two joined ones, and of each residual block's (1 or N, out or 2·out).
-Layer = Callable[[list[Tensor], Iterator[Tensor]], Tensor]
+Layer = Callable[[list[Tensor], Tensor], Tensor]  # of one map or two joined ones, and ``emb``
 
 
 class Conv3x3:
@@ -94,23 +93,23 @@ class FusedResBlock:
         self._conv_in = Conv3x3(kernels, block.in_layers[2])
         self._conv_out = Conv3x3(kernels, block.out_layers[3])
 
-    def __call__(self, maps: list[Tensor], embs: Iterator[Tensor]) -> Tensor:
+    def __call__(self, maps: list[Tensor], emb: Tensor) -> Tensor:
         """One or two (N, H, W, C) → (N, H', W', out)."""
         block, group_norm = self._block, self._kernels.group_norm
         affine = group_norm(maps, block.in_layers[0])
         h = self._conv_in(*maps, affine=affine, resize=self._resize, has_bias=False)
-        bias = block.in_layers[2].bias[None]  # the normalisation adds it without a pass of its own
-        norm, emb_out = block.out_layers[0], next(embs)
+        bias = block.in_layers[2].bias[None]  # added in the normalisation, which saves a pass
+        norm, emb_out = block.out_layers[0], block.emb_layers[1](emb)
         if block.use_scale_shift_norm:
             gain, offset = emb_out.chunk(2, dim=1)
             affine = group_norm([h], norm, added=bias, gain=gain, offset=offset)
         else:
             affine = group_norm([h], norm, added=bias + emb_out)
-        residual, is_own = self._skip(maps)
-        return self._conv_out(h, affine=affine, residual=residual, out=residual if is_own else None)
+        residual, is_new = self._skip(maps)
+        return self._conv_out(h, affine=affine, residual=residual, out=residual if is_new else None)
 
     def _skip(self, maps: list[Tensor]) -> tuple[Tensor, bool]:
-        """Return the other branch, and whether it may be written over."""
+        """Return the other branch, and whether it is a new tensor, which may be written over."""
         if self._conv_skip:
             return self._conv_skip(*maps), True
         if self._resize < 0:
@@ -141,8 +140,6 @@ class FusedUNet:
 
     def __init__(self, kernels: Kernels, model: UNetModel) -> None:
         self._model, self._kernels = model, kernels
-        self._projections: list[nn.Linear] = []  # of the embedding, a residual block's each
-        self._joined: tuple[Tensor, Tensor] | None = None  # their weights and biases
         self._input_blocks = [self._fused(block) for block in model.input_blocks[1:]]
         self._middle_block = self._fused(model.middle_block)
         self._output_blocks = [self._fused(block) for block in model.output_blocks]
@@ -156,45 +153,32 @@ class FusedUNet:
         emb = model.embed_time(timesteps)
         if model.label_emb is not None:
             emb = emb + model.label_emb(y)
-        embs = self._project(F.silu(emb))
-        x = x.to(memory_format=torch.channels_last)
-        h = _channels_last(model.input_blocks[0](x, emb))
+        emb = F.silu(emb)
+        h = _channels_last(model.input_blocks[0](x.to(memory_format=torch.channels_last), emb))
         skips = [h]
         for block in self._input_blocks:
-            h = _run(block, [h], embs)
+            h = _run(block, [h], emb)
             skips.append(h)
-        h = _run(self._middle_block, [h], embs)
+        h = _run(self._middle_block, [h], emb)
         for block in self._output_blocks:
-            h = _run(block, [h, skips.pop()], embs)
+            h = _run(block, [h, skips.pop()], emb)
         affine = self._kernels.group_norm([h], model.out[0])
         return self._conv_out(h, affine=affine).permute(0, 3, 1, 2).contiguous()
-
-    def _project(self, emb: Tensor) -> Iterator[Tensor]:
-        """Return the products of all residual blocks with the embedding, computed as one."""
-        sizes = [linear.out_features for linear in self._projections]
-        if self._joined is None:
-            weight = torch.cat([linear.weight for linear in self._projections])
-            bias = torch.cat([linear.bias for linear in self._projections])
-            self._joined = weight, bias
-            for linear, part in zip(self._projections, weight.split(sizes), strict=True):
-                linear.weight = nn.Parameter(part, requires_grad=False)  # no second copy
-        return iter(F.linear(emb, *self._joined).split(sizes, dim=1))
 
     def _fused(self, block: EmbedSequential) -> list[Layer]:
         return [self._fused_layer(layer) for layer in block]
 
     def _fused_layer(self, layer: nn.Module) -> Layer:
         if isinstance(layer, ResBlock):
-            self._projections.append(layer.emb_layers[1])
             return FusedResBlock(self._kernels, layer)
         if isinstance(layer, AttentionBlock):
             attention = FusedAttention(self._kernels, layer)
-            return lambda maps, embs: attention(*maps)
+            return lambda maps, emb: attention(*maps)
         if isinstance(layer, Upsample):
             conv = Conv3x3(self._kernels, layer.conv)
-            return lambda maps, embs: conv(*maps, resize=1)
+            return lambda maps, emb: conv(*maps, resize=1)
         if isinstance(layer, Downsample):
-            return lambda maps, embs: _downsampled(layer, *maps)
+            return lambda maps, emb: _downsampled(layer, *maps)
         raise TypeError(f"no kernels for {type(layer).__name__}")
 
 
@@ -202,9 +186,9 @@ def _downsampled(layer: Downsample, x: Tensor) -> Tensor:
     return _channels_last(layer(x.permute(0, 3, 1, 2)))
 
 
-def _run(layers: list[Layer], maps: list[Tensor], embs: Iterator[Tensor]) -> Tensor:
+def _run(layers: list[Layer], maps: list[Tensor], emb: Tensor) -> Tensor:
     for layer in layers:
-        maps = [layer(maps, embs)]
+        maps = [layer(maps, emb)]
     return maps[0]
 
 

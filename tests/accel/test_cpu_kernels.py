@@ -608,6 +608,15 @@ def test_a_build_that_is_killed_leaves_nothing_for_good(build, monkeypatch, tmp_
     assert own.exists()
 
 
+@pytest.mark.parametrize("structure", cpu_kernels._STRUCTURES)
+def test_a_structure_that_cpp_declares_otherwise_is_found_at_loading(structure, monkeypatch):
+    longer = type(structure.__name__, (structure,), {"_fields_": [("more", ctypes.c_int64)]})
+    changed = [longer if one is structure else one for one in cpu_kernels._STRUCTURES]
+    monkeypatch.setattr(cpu_kernels, "_STRUCTURES", changed)
+    with pytest.raises(building.KernelError, match=f"{structure.__name__}: expected .* bytes"):
+        cpu_kernels.load.__wrapped__()
+
+
 def test_no_folder_at_all(monkeypatch):
     def fail(*_, **__):
         raise FileNotFoundError("No usable temporary directory found")

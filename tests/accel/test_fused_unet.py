@@ -97,13 +97,20 @@ def test_a_batch_at_one_time_computes_each_image_alone():
         assert torch.equal(run(x[i : i + 1], t[:1])[0], together[i])
 
 
-def test_inputs_are_left_as_they_are():
-    run = built(unet())
+def test_network_and_inputs_are_left_as_they_are():
+    network = unet()
+    run = built(network)
     x, t = inputs(2)
-    before = x.clone()
+    before, parameters = x.clone(), dict(network.named_parameters())
+    values = {name: parameter.clone() for name, parameter in parameters.items()}
+    modules = list(network.modules())
     first = run(x, t)
     assert torch.equal(x, before)
     assert torch.equal(run(x, t), first)
+    assert list(network.modules()) == modules
+    for name, parameter in network.named_parameters():
+        assert parameter is parameters[name]
+        assert torch.equal(parameter, values[name])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
