@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before the other imports, which take a second
 import argparse
 import contextlib
 import os
-import sys
 
 from guided_diffusion import raise_on_ctrl_c
 from guided_diffusion.cli import OptionParser, command_line
@@ -41,14 +40,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, check, build, train; return the exit status: 0, or 1 where training had to stop."""
+    """Parse, check, build, train; return the exit status."""
     args = parse_args(argv)
     conf = load_conf(args.conf_path, TrainConf, args.overrides)
     # Only a configuration without mistakes is worth the seconds that torch takes to import.
     from guided_diffusion.dist_util import get_device, is_main
     from guided_diffusion.io.files import locked
     from guided_diffusion.training import checkpoints, loop
-    from guided_diffusion.training.trainer import TrainingStoppedError
 
     raise_on_ctrl_c()
     if args.export is not None:
@@ -56,17 +54,12 @@ def main(argv: list[str] | None = None) -> int:
             print(checkpoints.export(conf, args.export))
         return 0
     device = get_device(conf.device)
-    try:
-        with locked(conf.out_dir) if is_main() else contextlib.nullcontext():
-            start = checkpoints.check(conf, device, resume=args.resume)
-            if start >= conf.iterations:
-                print(f"{conf.out_dir}: {start} steps are done; to go on raise iterations")
-                return 0
+    with locked(conf.out_dir) if is_main() else contextlib.nullcontext():
+        start = checkpoints.check(conf, device, resume=args.resume)
+        if start >= conf.iterations:
+            print(f"{conf.out_dir}: {start} steps are done; to go on raise iterations")
+        else:
             loop.build_and_train(conf, device, start)
-    except TrainingStoppedError as error:
-        if is_main():
-            print(f"error: {error}", file=sys.stderr)
-        return 1
     return 0
 
 

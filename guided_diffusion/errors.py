@@ -32,7 +32,7 @@ class UserError(ValueError):
 
 
 class StoppedError(UserError):
-    """What a run works with changed under it: it ends with status 1, and what is finished stays."""
+    """A run cannot go on, though its inputs were right: status 1, and what is finished stays."""
 
     status = 1
 

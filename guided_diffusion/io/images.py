@@ -32,8 +32,9 @@ _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", *["AVIF"] * _HAS_AVIF)
 _KNOWN_FORMATS = "JPEG, PNG, GIF, WebP, BMP, TIFF" + ", AVIF" * _HAS_AVIF
 # Times PIL.Image.MAX_IMAGE_PIXELS. A progressive JPEG has 3 bytes a pixel in memory at any scale.
 _LARGEST_JPEG = 4
-# Opening silences Pillow's warnings, and the list of warning filters belongs to the whole process.
-_OPENING = threading.Lock()
+# Opening silences Pillow's warnings, and the list of warning filters belongs to the whole process:
+# who warns while other threads read pictures has to hold this lock, or the warning may be lost.
+WARNING_FILTERS = threading.Lock()
 # The first bytes after "ftyp" of the pictures that telephones take.
 _HEIC_BRANDS = (
     *(b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"),
@@ -241,7 +242,7 @@ def open_bytes(path: str) -> io.BufferedIOBase:
 
 def open_image(stream: io.BufferedIOBase) -> Image.Image:
     """Read the header only; the size is judged by the caller instead of by a warning."""
-    with _OPENING, warnings.catch_warnings():
+    with WARNING_FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return Image.open(stream, formats=_FORMATS)

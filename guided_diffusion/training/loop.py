@@ -1,4 +1,4 @@
-"""TRAIN: the loop that repeats the step, and what it writes at its intervals."""
+"""TRAIN: the loop over the steps, its files, and the processes that share the steps."""
 
 import contextlib
 import datetime
@@ -22,8 +22,7 @@ from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.io.files import write_text_atomic
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 from guided_diffusion.training import checkpoints
-from guided_diffusion.training.batches import batches, load_images
-from guided_diffusion.training.pictures import TrainingImages
+from guided_diffusion.training.pictures import TrainingImages, batches
 from guided_diffusion.training.report import (
     Evaluator,
     LossWindow,
@@ -44,17 +43,17 @@ from guided_diffusion.training.trainer import (
 # ---- Processes -----------------------------------------------------------------------------------
 
 
-# How gloo says that a process is gone; NCCL and the store have exceptions of their own for it.
+# Words of gloo's RuntimeError when a process is gone; NCCL and the store raise a DistError.
 _LOST = ("gloo/transport", "gloo connectfullmesh")
-_GRACE = 60  # seconds for the step and its checkpoint when torchrun is gone
+_GRACE = 60  # seconds for a step and its checkpoint after torchrun has ended
 
 
 @contextlib.contextmanager
-def process_group(conf: TrainConf, device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started, GPUs by NCCL; nothing for one alone.
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun started, GPUs by NCCL; a single process needs nothing.
 
-    The others wait for the first while it saves and makes pictures, hence their patience. Raises
-    UserError where torchrun or another process is gone.
+    The timeout is long because the others wait while the main process saves and samples. Raises
+    UserError where torchrun or another process has ended.
     """
     if world_size() == 1:
         yield
@@ -66,8 +65,8 @@ def process_group(conf: TrainConf, device: torch.device) -> Iterator[None]:
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=3))
         yield
     except KeyboardInterrupt:
-        if os.getppid() != torchrun and is_main():  # whichever process noticed it first
-            raise UserError(f"torchrun has ended; {checkpoints.last_saved(conf)}") from None
+        if os.getppid() != torchrun and is_main():
+            raise UserError("torchrun has ended") from None
         raise
     except RuntimeError as error:
         is_lost = isinstance(error, torch.distributed.DistError)
@@ -75,24 +74,24 @@ def process_group(conf: TrainConf, device: torch.device) -> Iterator[None]:
         if is_out_of_memory(error) or not is_lost:
             raise
         problem = "no connection to the other processes; the same command with --resume goes on"
-        raise UserError(f"{problem}; {checkpoints.last_saved(conf)}") from error
+        raise UserError(problem) from error
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 def _watch_parent(parent: int) -> None:
-    """Interrupt this process when its ``parent``, torchrun, is gone.
+    """Interrupt this process when its ``parent``, torchrun, has ended.
 
-    Without torchrun nobody would end the others when one of them fails. A process that waits for
-    one that is gone cannot be interrupted, and is ended after a while.
+    Without torchrun nothing ends the other processes when one of them fails. A process that waits
+    for a lost one does not react to signals, and is ended after ``_GRACE`` seconds.
     """
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        is_noted = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # by ``Interrupts``
-        os.kill(os.getpid(), signal.SIGTERM if is_noted else signal.SIGINT)
+        is_handled = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # by ``Interrupts``
+        os.kill(os.getpid(), signal.SIGTERM if is_handled else signal.SIGINT)
         time.sleep(_GRACE)
         with contextlib.suppress(OSError):
             os.write(2, b"\nerror: torchrun has ended, and the other processes do not answer\n")
@@ -101,42 +100,43 @@ def _watch_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def any_process(here: bool) -> bool:
-    """Return whether ``here`` is true in any process; all of them call this.
+def any_process(value: bool) -> bool:
+    """Return whether ``value`` is true in any process; all processes have to call this.
 
-    It goes over the CPUs, so that no process waits for its GPU.
+    The CPUs exchange it, so that no process waits for its GPU.
     """
     if world_size() == 1:
-        return here
-    flag = torch.tensor(int(here))
+        return value
+    flag = torch.tensor(int(value))
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
     return bool(flag)
 
 
-# Beside what a resumed training must keep: how often all processes meet.
-_MEETINGS = ("iterations", "log_interval", "save_interval", "sample_interval")
+# Settings that may change on resuming, but not from process to process: when they communicate.
+_INTERVALS = ("iterations", "log_interval", "save_interval", "sample_interval")
 
 
 def refuse_differences(conf: TrainConf, names: Sequence[str], start: int) -> None:
-    """Raise UserError where a process would train otherwise than the first; all call this.
+    """Raise UserError where a process would train otherwise than the first.
 
-    ``names`` are its pictures', ``start`` is the step from which it goes on.
+    All processes have to call this. ``names`` are its pictures, ``start`` is its first step.
     """
     if world_size() == 1:
         return
-    own = checkpoints.run_settings(conf, names)
-    own |= {name: getattr(conf, name) for name in _MEETINGS} | {"out_dir": f"step {start}"}
-    views = [own] * world_size()
-    torch.distributed.all_gather_object(views, own)
-    for number, view in enumerate(views):
-        differing = [name for name in own if view.get(name) != views[0].get(name)]
+    settings = checkpoints.run_settings(conf, names)
+    settings |= {name: getattr(conf, name) for name in _INTERVALS} | {"out_dir": f"step {start}"}
+    gathered = [settings] * world_size()
+    torch.distributed.all_gather_object(gathered, settings)
+    first = gathered[0]
+    for number, other in enumerate(gathered):
+        differing = [name for name in settings if other.get(name) != first.get(name)]
         if differing:
             raise UserError(
                 "this process has other settings, pictures or checkpoints than the first; all need "
                 "the same YAML and pictures, and an out_dir that they share",
                 key=f"process {number}: {' and '.join(differing)}",
-                expected=", ".join(shown(views[0].get(name)) for name in differing),
-                got=", ".join(shown(view.get(name)) for name in differing),
+                expected=", ".join(shown(first.get(name)) for name in differing),
+                got=", ".join(shown(other.get(name)) for name in differing),
             )
 
 
@@ -170,12 +170,12 @@ def build_and_train(conf: TrainConf, device: torch.device, start: int) -> None:
         with seeded(conf.seed):
             model = create_model(conf)
         if start:
-            checkpoints.check_set(conf, model, start)
+            checkpoints.check_weights(conf, model, start)
         elif conf.init_from:
             checkpoints.load_initial(model, conf.init_from)
         checkpoints.check_disk(conf, sum(p.numel() for p in model.parameters()))
-        images = load_images(conf)
-        with process_group(conf, device):
+        images = TrainingImages(conf)
+        with _messages_name_checkpoint(conf), process_group(device):
             refuse_differences(conf, images.names, start)
             trainer = Trainer(conf, model, diffusion, device)
             if start:
@@ -191,25 +191,27 @@ def build_and_train(conf: TrainConf, device: torch.device, start: int) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def _messages_name_checkpoint(conf: TrainConf) -> Iterator[None]:
+    """Add to errors and interrupts which checkpoint --resume goes on from."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{error}; {checkpoints.last_saved(conf)}") from error
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(checkpoints.last_saved(conf) if is_main() else "") from interrupt
+
+
 def train(trainer: Trainer, images: TrainingImages, sample_diffusion: GaussianDiffusion) -> None:
     """Train to the end, with log, checkpoints and pictures at their intervals.
 
-    After Ctrl-C the step is finished and saved, and KeyboardInterrupt raised. Raises
-    TrainingStoppedError as ``LossWindow.row``, and UserError where the disk is full.
+    After Ctrl-C the step is finished and saved, and KeyboardInterrupt raised. Raises StoppedError
+    as ``LossWindow.row``, and UserError where the disk is full.
     """
-    conf = trainer.conf
-    evaluator = None
+    conf, evaluator = trainer.conf, None
     if is_main():
         print(describe(trainer, images), flush=True)
-        evaluator = Evaluator(
-            conf,
-            images,
-            trainer.diffusion,
-            sample_diffusion,
-            trainer.ema_predictor,
-            trainer.device,
-            trainer.part,
-        )
+        evaluator = Evaluator(trainer, images, sample_diffusion)
         _begin_files(trainer, images)
     steps = range(trainer.step, conf.iterations)
     window = LossWindow(conf, trainer.diffusion.num_timesteps)
@@ -221,30 +223,28 @@ def train(trainer: Trainer, images: TrainingImages, sample_diffusion: GaussianDi
             total=conf.iterations, initial=trainer.step, mininterval=pause, disable=not is_main()
         ) as bar,
     ):
-        for batch in batches(images, conf, steps):
+        for batch in batches(images, steps):
             window.add(*trainer.train_step(*batch))
             bar.update()
             stops = any_process(interrupts.has_arrived)
             is_last = trainer.step == conf.iterations
             saves = stops or is_last or trainer.step % conf.save_interval == 0
-            shows = conf.sample_interval and (is_last or trainer.step % conf.sample_interval == 0)
-            looks = bool(saves or shows) and not stops  # who stops it may not wait for long
-            if saves or shows or trainer.step % conf.log_interval == 0:
+            samples = conf.sample_interval and (is_last or trainer.step % conf.sample_interval == 0)
+            evaluates = bool(saves or samples) and not stops  # an interrupt must not take long
+            if saves or samples or trainer.step % conf.log_interval == 0:
                 row = window.row(trainer.step, learning_rate(conf, trainer.step - 1))
                 speed = f"{row['images_per_s']:.1f}"
                 bar.set_postfix({"loss": f"{row['loss']:.4f}", "images/s": speed})
                 if evaluator:
-                    row |= evaluator.held_out_losses() if looks else {}
-                    _record(
-                        trainer, evaluator, row, saves, plots=looks, shows=looks and bool(shows)
-                    )
+                    row |= evaluator.held_out_losses() if evaluates else {}
+                    _record(evaluator, row, saves, evaluates, evaluates and bool(samples))
                 window.restart()
             if stops:
-                raise KeyboardInterrupt(checkpoints.last_saved(conf) if is_main() else "")
+                raise KeyboardInterrupt
 
 
 def _begin_files(trainer: Trainer, images: TrainingImages) -> None:
-    """Cut the log back to where the training goes on, and list the pictures that are held out."""
+    """Cut the log back to the step that a training goes on from, and list held-out pictures."""
     folder = Path(trainer.conf.out_dir)
     restart_log(folder / "log.csv", trainer.step)
     held_out = "".join(f"{images.paths[i]}\n" for i in images.held_out)
@@ -252,16 +252,15 @@ def _begin_files(trainer: Trainer, images: TrainingImages) -> None:
     write_text_atomic(folder / "held_out.txt", readable)
 
 
-def _record(
-    trainer: Trainer, evaluator: Evaluator, row: Row, saves: bool, plots: bool, shows: bool
-) -> None:
-    """Write what is due after a step; the log comes first, for it is cut back when resumed."""
+def _record(evaluator: Evaluator, row: Row, saves: bool, plots: bool, samples: bool) -> None:
+    """Write what is due after a step; the log comes first, because resuming cuts it back."""
+    trainer = evaluator.trainer
     folder, step = Path(trainer.conf.out_dir), trainer.step
     append_log(folder / "log.csv", row)
     if saves:
         checkpoints.save(trainer, evaluator.images)
     if plots:
         write_loss_plot(folder / "loss.png", read_log(folder / "log.csv"))
-    if shows and trainer.conf.sample_count:
+    if samples and trainer.conf.sample_count:
         evaluator.write_samples(folder / f"samples_{step:06d}.png")
         evaluator.write_inpaintings(folder / f"inpainted_{step:06d}.png")

@@ -1,10 +1,9 @@
-"""Which pictures, times and noise a step of training sees.
+"""TRAIN: which pictures, times and noise a step sees.
 
-Every random number hangs on (seed, what it is for, step) alone, and every process can draw all of a
-batch's numbers. So a training that was stopped goes on as if it had not been, and any number of
-processes that share a batch sees what one would see; but each drops out by its own number, as
-``Trainer.train_step`` seeds it. Only a sampler of times that watches the losses has a memory, which
-is saved.
+Every random number depends on (seed, purpose, step) alone, and every process can draw all numbers
+of a batch. So a resumed training equals one that was never interrupted, and processes that share a
+batch see together what one would see alone. Dropout alone differs: each process seeds its own.
+``LossSecondMomentSampler`` depends on earlier losses, and is saved.
 """
 
 import functools
@@ -28,7 +27,7 @@ def _epoch_order(count: int, epoch: int, seed: int) -> np.ndarray:
 
 
 def batch_indices(count: int, step: int, batch_size: int, seed: int) -> np.ndarray:
-    """Return which of ``count`` pictures make batch ``step``: each once an epoch, newly shuffled.
+    """Return which of ``count`` pictures form batch ``step``: each once an epoch, shuffled anew.
 
     Epochs follow one another without a gap, so a batch may end one and begin the next.
     """
@@ -39,7 +38,7 @@ def batch_indices(count: int, step: int, batch_size: int, seed: int) -> np.ndarr
 def draw_times(
     probabilities: np.ndarray, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw ``count`` times and the weights 1/(T·p_t) that leave the expected loss as it is."""
+    """Draw ``count`` times, and the weights 1/(T·p_t) that keep the expected loss unbiased."""
     t = rng.choice(len(probabilities), size=count, p=probabilities)
     return t, (1 / (len(probabilities) * probabilities[t])).astype(np.float32)
 
@@ -58,8 +57,8 @@ def draw_noise(
 class LossSecondMomentSampler:
     """Draws times as often as their loss is large: p_t ∝ sqrt(E[L_t²]) (IDDPM section 3.3).
 
-    The mean is over each time's last ten losses; evenly until all times have so many. A thousandth
-    of the probability stays evenly spread, so that no time is forgotten.
+    The mean is over the last ``history`` losses of each time; until all times have so many, times
+    are drawn uniformly. ``uniform_share`` of the probability always is uniform.
     """
 
     def __init__(self, num_timesteps: int, history: int = 10, uniform_share: float = 0.001) -> None:
@@ -76,18 +75,14 @@ class LossSecondMomentSampler:
         return (1 - self.uniform_share) * root / root.sum() + self.uniform_share / count
 
     def update(self, t: np.ndarray, losses: np.ndarray) -> None:
-        """Note the ``losses`` (n,) at times ``t`` (n,), each in place of its time's oldest."""
-        for time_, loss in zip(t, losses, strict=True):
+        """Note the ``losses`` (n,) at times ``t`` (n,), each in place of its time's oldest.
+
+        What is not finite is left out; it ends the training at the next row of the log.
+        """
+        finite = np.isfinite(losses)
+        for time_, loss in zip(t[finite].astype(np.int64), losses[finite], strict=True):
             self.losses[time_, self.seen[time_] % self.losses.shape[1]] = loss
             self.seen[time_] += 1
-
-    def watch(self, rows: np.ndarray) -> None:
-        """Note the losses of a step: rows (n, 5) of ``Trainer.train_step``, of all processes.
-
-        What is not finite is left out; it stops the training at the next row of the log.
-        """
-        finite = rows[np.isfinite(rows[:, 2])]
-        self.update(finite[:, 0].astype(np.int64), finite[:, 2])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that a resumed training needs."""

@@ -32,10 +32,6 @@ from guided_diffusion.unet import UNetModel
 Tensor = torch.Tensor
 
 
-class TrainingStoppedError(Exception):
-    """The training cannot go on, through no mistake in its inputs; told in one line."""
-
-
 # ---- Processes that share a batch ----------------------------------------------------------------
 
 
@@ -50,14 +46,14 @@ def gather(values: Tensor, dim: int) -> Tensor:
 
 def share(batch_size: int) -> slice:
     """Return this process's part of a batch."""
-    own = batch_size // world_size()
-    return slice(rank() * own, (rank() + 1) * own)
+    count = batch_size // world_size()
+    return slice(rank() * count, (rank() + 1) * count)
 
 
 def pictures_at_once(conf: TrainConf) -> int:
-    """Return how many pictures a process works on at once."""
-    own = conf.batch_size // world_size()
-    return own if conf.microbatch == -1 else min(own, conf.microbatch)
+    """Return how many pictures a process sends through the network at once."""
+    count = conf.batch_size // world_size()
+    return count if conf.microbatch == -1 else min(count, conf.microbatch)
 
 
 # ---- The network ---------------------------------------------------------------------------------
@@ -65,7 +61,7 @@ def pictures_at_once(conf: TrainConf) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw on the CPU from torch's own generator as ``seed`` says, and leave it as it was."""
+    """Seed torch's generator of the CPU within the block, and restore it at its end."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -76,14 +72,8 @@ def compiles(conf: TrainConf) -> bool:
     return conf.compile is True
 
 
-def allow_tf32(allowed: bool) -> None:
-    """Say whether products may be TF32: torch's own defaults for them and convolutions differ."""
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed
-
-
 def uses_bfloat16(conf: TrainConf, device: torch.device) -> bool:
-    """Return whether to multiply in bfloat16; warn where a CPU would have to imitate it."""
+    """Return whether to multiply in bfloat16; warn of a CPU that would have to emulate it."""
     wanted = conf.precision == "bfloat16"
     if wanted and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         problem = "bfloat16 is slow on this CPU, which has no AVX-512; it trains in float32"
@@ -93,59 +83,47 @@ def uses_bfloat16(conf: TrainConf, device: torch.device) -> bool:
 
 
 def memory_format(device: torch.device, *, bf16: bool, compiled: bool) -> torch.memory_format:
-    """Return how feature maps lie in memory in a training.
+    """Return the memory format of the feature maps that trains fastest.
 
-    A CPU has kernels for channels_last in bfloat16; in float32 it normalises them slowly. A GPU's
-    normalisation rearranges them, unless it is compiled.
+    A CPU has kernels for channels_last in bfloat16, but normalises it slowly in float32. A GPU
+    copies it to normalise it, unless the network is compiled.
     """
     is_fast = bf16 if device.type == "cpu" else compiled
     return torch.channels_last if is_fast else torch.contiguous_format
-
-
-def shared_between_processes(model: UNetModel, device: torch.device) -> torch.nn.Module:
-    """Return ``model``, with its gradients averaged over all processes where there are several."""
-    if world_size() == 1:
-        return model
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 # ---- The step ------------------------------------------------------------------------------------
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the CPU on the device, without waiting for what a GPU is doing."""
+    """Copy a tensor from the CPU to the device, without waiting for a GPU's queue."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def learning_rate(conf: TrainConf, step: int) -> float:
-    """Return the learning rate of ``step``: warm-up, the plain rate, and a linear way down."""
-    warm = (step + 1) / conf.warmup_steps if conf.warmup_steps else 1.0
-    left = (conf.iterations - step) / conf.lr_anneal_steps if conf.lr_anneal_steps else 1.0
-    return conf.lr * min(1.0, warm, max(0.0, left))
-
-
-def without_exchange(shared: torch.nn.Module, stay: bool) -> contextlib.AbstractContextManager:
-    """Keep gradients in this process while ``stay``: the last part of a batch exchanges them."""
-    exchanges = isinstance(shared, DistributedDataParallel)
-    return shared.no_sync() if exchanges and stay else contextlib.nullcontext()
+    """Return the learning rate of ``step``: linear warm-up, ``lr``, and linear decay to 0."""
+    warmup = (step + 1) / conf.warmup_steps if conf.warmup_steps else 1.0
+    decay = (conf.iterations - step) / conf.lr_anneal_steps if conf.lr_anneal_steps else 1.0
+    return conf.lr * min(1.0, warmup, max(0.0, decay))
 
 
 @torch.no_grad()
 def move_averages(emas: dict[float, list[Tensor]], parameters: list[Tensor], step: int) -> None:
-    """Move the averages towards the weights after ``step`` steps, faster at first than at rate."""
+    """Update the exponential averages after ``step`` steps, at first with a lower rate."""
     for rate, averages in emas.items():
-        reached = min(rate, (1 + step) / (10 + step))
-        torch._foreach_lerp_(averages, parameters, 1 - reached)
+        decay = min(rate, (1 + step) / (10 + step))
+        torch._foreach_lerp_(averages, parameters, 1 - decay)
 
 
 class Trainer:
-    """Everything that a step changes, and the step itself.
+    """The state of a training, and the step that changes it.
 
     ``step`` counts the steps done. ``emas`` maps a rate to the averaged parameters, in the order
-    of ``names``. ``shared`` is ``model`` between processes, and ``network`` the same, compiled
-    where that is wanted; both have the parameters of ``model``.
+    of ``names``. ``shared`` is ``model``, wrapped where several processes exchange gradients, and
+    ``network`` is ``shared``, compiled where the configuration says so. All share one set of
+    parameters. ``part`` pictures are computed at once.
     """
 
     def __init__(
@@ -157,15 +135,18 @@ class Trainer:
     ) -> None:
         self.conf, self.diffusion, self.device = conf, diffusion, device
         self.bf16 = uses_bfloat16(conf, device)
-        allow_tf32(conf.precision != "float32")
+        for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+            backend.allow_tf32 = conf.precision != "float32"  # torch's defaults for them differ
         compiled = compiles(conf)
         self.memory_format = memory_format(device, bf16=self.bf16, compiled=compiled)
         self.model = model.to(device, memory_format=self.memory_format).train()
-        self.shared = shared_between_processes(self.model, device)
-        # Compiled last: so the compiler sees where gradients are exchanged and lets the exchange
-        # of some overlap with the computation of others.
+        self.shared: torch.nn.Module = self.model
+        if world_size() > 1:
+            ids = [device] if device.type == "cuda" else None
+            self.shared = DistributedDataParallel(self.model, device_ids=ids)
+        # Compiled last: the compiler then overlaps the exchange of gradients with computation.
         self.network = torch.compile(self.shared) if compiled else self.shared
-        # The network without weights of its own, to be called with averages.
+        # The network without weights, to be called with averages.
         self._frame = copy.deepcopy(self.model).to("meta").eval()
         self.names = [name for name, _ in self.model.named_parameters()]
         self.parameters = list(self.model.parameters())
@@ -173,13 +154,14 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, conf.lr, weight_decay=conf.weight_decay, fused=device.type == "cuda"
         )
-        has_memory = conf.schedule_sampler == "loss-second-moment"
-        self.sampler = LossSecondMomentSampler(diffusion.num_timesteps) if has_memory else None
+        self.sampler = None  # draw times uniformly
+        if conf.schedule_sampler == "loss-second-moment":
+            self.sampler = LossSecondMomentSampler(diffusion.num_timesteps)
         self.step = 0
         self.part = pictures_at_once(conf)
 
     def _predictor(self, network: Callable, y: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return (x, timesteps) → float32 output of ``network`` in this training's arithmetic."""
+        """Return (x, timesteps) → float32 output of ``network``, computed in ``precision``."""
 
         def predict(x: Tensor, timesteps: Tensor) -> Tensor:
             if not self.bf16:
@@ -190,7 +172,7 @@ class Trainer:
         return predict
 
     def ema_predictor(self, y: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return (x, timesteps) → output with the first rate's averages for labels ``y``."""
+        """Return (x, timesteps) → output with the averages of the first rate, for labels ``y``."""
         weights = dict(zip(self.names, self.emas[self.conf.ema_rates[0]], strict=True))
 
         def network(*inputs: Tensor | None) -> Tensor:
@@ -199,10 +181,10 @@ class Trainer:
         return self._predictor(network, y)
 
     def train_step(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Learn from this process's part of the next batch (uint8 (n, 3, S, S), labels (n,)).
+        """Learn from this process's part of a batch, as ``batches`` yields it.
 
-        Return float32 (n, 5) with each picture's time, weight, loss, mse and vb (NaN where the
-        objective lacks it), and the norm of the gradient. Neither is waited for on a GPU.
+        Returns float32 (n, 5) with each picture's time, weight, loss, mse and vb (NaN where the
+        objective lacks it), and the norm of the gradient. Does not wait for a GPU.
         """
         conf, device = self.conf, self.device
         if conf.dropout:
@@ -219,7 +201,8 @@ class Trainer:
         parts = [slice(i, i + self.part) for i in range(0, len(x), self.part)]
         for part in parts:
             predict = self._predictor(self.network, None if y is None else y[part])
-            with without_exchange(self.shared, part != parts[-1]):
+            keeps = part != parts[-1] and self.shared is not self.model
+            with self.shared.no_sync() if keeps else contextlib.nullcontext():
                 terms = training_losses(self.diffusion, predict, x[part], t[part], noise[part])
                 (terms["loss"] * weights[part]).sum().div(len(x)).backward()
             nothing = torch.full_like(terms["loss"], math.nan)
@@ -230,11 +213,12 @@ class Trainer:
         self.step += 1
         move_averages(self.emas, self.parameters, self.step)
         if self.sampler:
-            self.sampler.watch(gather(torch.cat(losses), dim=0).cpu().numpy())
+            rows = gather(torch.cat(losses), dim=0).cpu().numpy()
+            self.sampler.update(t=rows[:, 0], losses=rows[:, 2])
         return torch.cat(losses), norm
 
     def _draw(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw this process's times (n,), weights (n,) and noise (n, *shape) of the next step."""
+        """Draw the times (n,), weights (n,) and noise (n, *shape) of this process's next step."""
         conf, mine, steps = self.conf, share(self.conf.batch_size), self.diffusion.num_timesteps
         chances = self.sampler.probabilities() if self.sampler else np.full(steps, 1 / steps)
         draws = draw_times(chances, conf.batch_size, generator(conf.seed, TIME, self.step))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, features
+from train_cases import tiny_conf
 
 from guided_diffusion import image_datasets
 from guided_diffusion.errors import UserError
@@ -171,7 +172,7 @@ def test_whatever_is_decoded_to_be_cut_takes_its_memory_from_the_room(tmp_path, 
     image_datasets.load_pair(pair, 8)
     with pytest.warns(UserWarning, match="is it a mask"):
         image_datasets.check_pairs([pair], 8)
-    training_pictures.TrainingImages(str(tmp_path / "p"), 8)
+    training_pictures.TrainingImages(tiny_conf(tmp_path, data_dir=str(tmp_path / "p")))
     assert taken == [(40 * 30 * 9, 0)] * 6  # and each within a lease that has nothing else
 
 

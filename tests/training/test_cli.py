@@ -95,13 +95,19 @@ def test_a_training_goes_on_and_ends(tmp_path, capsys):
     assert "6 steps are done; to go on raise iterations" in capsys.readouterr().out
 
 
-def test_export_writes_one_small_file(tmp_path, capsys):
+def test_export_writes_one_small_file_in_one_process(tmp_path, monkeypatch, capsys):
     conf = write_conf(tmp_path, iterations=3)
     train.main(["--conf_path", conf])
-    assert train.main(["--conf_path", conf, "--export", str(tmp_path / "demo.pt")]) == 0
-    assert "demo.pt, 0.4 MB" in capsys.readouterr().out
+    capsys.readouterr()
+    target = tmp_path / "demo.pt"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, message in (("1", ""), ("0", "demo.pt, 0.4 MB")):
+        assert not target.exists()
+        monkeypatch.setenv("RANK", rank)
+        assert train.main(["--conf_path", conf, "--export", str(target)]) == 0
+        assert message in capsys.readouterr().out
     full = checkpoint_path(tiny_conf(tmp_path), "model", 3).stat().st_size
-    assert (tmp_path / "demo.pt").stat().st_size < 0.6 * full
+    assert target.stat().st_size < 0.6 * full
 
 
 def test_a_training_starts_from_another_ones_weights(tmp_path):
@@ -203,7 +209,9 @@ class _Full:
 
 def test_a_loss_that_is_not_finite_stops_with_status_1_and_one_line(tmp_path, capsys):
     conf = write_conf(tmp_path, lr=1e18, iterations=50, save_interval=1)
-    assert train.main(["--conf_path", conf]) == 1
+    with pytest.raises(SystemExit) as end:
+        command_line(lambda: train.main(["--conf_path", conf]))
+    assert end.value.code == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(lines) == 1
     assert "is not finite in step" in lines[0]

@@ -1,5 +1,6 @@
-"""The pictures of a training: found, split, classed, cut, kept in memory."""
+"""The pictures of a training: found, split, labelled, cut, kept in memory, replaced if bad."""
 
+import threading
 import warnings
 from pathlib import Path
 
@@ -7,146 +8,79 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from train_cases import tiny_conf, write_pictures
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.images import load_crop
 from guided_diffusion.training import pictures
-from guided_diffusion.training.pictures import TrainingImages, split_by_name
+from guided_diffusion.training.pictures import TrainingImages, batches, split_by_name
 
 
-def picture(width=40, height=30, seed=0):
-    """A smooth coloured picture whose four corners differ, so that turning it shows."""
-    y, x = np.mgrid[0:height, 0:width]
-    rng = np.random.default_rng(seed)
-    planes = [255 * x / width, 255 * y / height, 255 * (x + y) / (width + height)]
-    return np.stack(planes, -1).astype(np.uint8) ^ rng.integers(0, 4, 3, dtype=np.uint8)
-
-
-def save(path, array=None):
+def save(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture() if array is None else array).save(path)
+    Image.fromarray(array).save(path)
 
 
-@pytest.fixture
-def photos(tmp_path):
-    for number in range(6):
-        kind = "cat" if number % 2 else "ant"
-        save(tmp_path / "photos" / kind / f"{number}.png", picture(40 + number, 30, seed=number))
-    return str(tmp_path / "photos")
+def noise(height=30, width=40):
+    return np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_training_pictures_and_classes(photos):
-    images = TrainingImages(photos, 16, class_cond=True, random_flip=False)
-    assert len(images) == 6
-    assert images.class_names == ["ant", "cat"]
-    batch, labels = images.batch([5, 0, 5], np.random.default_rng(0))
-    assert batch.dtype == torch.uint8
-    assert batch.shape == (3, 3, 16, 16)
-    assert labels.tolist() == [1, 0, 1]
-    assert np.array_equal(batch[1].permute(1, 2, 0).numpy(), load_crop(images.paths[0], 16))
-    assert torch.equal(batch[0], batch[2])
-    assert TrainingImages(photos, 16).batch([0], np.random.default_rng(0))[1] is None
+def training(tmp_path, **changes):
+    return TrainingImages(tiny_conf(tmp_path, **changes))
 
 
-def test_a_picture_outside_the_classes_is_named(photos):
-    save(Path(photos) / "stray.png")
-    with pytest.raises(UserError, match=r"stray\.png.*subfolder"):
-        TrainingImages(photos, 16, class_cond=True)
+def classes(tmp_path, **changes):
+    """Two classes of eight pictures, cut at random."""
+    folder = tmp_path / "classes"
+    if not folder.exists():
+        for name in ("cats", "dogs"):
+            write_pictures(folder / name, 8, side=24)
+    tree = {"data_dir": str(folder), "class_cond": True, "num_classes": 2, "random_crop": True}
+    return training(tmp_path, **{**tree, **changes})
 
 
-@pytest.mark.parametrize("random_crop", [False, True])
-def test_batches_depend_on_the_generator_alone(photos, random_crop):
-    cached = TrainingImages(photos, 16, random_crop=random_crop)
-    uncached = TrainingImages(photos, 16, random_crop=random_crop, cache_bytes=0)
-    partly = TrainingImages(photos, 16, random_crop=random_crop, cache_bytes=3000)
-    batches = [
-        images.batch(np.array([3, 1, 4, 1]), np.random.default_rng([7, 2]))[0]
-        for images in (cached, cached, uncached, partly)
-    ]
-    assert all(torch.equal(batches[0], other) for other in batches[1:])
-    other = cached.batch([3] * 20, np.random.default_rng([7, 3]))[0]
-    again = cached.batch([3] * 20, np.random.default_rng([7, 4]))[0]
-    assert not torch.equal(other, again)
-
-
-def test_the_cache_keeps_to_its_budget(photos, monkeypatch):
-    one = 16 * 16 * 3
-    images = TrainingImages(photos, 16, cache_bytes=2 * one + one // 2)
+def decoded(monkeypatch):
+    """Return the list of what is decoded from here on."""
     paths, read = [], pictures.read_rgb
     monkeypatch.setattr(pictures, "read_rgb", lambda path: (paths.append(path), read(path))[1])
-    images.batch(range(6), np.random.default_rng(0))
-    assert sorted(paths) == images.paths[2:]
+    return paths
 
 
-def test_flips_are_half_of_all(photos):
-    images = TrainingImages(photos, 16)
-    batch, _ = images.batch([0] * 400, np.random.default_rng(0))
-    plain = torch.from_numpy(load_crop(images.paths[0], 16)).permute(2, 0, 1)
-    same = sum(torch.equal(one, plain) for one in batch)
-    mirrored = sum(torch.equal(one, plain.flip(2)) for one in batch)
-    assert same + mirrored == 400
-    assert 150 < same < 250
+def rng(seed=0):
+    return np.random.default_rng(seed)
 
 
-def test_random_crops_show_between_four_fifths_and_all(tmp_path):
-    # Red grows evenly to the right, green downwards, so a crop tells its place and its share.
-    ramp = np.linspace(0, 255, 320).astype(np.uint8)
-    planes = np.stack([*np.meshgrid(ramp, ramp), np.zeros((320, 320), np.uint8)], -1)
-    save(tmp_path / "r" / "ramp.png", planes)
-    images = TrainingImages(str(tmp_path / "r"), 64, random_crop=True, random_flip=False)
-    batch, _ = images.batch([0] * 200, np.random.default_rng(0))
-    rows = batch[:, 0, 32].float()
-    spans = (rows[:, -1] - rows[:, 0]) / 255
-    assert 0.77 < spans.min() < 0.82
-    assert 0.95 < spans.max() <= 1
-    across, down = rows[:, 0], batch[:, 1, 0, 32].float()
-    assert across.max() > 30  # the window moves
-    assert down.max() > 30
-    assert not torch.allclose(across, down, atol=5)  # both ways on its own
+# ---- classes and the split -----------------------------------------------------------------------
 
 
-def test_unreadable_training_pictures_are_named_at_once(photos):
-    (Path(photos) / "cat" / "bad.png").write_text("no")
-    with pytest.raises(UserError, match=r"cat/bad\.png"):
-        TrainingImages(photos, 16, cache_bytes=0)
+def test_labels_are_the_first_level_subfolders(tmp_path):
+    images = classes(tmp_path, random_crop=False, random_flip=False)
+    batch, labels = images.batch([15, 0, 15], rng())
+    assert (batch.dtype, batch.shape) == (torch.uint8, (3, 3, 8, 8))
+    assert labels.tolist() == [1, 0, 1]
+    crop = load_crop(images.paths[0], 8)
+    assert np.array_equal(batch[1].permute(1, 2, 0).numpy(), crop)
+    assert images.class_names == ["cats", "dogs"]
+    assert training(tmp_path).batch([0], rng())[1] is None
 
 
-def test_small_training_pictures_are_counted_in_one_warning(photos):
-    save(Path(photos) / "tiny.png", picture(9, 7))
-    save(Path(photos) / "tiny2.png", picture(50, 7))
-    for random_crop in (False, True):
-        with pytest.warns(UserWarning, match="2 of 8 pictures are smaller") as caught:
-            images = TrainingImages(photos, 16, random_crop=random_crop)
-        assert len(caught) == 1
-        everything = images.batch(range(8), np.random.default_rng(0))[0]
-        assert everything.shape == (8, 3, 16, 16)
+def test_hidden_folders_are_no_classes(tmp_path):
+    classes(tmp_path)
+    save(tmp_path / "classes" / ".ipynb_checkpoints" / "0-checkpoint.png", noise())
+    save(tmp_path / "classes" / "cats" / "__MACOSX" / "0.png", noise())
+    images = classes(tmp_path)
+    assert (images.class_names, len(images)) == (["cats", "dogs"], 16)
 
 
-def test_training_tells_of_dark_deep_pictures_and_scales_them(tmp_path):
-    deep = (np.mgrid[0:40, 0:40][1] * 100).astype(np.uint16)
-    for name in ("a.png", "b.png"):
-        save(tmp_path / "p" / name, deep)
-    with pytest.warns(UserWarning, match=r"a\.png: uses 3900 of 65535.*and 1 more") as caught:
-        dark = TrainingImages(str(tmp_path / "p"), 16)
-    assert len(caught) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        light = TrainingImages(str(tmp_path / "p"), 16, depth=(0.0, 4095.0), cache_bytes=0)
-    draw = [
-        images.batch([0], np.random.default_rng(0))[0].float().mean() for images in (dark, light)
-    ]
-    assert draw[1] > 10 * draw[0]
+def test_classes_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"num_classes: .*expected 2, found 3"):
+        classes(tmp_path, num_classes=3)
+    save(tmp_path / "classes" / "stray.png", noise())
+    with pytest.raises(UserError, match=r"stray\.png.*subfolder"):
+        classes(tmp_path)
 
 
-def test_hidden_folders_are_no_classes(photos):
-    save(Path(photos) / ".ipynb_checkpoints" / "0-checkpoint.png")
-    save(Path(photos) / "cat" / "__MACOSX" / "0.png")
-    images = TrainingImages(photos, 16, class_cond=True)
-    assert images.class_names == ["ant", "cat"]
-    assert len(images) == 6
-
-
-def test_the_split_hangs_on_names_and_survives_additions():
+def test_the_split_depends_on_names_and_survives_additions():
     names = [f"pictures/{number}.png" for number in range(2000)]
     kept, out = split_by_name(names, 0.1)
     assert sorted([*kept, *out]) == list(range(2000))
@@ -164,10 +98,164 @@ def test_each_side_of_the_split_gets_something(count, share, sizes):
     assert (len(kept), len(out)) == sizes
 
 
-def test_training_hides_what_is_held_out(photos):
-    images = TrainingImages(photos, 16, holdout=0.3)
-    names = [str(Path(path).relative_to(photos)) for path in images.paths]
-    expected = split_by_name(names, 0.3)
-    assert np.array_equal(images.train, expected[0])
-    assert np.array_equal(images.held_out, expected[1])
+def test_held_out_pictures_are_never_learnt(tmp_path):
+    images = training(tmp_path, random_flip=False)
     assert len(images.held_out) >= 1
+    seen = {
+        picture.numpy().tobytes() for batch, _ in batches(images, range(20)) for picture in batch
+    }
+    crops = [load_crop(path, 8).transpose(2, 0, 1).tobytes() for path in images.paths]
+    assert seen == {crops[i] for i in images.train}
+
+
+# ---- cuts ----------------------------------------------------------------------------------------
+
+
+def test_flips_are_half_of_all(tmp_path):
+    images = training(tmp_path)
+    batch, _ = images.batch([0] * 400, rng())
+    plain = torch.from_numpy(load_crop(images.paths[0], 8)).permute(2, 0, 1)
+    same = sum(torch.equal(picture, plain) for picture in batch)
+    mirrored = sum(torch.equal(picture, plain.flip(2)) for picture in batch)
+    assert same + mirrored == 400
+    assert 150 < same < 250
+
+
+def test_random_crops_show_between_four_fifths_and_all(tmp_path):
+    # Red grows evenly to the right, green downwards, so a crop shows its place and its size.
+    ramp = np.linspace(0, 255, 320).astype(np.uint8)
+    planes = np.stack([*np.meshgrid(ramp, ramp), np.zeros((320, 320), np.uint8)], -1)
+    save(tmp_path / "pictures" / "ramp.png", planes)
+    images = training(
+        tmp_path, image_size=64, attention_resolutions="", random_crop=True, random_flip=False
+    )
+    batch, _ = images.batch([0] * 200, rng())
+    rows = batch[:, 0, 32].float()
+    spans = (rows[:, -1] - rows[:, 0]) / 255
+    assert 0.77 < spans.min() < 0.82
+    assert 0.95 < spans.max() <= 1
+    across, down = rows[:, 0], batch[:, 1, 0, 32].float()
+    assert across.max() > 30  # the window moves
+    assert down.max() > 30
+    assert not torch.allclose(across, down, atol=5)  # in both directions independently
+
+
+def same(some, others):
+    return all(torch.equal(a, b) for pair in zip(some, others, strict=True) for a, b in zip(*pair))  # noqa: B905
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("cache_gb", [0, 3000 / 2**30, 4], ids=["none", "a few", "all"])
+def test_threads_and_memory_do_not_change_what_a_step_sees(tmp_path, threads, cache_gb):
+    plain = list(batches(classes(tmp_path), range(8), threads=1))
+    images = classes(tmp_path, cache_gb=cache_gb)
+    assert same(plain, batches(images, range(8), threads))
+    assert same(plain[5:], batches(images, range(5, 8), threads))
+    assert not same(plain[:4], plain[4:])
+
+
+def test_processes_together_see_what_one_sees(tmp_path, monkeypatch):
+    [whole] = batches(classes(tmp_path), range(1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts = []
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        parts += batches(classes(tmp_path), range(1))
+    assert same([whole], [[torch.cat(values) for values in zip(*parts, strict=True)]])
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("random_crop", [False, True])
+@pytest.mark.parametrize(("kept", "expected"), [(0, 0), (3, 3), (1000, 12)])
+def test_no_more_is_decoded_at_the_start_than_memory_holds(
+    tmp_path, monkeypatch, kept, expected, random_crop
+):
+    paths, side = decoded(monkeypatch), 10 if random_crop else 8
+    cache_gb = (kept * side * side * 3 + 50) / 2**30
+    images = training(tmp_path, cache_gb=cache_gb, random_crop=random_crop)
+    assert len(paths) == expected
+    images.batch(range(12), rng())
+    assert len(paths) == 12  # each of the others once more
+
+
+def test_each_process_looks_at_its_share_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    paths = decoded(monkeypatch)
+    training(tmp_path)
+    assert sorted(Path(path).name for path in paths) == [f"{n:02d}.png" for n in range(1, 12, 2)]
+
+
+# ---- odd and bad pictures ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("random_crop", [False, True])
+def test_small_pictures_are_enlarged_with_one_warning(tmp_path, random_crop):
+    write_pictures(tmp_path / "pictures", 6)
+    for name, shape in (("tiny.png", (7, 5)), ("flat.png", (7, 50))):
+        save(tmp_path / "pictures" / name, noise(*shape))
+    with pytest.warns(UserWarning, match="2 of 8 pictures are smaller") as caught:
+        images = training(tmp_path, random_crop=random_crop)
+    assert len(caught) == 1
+    assert images.batch(range(8), rng())[0].shape == (8, 3, 8, 8)
+
+
+def test_dark_deep_pictures_are_told_once_and_scaled_by_a_key(tmp_path):
+    deep = (np.mgrid[0:40, 0:40][1] * 100).astype(np.uint16)
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "pictures" / name, deep)
+    with pytest.warns(UserWarning, match=r"a\.png: uses 3900 of 65535.*and 1 more") as caught:
+        dark = training(tmp_path)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        light = training(tmp_path, depth_max=4095.0, cache_gb=0)
+    means = [images.batch([0], rng())[0].float().mean() for images in (dark, light)]
+    assert means[1] > 10 * means[0]
+
+
+def test_bad_pictures_are_named_and_counted_at_the_start(tmp_path):
+    folder = write_pictures(tmp_path / "pictures", 20)
+    (folder / "02.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"^.*02\.png: not a picture"):
+        training(tmp_path, cache_gb=0)
+    for number in range(5, 12):
+        whole = (folder / f"{number:02d}.png").read_bytes()
+        (folder / f"{number:02d}.png").write_bytes(whole[: len(whole) // 2])
+    message = r"8 of 20 pictures are bad: .*02\.png: .*08\.png: [^;]*; and 3 more$"
+    with pytest.raises(UserError, match=message):
+        training(tmp_path)
+
+
+def test_a_picture_that_becomes_bad_is_replaced_with_one_warning(tmp_path):
+    images = classes(tmp_path, cache_gb=0, holdout=0)
+    before = list(batches(images, range(12)))
+    Path(images.paths[3]).write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match=r"03\.png: .*another takes its place") as caught:
+        after = list(batches(images, range(12)))
+    assert len(caught) == 1
+    changed = [(a[0] != b[0]).flatten(1).any(1) for a, b in zip(after, before, strict=True)]
+    assert sum(int(batch.sum()) for batch in changed) == 3  # once an epoch of 16, in 48 pictures
+
+
+def test_too_many_bad_pictures_end_a_training(tmp_path):
+    images = classes(tmp_path, cache_gb=0, holdout=0)
+    for path in images.paths[3:6]:
+        Path(path).write_bytes(b"no picture")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(UserError, match=r"03\.png.*expected at most 1 of 16, found 2"):
+            list(batches(images, range(12), threads=1))
+
+
+def test_threads_end_with_the_training(tmp_path):
+    def count():
+        return sum("ThreadPool" in thread.name for thread in threading.enumerate())
+
+    steps = batches(classes(tmp_path, cache_gb=0), range(1000))
+    next(steps)
+    assert count() > 0
+    steps.close()
+    assert count() == 0

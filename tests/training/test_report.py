@@ -1,6 +1,7 @@
 """The log, the plot and the pictures: of the right times, and always of the same things."""
 
 import math
+import types
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from train_cases import sample_diffusion, tiny_conf
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import create_gaussian_diffusion
-from guided_diffusion.training.batches import load_images
+from guided_diffusion.training.pictures import TrainingImages
 from guided_diffusion.training.report import (
     COLUMNS,
     Evaluator,
@@ -44,10 +45,14 @@ def know_nothing(labels):
 
 
 def observe(conf, predictor, part=4):
-    images, diffusion = load_images(conf), create_gaussian_diffusion(conf)
-    return Evaluator(
-        conf, images, diffusion, sample_diffusion(conf), predictor, torch.device("cpu"), part
+    trainer = types.SimpleNamespace(
+        conf=conf,
+        diffusion=create_gaussian_diffusion(conf),
+        ema_predictor=predictor,
+        device=torch.device("cpu"),
+        part=part,
     )
+    return Evaluator(trainer, TrainingImages(conf), sample_diffusion(conf))
 
 
 def gray_pictures(folder, count=12):
@@ -119,15 +124,6 @@ def test_damaged_lines_are_counted(tmp_path):
     path.write_bytes(path.read_bytes() + b"\xff\nx,y\n" + path.read_bytes().splitlines(True)[1])
     with pytest.warns(UserWarning, match=r"log\.csv: 2 damaged lines"):
         restart_log(path, 3)
-
-
-def test_a_folder_in_the_place_of_the_log_is_put_aside(tmp_path):
-    (tmp_path / "log.csv" / "mine").mkdir(parents=True)
-    with pytest.warns(UserWarning, match=r"log\.csv: is not a file; it is .*log\.csv\.1 now"):
-        restart_log(tmp_path / "log.csv", 3)
-    append_log(tmp_path / "log.csv", {"step": 4})
-    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [4]
-    assert (tmp_path / "log.csv.1" / "mine").is_dir()
 
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
