@@ -34,7 +34,7 @@ from guided_diffusion.io.files import (
 )
 from guided_diffusion.io.listing import list_images
 from guided_diffusion.models.follow import is_folder
-from guided_diffusion.training.pictures import TrainingImages, names_below
+from guided_diffusion.training.pictures import TrainingImages, classes_of, names_below
 from guided_diffusion.training.trainer import Trainer
 from guided_diffusion.unet import UNetModel
 
@@ -105,6 +105,7 @@ def save(trainer: Trainer, images: TrainingImages) -> None:
         "step": step,
         "settings": run_settings(conf, images.names),
         "pictures": images.names,
+        "classes": images.class_names,
         "optimizer": trainer.optimizer.state_dict(),
         "sampler": trainer.sampler.state_dict() if trainer.sampler else {},
     }
@@ -162,12 +163,17 @@ def test_yaml(
     ]
     if len(images.held_out):
         notes.append("gt_path has the training's pictures too; see held_out.txt for the others.")
-    notes += [f"cond_y: {number} is {name}" for number, name in enumerate(images.class_names)]
-    lines = "".join(f"# {_printable(' '.join(note.split()))}\n" for note in notes)
+    notes += class_notes(images)
+    lines = "".join(f"# {printable(' '.join(note.split()))}\n" for note in notes)
     return lines + yaml.safe_dump(test, sort_keys=False, allow_unicode=True)
 
 
-def _printable(text: str) -> str:
+def class_notes(images: TrainingImages) -> list[str]:
+    """Return the folder that each ``cond_y`` stands for, in words."""
+    return [f"cond_y: {number} is {name}" for number, name in enumerate(images.class_names)]
+
+
+def printable(text: str) -> str:
     """Escape what UTF-8 or YAML lacks: file names may be any bytes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -212,6 +218,15 @@ def load_opt(conf: TrainConf, step: int, *, mmap: bool = True) -> dict:
     if not is_ours or state.get("step") != step or not {"optimizer", "sampler"} <= state.keys():
         raise UserError(f"is not an optimizer's file of step {step} of this program", path=path)
     return state
+
+
+def recorded_classes(conf: TrainConf, step: int) -> list[str]:
+    """Return the classes of the training of ``step`` in the order of their labels.
+
+    Earlier programs recorded the pictures alone, and sorted the classes as text.
+    """
+    state = load_opt(conf, step)
+    return state.get("classes") or classes_of(state.get("pictures", []))
 
 
 def load_initial(model: UNetModel, path: str) -> None:
@@ -331,5 +346,5 @@ def _difference(then: Sequence[str], now: Sequence[str]) -> str:
     for word, names in (("missing", set(then) - set(now)), ("new", set(now) - set(then))):
         few = sorted(names)[:_NAMED]
         rest = f" and {len(names) - len(few)} more" if len(names) > len(few) else ""
-        parts += [f"{word}: {', '.join(map(_printable, few))}{rest}"] if names else []
+        parts += [f"{word}: {', '.join(map(printable, few))}{rest}"] if names else []
     return f" ({'; '.join(parts)})" if parts else ""

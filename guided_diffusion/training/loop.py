@@ -174,7 +174,8 @@ def build_and_train(conf: TrainConf, device: torch.device, start: int) -> None:
         elif conf.init_from:
             checkpoints.load_initial(model, conf.init_from)
         checkpoints.check_disk(conf, sum(p.numel() for p in model.parameters()))
-        images = TrainingImages(conf)
+        goes_on = start and conf.class_cond
+        images = TrainingImages(conf, checkpoints.recorded_classes(conf, start) if goes_on else ())
         with _messages_name_checkpoint(conf), process_group(device):
             refuse_differences(conf, images.names, start)
             trainer = Trainer(conf, model, diffusion, device)
@@ -210,7 +211,8 @@ def train(trainer: Trainer, images: TrainingImages, sample_diffusion: GaussianDi
     """
     conf, evaluator = trainer.conf, None
     if is_main():
-        print(describe(trainer, images), flush=True)
+        notes = [describe(trainer, images), *checkpoints.class_notes(images)]
+        print(*map(checkpoints.printable, notes), sep="\n", flush=True)
         evaluator = Evaluator(trainer, images, sample_diffusion)
         _begin_files(trainer, images)
     steps = range(trainer.step, conf.iterations)

@@ -48,19 +48,22 @@ class TrainingImages:
     """The pictures of a training, cut anew for every batch.
 
     ``paths`` are the files in sorted order and ``names`` the same relative to ``data_dir``. With
-    ``class_cond`` ``labels`` are int64 (N,) into ``class_names``, else None. ``train`` and
-    ``held_out`` are the indices of ``split_by_name``.
+    ``class_cond`` ``labels`` are int64 (N,) into ``class_names``, else None; ``recorded_classes``
+    are those of a training that goes on. ``train`` and ``held_out`` are the indices of
+    ``split_by_name``.
 
     At the start this process reads the headers of its share of the pictures, and decodes those for
     which ``cache_gb`` has room. Raises UserError naming the bad ones. A picture that becomes
     unreadable later is noted in ``bad``, and the next one takes its place.
     """
 
-    def __init__(self, conf: TrainConf) -> None:
+    def __init__(self, conf: TrainConf, recorded_classes: Sequence[str] = ()) -> None:
         self.conf = conf
         self.paths = list_images(conf.data_dir, key="data_dir", all_formats=conf.all_formats)
         self.names = names_below(conf.data_dir, self.paths)
-        self.class_names, self.labels = self._classes() if conf.class_cond else ([], None)
+        self.class_names, self.labels = list(recorded_classes), None
+        if conf.class_cond:
+            self._label()
         self.train, self.held_out = split_by_name(self.names, conf.holdout)
         self.bad: dict[int, UserError] = {}
         self._cache: dict[int, np.ndarray] = {}
@@ -117,25 +120,28 @@ class TrainingImages:
                 got=len(self.bad),
             )
 
-    def _classes(self) -> tuple[list[str], np.ndarray]:
-        """Return the names of the first-level subfolders in order, and each picture's label."""
+    def _label(self) -> None:
+        """Label each picture with its first-level subfolder, whose order a record determines."""
         for path, name in zip(self.paths, self.names, strict=True):
             if "/" not in name:
                 raise UserError(
                     "with class_cond every picture must lie in a subfolder, one for each class",
                     path=path,
                 )
-        folders = [name.split("/", 1)[0] for name in self.names]
-        classes = sorted(set(folders))
-        if len(classes) != self.conf.num_classes:
+        folders = classes_of(self.names)
+        if len(folders) != self.conf.num_classes:
             raise UserError(
                 f"{self.conf.data_dir} has another number of subfolders, one for each class",
                 key="num_classes",
-                expected=len(classes),
+                expected=len(folders),
                 got=self.conf.num_classes,
             )
-        numbers = {name: number for number, name in enumerate(classes)}
-        return classes, np.array([numbers[folder] for folder in folders], dtype=np.int64)
+        if not self.class_names:
+            are_numbers = all(name.isdecimal() for name in folders)
+            self.class_names = sorted(folders, key=int) if are_numbers else folders
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        labels = [numbers[name.split("/", 1)[0]] for name in self.names]
+        self.labels = np.array(labels, dtype=np.int64)
 
     def _check(self, indices: Sequence[int]) -> None:
         """Raise UserError naming the bad pictures; warn of small and of dark ones."""
@@ -224,6 +230,11 @@ def names_below(folder: str, paths: Sequence[str]) -> list[str]:
         return [folder.rstrip("/").rpartition("/")[2]]
     root = folder if folder.endswith("/") else folder + "/"
     return [path.removeprefix(root) for path in paths]
+
+
+def classes_of(names: Sequence[str]) -> list[str]:
+    """Return the first-level subfolders of relative paths, sorted as text."""
+    return sorted({name.split("/", 1)[0] for name in names})
 
 
 def split_by_name(names: Sequence[str], share: float) -> tuple[np.ndarray, np.ndarray]:

@@ -64,6 +64,22 @@ def test_labels_are_the_first_level_subfolders(tmp_path):
     assert training(tmp_path).batch([0], rng())[1] is None
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(["0", "10", "2"], ["0", "2", "10"]), (["class10", "class2"], ["class10", "class2"])],
+)
+def test_numbers_are_classes_in_numerical_order_and_a_record_decides(tmp_path, names, expected):
+    for name in names:
+        write_pictures(tmp_path / "classes" / name, 1)
+    changes = {"data_dir": str(tmp_path / "classes"), "num_classes": len(names), "holdout": 0}
+    images = classes(tmp_path, **changes)
+    assert images.class_names == expected
+    assert images.labels.tolist() == [expected.index(name) for name in sorted(names)]
+    images = TrainingImages(images.conf, names)
+    assert images.class_names == names
+    assert images.labels.tolist() == list(range(len(names)))
+
+
 def test_hidden_folders_are_no_classes(tmp_path):
     classes(tmp_path)
     save(tmp_path / "classes" / ".ipynb_checkpoints" / "0-checkpoint.png", noise())
