@@ -28,13 +28,20 @@ class UserError(ValueError):
         contrast = ", ".join(f"{word} {value}" for word, value in pairs if value is not None)
         what = "; ".join(part for part in (problem, contrast) if part)
         where = [str(part) for part in (path, key) if part is not None]
-        super().__init__(" ".join(": ".join([*where, what]).split()))
+        super().__init__(printable(" ".join(": ".join([*where, what]).split())))
 
 
 class StoppedError(UserError):
     """A run cannot go on, though its inputs were right: status 1, and what is finished stays."""
 
     status = 1
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with its unprintable characters, such as a terminal's escapes, in ASCII."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def looked_in(path: str | os.PathLike) -> str:

@@ -28,12 +28,8 @@ from guided_diffusion.gaussian_diffusion import (
     Sampler,
     get_named_beta_schedule,
 )
-from guided_diffusion.io.checkpoints import (
-    check_checkpoint,
-    fingerprint,
-    is_plain,
-    load_state_dict,
-)
+from guided_diffusion.io.checkpoints import check_checkpoint, fingerprint, load_state_dict
+from guided_diffusion.io.weights import is_plain
 from guided_diffusion.models.diffusers import DiffusersUNet, check_folder, load_network
 from guided_diffusion.models.folders import read_folder
 from guided_diffusion.models.follow import is_folder

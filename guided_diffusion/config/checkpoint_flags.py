@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.network_keys import CHANNEL_MULT_BY_SIZE, ModelConf
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.checkpoints import foreign_form, short
+from guided_diffusion.io.weights import foreign_form, short
 
 _LISTS = ("channel_mult", "attention_resolutions", "classifier_attention_resolutions")
 Shapes = Mapping[str, tuple[int, ...]]

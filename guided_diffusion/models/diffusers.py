@@ -12,13 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.checkpoints import (
-    check_checkpoint,
-    check_fits,
-    fingerprint,
-    load_state_dict,
-    short,
-)
+from guided_diffusion.io.checkpoints import check_checkpoint, fingerprint, load_state_dict
+from guided_diffusion.io.weights import check_fits, short
 from guided_diffusion.models.folders import (
     ModelFolder,
     built,

