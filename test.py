@@ -7,7 +7,6 @@ if __name__ == "__main__":  # before the other imports, which take a second
 
 import argparse
 import contextlib
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from guided_diffusion import raise_on_ctrl_c
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.docs import help_text
 from guided_diffusion.config.keys import FAST, RESULT_FOLDERS, InpaintConf
-from guided_diffusion.config.reading import load_conf
+from guided_diffusion.config.reading import as_overrides, load_conf
 from guided_diffusion.errors import UserError
 from guided_diffusion.models.hub import fetch_configuration
 
@@ -56,16 +55,12 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
         values |= {
             f"data.paths.{key}": f"{args.out}/{name}" for key, name in RESULT_FOLDERS.items()
         }
-    quoted = [
-        f"{key}={json.dumps(value, ensure_ascii=False)}"
-        for key, value in values.items()
-        if value is not None
-    ]
+    quoted = as_overrides({key: value for key, value in values.items() if value is not None})
     flags = [f"{key}=true" for key in ("invert_mask", "full_size") if getattr(args, key)]
     return [*quoted, *flags, *args.overrides]
 
 
-def said_of_fast(
+def cost_of_fast(
     conf_path: str, overrides: Sequence[str], made: InpaintConf, times: list[int]
 ) -> str:
     """Say what ``--fast``, which walks ``times``, has replaced of a YAML, and what that costs."""
@@ -91,25 +86,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, build, run; return the exit status: 0, or 1 where a result failed."""
     args = parse_args(argv)
     overrides = overrides_of(args)
-    options = [*(FAST if args.fast else ()), *overrides]
+    options = [*as_overrides(FAST if args.fast else {}), *overrides]
     conf = load_conf(args.conf_path, InpaintConf, options)
     if fetch_configuration(conf.model_path):
         conf = load_conf(args.conf_path, InpaintConf, options)
     # Only a configuration without mistakes is worth the seconds that torch takes to import.
-    from guided_diffusion.dist_util import Team
+    from guided_diffusion import RePaint
+    from guided_diffusion.accel.accelerate import prepare
+    from guided_diffusion.dist_util import Team, get_device
     from guided_diffusion.io.files import locked
     from guided_diffusion.run import inpaint
-    from guided_diffusion.run.plan import Summary, plan_run
+    from guided_diffusion.run.plan import plan_run
+    from guided_diffusion.run.record import Summary
 
     raise_on_ctrl_c()
     team = Team()
     plan = plan_run(conf, team, resume=args.resume)
     if args.fast and team.is_main:
-        print(said_of_fast(args.conf_path, overrides, plan.conf, plan.times))
-    summary, inpainter = Summary(), inpaint.build(plan) if plan.todo else None
+        print(cost_of_fast(args.conf_path, overrides, plan.conf, plan.times))
+    prepare(get_device(conf.device))
+    summary, repaint = Summary(), RePaint(plan.conf) if plan.todo else None
     with locked(conf.log_dir) if team.is_main else contextlib.nullcontext():
-        if inpainter:
-            summary = inpaint.run(plan, inpainter, team, resume_with=resume_command(team.size))
+        if repaint:
+            summary = repaint.run(plan, team, resume_with=resume_command(team.size))
         if team.is_main:
             print(inpaint.conclude(plan, summary))
     return 1 if summary.failures else 0

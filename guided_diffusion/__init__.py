@@ -1,9 +1,22 @@
-"""RePaint: inpainting with denoising diffusion models (Lugmayr et al., CVPR 2022)."""
+"""RePaint: inpainting with denoising diffusion models (Lugmayr et al., CVPR 2022).
+
+``from guided_diffusion import RePaint`` is the library; see docs/python.md.
+"""
 
 import os
 import signal
+from typing import Any
 
 # Programs import this first, so it imports next to nothing itself.
+
+
+def __getattr__(name: str) -> Any:
+    """Import what takes seconds when it is first asked for."""
+    if name == "RePaint":
+        from guided_diffusion.run.repaint import RePaint
+
+        return RePaint
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def end_at_once_on_ctrl_c() -> None:

@@ -16,13 +16,20 @@ from torch import Tensor, nn
 from guided_diffusion.accel import cpu_kernels
 from guided_diffusion.accel.build import KernelError
 from guided_diffusion.accel.fused_unet import FusedUNet, with_fused_convolutions
-from guided_diffusion.accel.layout import lay_out, precision_on, set_arithmetic
+from guided_diffusion.accel.layout import arithmetic, lay_out, precision_on, trunk_dtype
 from guided_diffusion.accel.memory import forget_pages, keep_freed_memory
 from guided_diffusion.dist_util import is_out_of_memory
 from guided_diffusion.io.cache import cache_folder
 from guided_diffusion.unet import EmbedSequential, EncoderUNetModel, UNetEncoder
 
-__all__ = ["accelerate", "accelerate_gradient", "precision_on", "prepare", "set_arithmetic"]
+__all__ = [
+    "accelerate",
+    "accelerate_gradient",
+    "arithmetic",
+    "precision_on",
+    "prepare",
+    "trunk_dtype",
+]
 Network = Callable[..., Tensor]  # of (x, timesteps[, y]), each (N, ...)
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _TF32_TOLERANCE = 1e-2

@@ -1,8 +1,9 @@
 """Arithmetic and memory layout of the networks, and modules that take the place of others."""
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import TypeVar
 
@@ -23,19 +24,29 @@ def precision_on(device: torch.device, precision: str | None, use_fp16: bool) ->
     return "float32" if precision == "float16" and device.type == "cpu" else precision
 
 
-def set_arithmetic(precision: str | None, use_fp16: bool, device: torch.device) -> torch.dtype:
-    """Return the type of the trunk's convolutions, and set how torch multiplies float32.
-
-    Without a ``precision`` torch's own default stays: on a GPU, convolutions in TF32 and products
-    of matrices in float32.
-    """
+def trunk_dtype(precision: str | None, use_fp16: bool, device: torch.device) -> torch.dtype:
+    """Return the type of the trunk's convolutions; warn of half precision on a CPU."""
     asked, precision = precision, precision_on(device, precision, use_fp16)
     if precision == "float32" != asked:
         warnings.warn("half precision is for GPUs; on this CPU it runs in float32", stacklevel=3)
-    if precision in ("float32", "tf32"):
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(precision, torch.float32)
+
+
+@contextlib.contextmanager
+def arithmetic(precision: str | None) -> Iterator[None]:
+    """Let torch multiply float32 on a GPU as ``precision`` says while the block runs.
+
+    With another precision than float32 and tf32 torch's own setting stays: convolutions in TF32
+    and products of matrices in float32.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        if precision in ("float32", "tf32"):
+            matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def lay_out(network: UNetEncoder, device: torch.device, *, at_once: bool = True) -> None:

@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 
 from guided_diffusion.config.network_keys import (
     CHANNEL_MULT_BY_SIZE,
+    WALK_KEYS,
     ModelConf,
     check_name,
     widths_with_attention,
 )
-from guided_diffusion.config.schema import SIDES, Conf, Pattern, key, numbers, require
+from guided_diffusion.config.schema import SIDES, Conf, Pattern, key, keys_of, numbers, require
 from guided_diffusion.models.follow import NETWORK_KEYS, follow_model, is_folder
 
 CLASSIFIER_CLASSES = 1000
@@ -33,14 +34,16 @@ RESULT_FOLDERS = {
     "gts": "gt",
     "gt_keep_masks": "gt_keep_mask",
 }
-# Options KEY=VALUE for DDNM in 100 network calls.
-FAST = (
-    "sampler=ddnm",
-    "use_ddim=false",
-    "inpa_inj_sched_prev_cumnoise=false",
-    "timestep_respacing='100'",
-    "schedule_jump_params={t_T: 100, jump_n_sample: 1}",
-)
+# Keys of --fast: DDNM in 100 network calls.
+FAST = {
+    "sampler": "ddnm",
+    "use_ddim": False,
+    "inpa_inj_sched_prev_cumnoise": False,
+    "timestep_respacing": "100",
+    "schedule_jump_params": {"t_T": 100, "jump_n_sample": 1},
+}
+# Keys beside those of the network that say which one is loaded, and how it computes.
+LOADING_KEYS = ("model_path", "device", "precision", "compile")
 # Keys that published YAMLs have and that never had an effect: any value is accepted.
 IGNORED_KEYS = {
     "lr_kernel_n_std": "belongs to super-resolution, which this program does not do",
@@ -333,6 +336,13 @@ class InpaintConf(ModelConf):
         folders = {os.path.normpath(path) for path in vars(self.data.paths).values() if path}
         parents = {os.path.dirname(folder) for folder in folders}  # noqa: PTH120 - text in, text out
         return (parents.pop() or ".") if len(parents) == 1 else f"./log/{self.name}"
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The keys that say which networks are loaded, and how they compute."""
+        names = [name for name in keys_of(type(self)) if name.startswith("classifier_")]
+        names += set(keys_of(ModelConf)) - set(WALK_KEYS)
+        return {name: getattr(self, name) for name in (*LOADING_KEYS, *names)}
 
     @property
     def guided(self) -> bool:

@@ -18,6 +18,9 @@ CHANNEL_MULT_BY_SIZE = {
     64: (1, 2, 3, 4),
 }
 
+# Keys of ModelConf that may differ between calls of a network that is loaded.
+WALK_KEYS = ("timestep_respacing", "clip_denoised", "depth_max", "depth_min", "all_formats")
+
 
 def widths_with_attention(
     size: int, mult: Sequence[float], channels: int, sides: Sequence[int]

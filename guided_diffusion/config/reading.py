@@ -1,8 +1,9 @@
 """From a YAML file, with ``KEY=VALUE`` options, to a checked configuration."""
 
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,11 @@ def _parse_value(text: str) -> Any:
     text = text.strip()
     is_plain = not text.startswith(("'", '"', "[", "{"))
     return text if is_plain and re.search(r"(^|\s)#", text) else _parse(text)
+
+
+def as_overrides(keys: Mapping[str, Any]) -> list[str]:
+    """Return keys and values as texts KEY=VALUE, which ``load_conf`` takes."""
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
 
 
 def load_conf(

@@ -1,5 +1,6 @@
 """The networks on their device, and the walk that makes them inpaint."""
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +12,9 @@ from torch import Tensor
 from guided_diffusion.accel.accelerate import (
     accelerate,
     accelerate_gradient,
-    prepare,
-    set_arithmetic,
+    arithmetic,
+    precision_on,
+    trunk_dtype,
 )
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.dist_util import get_device
@@ -35,15 +37,14 @@ class Inpainter:
     def __init__(self, conf: InpaintConf, times: list[int]) -> None:
         self.conf, self.times = conf, times
         self.device = get_device(conf.device)
-        prepare(self.device)
         self.diffusion = create_gaussian_diffusion(conf)
         self.model = load_model(conf, self.device)
-        self.model.convert_trunk(set_arithmetic(conf.precision, conf.use_fp16, self.device))
+        self.model.convert_trunk(trunk_dtype(conf.precision, conf.use_fp16, self.device))
         self.network = accelerate(self.model, self.device, conf.compile)
         self.classifier = self.gradient = None
         if conf.guided:
             self.classifier = load_classifier(conf, self.device)
-            dtype = set_arithmetic(conf.precision, conf.classifier_use_fp16, self.device)
+            dtype = trunk_dtype(conf.precision, conf.classifier_use_fp16, self.device)
             self.classifier.convert_trunk(dtype)
             self.gradient = accelerate_gradient(
                 partial(classifier_gradient, scale=conf.classifier_scale),
@@ -62,16 +63,19 @@ class Inpainter:
 
     def in_float32(self) -> "Inpainter":
         """Return the same with every network in float32, loaded anew."""
-        # No precision is stated, as that would change how the other network multiplies float32.
         exact = {"precision": None, "use_fp16": False, "classifier_use_fp16": False}
         return Inpainter(dataclasses.replace(self.conf, **exact), self.times)
 
-    def walking(self, conf: InpaintConf, times: list[int]) -> "Inpainter":
+    def with_walk(self, conf: InpaintConf, times: list[int]) -> "Inpainter":
         """Return the same networks with another walk; ``conf`` has to describe these networks."""
         other = copy.copy(self)
         other.conf, other.times = conf, times
         other.diffusion = create_gaussian_diffusion(conf)
         return other
+
+    def arithmetic(self) -> contextlib.AbstractContextManager:
+        """Let torch multiply float32 as ``precision`` says while the block runs."""
+        return arithmetic(precision_on(self.device, self.conf.precision, self.conf.use_fp16))
 
     def steps(
         self,
@@ -80,7 +84,7 @@ class Inpainter:
         seeds: Sequence[int],
         windows_at_once: int = 1,
     ) -> Iterator[Step]:
-        """Inpaint ``gt`` where the mask is 0, both (N, 3, S, S) on the device, from N seeds.
+        """Inpaint ``gt`` where the mask is 0, both (N, C, S, S) on the device, from N seeds.
 
         A picture larger than the network, of which there is one then, goes through it in windows,
         so many at once.

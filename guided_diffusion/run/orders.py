@@ -6,7 +6,6 @@ makes it, and leaves a YAML that repeats it.
 
 import dataclasses
 import json
-import re
 import secrets
 import shutil
 import threading
@@ -23,15 +22,17 @@ import yaml
 from PIL import Image
 
 from guided_diffusion.config.keys import FAST, RESULT_FOLDERS, InpaintConf
-from guided_diffusion.config.reading import load_conf
+from guided_diffusion.config.reading import as_overrides, load_conf
 from guided_diffusion.config.schema import conf_to_dict
 from guided_diffusion.dist_util import Team, get_device
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.images import open_image, read_rgb, to_uint8
 from guided_diffusion.masks import FAMILIES
 from guided_diffusion.models.hub import fetch_configuration
-from guided_diffusion.run import inpaint
-from guided_diffusion.run.plan import Plan, checkpoints_of, plan_run, settings_of_results
+from guided_diffusion.run.plan import checkpoints_of, plan_run
+from guided_diffusion.run.record import settings_of_results
+from guided_diffusion.run.repaint import RePaint
+from guided_diffusion.run.task import network_calls
 from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import check_network
 
@@ -93,7 +94,7 @@ class Job:
     results: list[Path] = field(default_factory=list)
     error: BaseException | None = None
 
-    def see(self, _call: int, pred_xstart: torch.Tensor) -> None:
+    def see(self, _call: int, _x: torch.Tensor, pred_xstart: torch.Tensor) -> None:
         """Note a network call, and end the run if nobody waits for it; an ``Observer``."""
         now = time.monotonic()
         if self.is_cancelled or now - self.asked > _SILENT_SECONDS:
@@ -123,7 +124,7 @@ class Studio:
         get_device(self.conf.device)
         for path in checkpoints_of(self.conf).values():
             check_network(path)
-        self._inpainter = self._networks = None
+        self._repaint = self._networks = None
         self._lock = threading.Lock()
 
     def work(self, job: Job) -> None:
@@ -154,14 +155,13 @@ class Studio:
         repeat = load_conf(self.conf_path, InpaintConf, [*options, *there])
         marks = settings_of_results(repeat, plan.checkpoints, plan.settings["device"])
         plan = dataclasses.replace(plan, settings=marks)
-        networks = networks_of(plan, [*options, *here])
+        networks = plan.checkpoints, plan.conf.network
         if self._networks != networks:
-            self._inpainter = self._networks = None  # both together may not fit into memory
-            self._inpainter, self._networks = inpaint.build(plan), networks
-        inpainter = self._inpainter.walking(plan.conf, plan.times)
-        job.total = network_calls(plan)
+            self._repaint = self._networks = None  # both together may not fit into memory
+            self._repaint, self._networks = RePaint(plan.conf), networks
+        job.total = network_calls(plan.jobs, plan.conf.data.batch_size, count_steps(plan.times)[0])
         job.started = time.monotonic()
-        summary = inpaint.run(plan, inpainter, Team(), job.see)
+        summary = self._repaint.run(plan, Team(), job.see)
         if summary.failures:
             raise UserError("; ".join(summary.failures.values()))
         write_repeat(repeat, job.folder / "repeat.yml")
@@ -236,20 +236,10 @@ def options_of(order: Order) -> list[str]:
         f"mask_grow={order.mask_grow}",
     ]
     return [
-        *(FAST if order.method == "fast" else ()),
+        *as_overrides(FAST if order.method == "fast" else {}),
         *(() if order.full_size else SQUARE),
         *options,
     ]
-
-
-def networks_of(plan: Plan, options: Sequence[str]) -> tuple[dict, dict]:
-    """Return what tells the networks of a plan from others: checkpoints, and keys of the YAML.
-
-    No order sets such a key: those of ``options``, which made this plan, and those that only some
-    orders set are left out.
-    """
-    own = {re.split("[.=]", option)[0] for option in (*FAST, *SQUARE, *options)}
-    return plan.checkpoints, {key: v for key, v in vars(plan.conf).items() if key not in own}
 
 
 def inputs_of(folder: Path, picture: str, mask: str) -> list[str]:
@@ -263,17 +253,6 @@ def outputs_of(folder: Path) -> list[str]:
     """Return the options that send all results below ``folder``."""
     paths = {key: str(folder / "out" / name) for key, name in RESULT_FOLDERS.items()}
     return [f"data.paths={json.dumps(paths)}"]
-
-
-def network_calls(plan: Plan) -> int:
-    """Return how many steps call the network, over all batches of a plan."""
-    conf = plan.conf
-    batches = 0
-    for start in range(0, len(plan.jobs), conf.data.batch_size):
-        jobs = plan.jobs[start : start + conf.data.batch_size]
-        inputs = sum(len(inpaint.load_job(conf, job)) for job in jobs)
-        batches += inputs if conf.windows else -(-inputs // conf.data.batch_size)
-    return batches * count_steps(plan.times)[0]
 
 
 def write_repeat(conf: InpaintConf, path: Path) -> None:

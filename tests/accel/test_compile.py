@@ -14,7 +14,7 @@ from network_cases import SMALL, randomised, relative
 
 from guided_diffusion.accel import accelerate as door
 from guided_diffusion.accel.accelerate import CompiledBatch, accelerate, accelerate_gradient
-from guided_diffusion.accel.layout import set_arithmetic
+from guided_diffusion.accel.layout import trunk_dtype
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.reading import load_conf
 from guided_diffusion.io import cache
@@ -186,7 +186,7 @@ def test_a_gpu_computes_the_same(network, precision, most, is_gradient):
         build = partial(accelerate_gradient, gradient)
     reference = plain(X, T, Y)
     network = copy.deepcopy(network).to(GPU)
-    network.convert_trunk(set_arithmetic(precision, False, GPU))
+    network.convert_trunk(trunk_dtype(precision, False, GPU))
     run = build(network, GPU, True)
     inputs = [tensor.to(GPU) for tensor in (X, T, Y)]
     with torch.inference_mode(), warnings.catch_warnings():

@@ -71,26 +71,31 @@ def test_half_precision_stays_close(network):
     assert 1e-6 < error < 0.05
 
 
-def test_precision_sets_how_float32_is_multiplied(switches):
+def test_precision_sets_how_float32_is_multiplied_in_its_block(switches):
+    def seen():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
     torch.backends.cudnn.allow_tf32 = True
-    assert layout.set_arithmetic("float32", False, CPU) == torch.float32
-    assert not torch.backends.cuda.matmul.allow_tf32
-    assert not torch.backends.cudnn.allow_tf32
-    assert layout.set_arithmetic("tf32", False, CPU) == torch.float32
-    assert torch.backends.cuda.matmul.allow_tf32
-    assert torch.backends.cudnn.allow_tf32
-    assert layout.set_arithmetic(None, False, CPU) == torch.float32
-    assert torch.backends.cuda.matmul.allow_tf32  # nothing said, nothing changed
-    assert layout.set_arithmetic("bfloat16", False, CPU) == torch.bfloat16
+    before = seen()
+    for precision, inside in (("float32", (False, False)), ("tf32", (True, True)), (None, before)):
+        with layout.arithmetic(precision):
+            assert seen() == inside
+        assert seen() == before
+
+
+def test_the_type_of_the_trunk():
+    assert layout.trunk_dtype(None, False, CPU) == torch.float32
+    assert layout.trunk_dtype("tf32", False, CPU) == torch.float32
+    assert layout.trunk_dtype("bfloat16", False, CPU) == torch.bfloat16
     gpu = torch.device("cuda", 0)
-    assert layout.set_arithmetic(None, True, gpu) == torch.float16
-    assert layout.set_arithmetic("float16", False, gpu) == torch.float16
+    assert layout.trunk_dtype(None, True, gpu) == torch.float16
+    assert layout.trunk_dtype("float16", False, gpu) == torch.float16
 
 
 @pytest.mark.parametrize("said", [("float16", False), (None, True)])
 def test_half_precision_on_a_cpu_is_said_and_not_done(said):
     with pytest.warns(UserWarning, match="half precision is for GPUs"):
-        assert layout.set_arithmetic(*said, CPU) == torch.float32
+        assert layout.trunk_dtype(*said, CPU) == torch.float32
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 6), (7, 3)])

@@ -32,7 +32,7 @@ from run_cases import (
 from guided_diffusion.errors import UserError
 from guided_diffusion.io import files
 from guided_diffusion.io import results as io_results
-from guided_diffusion.run import inpainter, plan
+from guided_diffusion.run import inpainter, sampling
 
 LONG = {"t_T": 4, "n_sample": 30}  # some tenths of a second an image
 LOG = "log/run"
@@ -413,14 +413,14 @@ def test_the_overview_shows_no_earlier_result_of_what_failed(here, tmp_path):
     assert here(*options).status == 0
     height = Image.open(Path(LOG, "overview.png")).height
     with pytest.MonkeyPatch.context() as patch:
-        load = plan.load_pair
+        load = sampling.load_picture
 
-        def failing(pair, *rest, **names):
+        def failing(conf, pair, *rest):
             if pair.name == "01.png":
                 raise UserError("is gone")
-            return load(pair, *rest, **names)
+            return load(conf, pair, *rest)
 
-        patch.setattr(plan, "load_pair", failing)
+        patch.setattr(sampling, "load_picture", failing)
         assert here(*options).status == 1
     assert Path(LOG, "inpainted", "01.png").exists()
     assert Image.open(Path(LOG, "overview.png")).height < height

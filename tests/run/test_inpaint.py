@@ -32,9 +32,13 @@ from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.reading import load_conf
 from guided_diffusion.config.schema import conf_to_dict, describe
 from guided_diffusion.errors import UserError
+from guided_diffusion.image_datasets import Pair
 from guided_diffusion.io import files
 from guided_diffusion.run import inpaint, plan
 from guided_diffusion.run.inpainter import Inpainter
+from guided_diffusion.run.record import result_mark, settings_of_results
+from guided_diffusion.run.repaint import RePaint
+from guided_diffusion.run.task import Picture, make_job, tasks_of
 
 LOG = "log/run"
 
@@ -122,7 +126,7 @@ def test_what_the_record_says(here, tmp_path):
     assert documented - tree.keys() == {"cond_y", "classifier_path", "device", "precision"}
     assert record["state"] == "finished"
     assert record["device_type"] == "cpu"
-    assert record["network_calls_an_image"] == TINY_CALLS
+    assert record["steps"] == TINY_CALLS
     assert record["versions"]["torch"] == torch.__version__
     assert record["seconds_an_image"] > 0
     assert record["made"] == 2
@@ -479,7 +483,9 @@ def test_vanished_inputs_are_counted_once_although_the_batch_is_tried_twice(
 ):
     options = write_run(tmp_path, 4)
     limit_memory(monkeypatch, 1)
-    monkeypatch.setattr(plan, "_check_and_announce", lambda *_: None)
+    monkeypatch.setattr(
+        plan, "check_pictures", lambda conf, pairs, _: ([0.5] * 4, [tasks_of(conf, None)] * 4)
+    )
     (tmp_path / "gt" / "01.png").write_bytes(b"no picture")
     ended = here(*options, *set_(data__batch_size=4))
     assert ended.status == 1
@@ -703,10 +709,10 @@ def test_every_setting_but_the_listed_ones_marks_a_result(tmp_path, monkeypatch)
     conf = load_conf("c.yml", InpaintConf)
 
     def mark(conf, seed=5, gt=0, mask=0):
-        settings = plan.settings_of_results(conf, {"model_path": "abc"}, "cpu")
-        job = plan.Job(None, "00.png", seed)
+        settings = settings_of_results(conf, {"model_path": "abc"}, "cpu")
+        job = make_job(dataclasses.replace(conf, seed=seed), Pair(0, "a", "b", "00.png"), "", 0, ())
         pictures = [np.full((8, 8, 3), value, np.uint8) for value in (gt, mask)]
-        return plan.result_mark(settings, job, *pictures)
+        return result_mark(settings, job, Picture(*pictures))
 
     marks = {mark(conf), mark(conf, seed=6), mark(conf, gt=1), mark(conf, mask=1)}
     for changes in ({"seed": 9}, {"use_ddim": True}, {"clip_denoised": False}, {"cond_y": 3}):
@@ -775,9 +781,8 @@ def planned(tmp_path, monkeypatch):
 
 def test_an_observer_sees_every_call_and_what_it_predicts(planned):
     seen = []
-    networks = inpaint.build(planned)
-    inpaint.run(
-        planned, networks, dist_util.Team(), lambda call, x0: seen.append((call, tuple(x0.shape)))
+    RePaint(planned.conf).run(
+        planned, dist_util.Team(), lambda call, x, x0: seen.append((call, tuple(x0.shape)))
     )
     assert seen == [(call, (1, 3, 8, 8)) for call in range(1, TINY_CALLS + 1)] * 2
 
@@ -785,13 +790,13 @@ def test_an_observer_sees_every_call_and_what_it_predicts(planned):
 def test_an_observer_ends_the_run_by_what_it_raises(planned, tmp_path):
     calls = []
 
-    def end(call, _):
+    def end(call, *_):
         calls.append(call)
         if call == 2:
             raise TimeoutError
 
     with pytest.raises(TimeoutError):
-        inpaint.run(planned, inpaint.build(planned), dist_util.Team(), end)
+        RePaint(planned.conf).run(planned, dist_util.Team(), end)
     assert calls == [1, 2]
     assert not (tmp_path / "log" / "run" / "inpainted").exists()
 
@@ -801,24 +806,24 @@ def test_only_a_caller_with_a_command_hears_how_to_go_on(planned, monkeypatch, e
     def fail(_):
         raise error
 
-    networks = inpaint.build(planned)
+    repaint = RePaint(planned.conf)
     monkeypatch.setattr(inpaint, "refuse_changed", fail)
     for options, told in (
         ({}, str(error)),
         ({"resume_with": "x --resume"}, "0 of 2 results are in log/run; go on with: x --resume"),
     ):
         with pytest.raises(type(error)) as caught:
-            inpaint.run(planned, networks, dist_util.Team(), **options)
+            repaint.run(planned, dist_util.Team(), **options)
         assert str(caught.value).removeprefix(f"{error}; ") == told
 
 
 def test_networks_walk_another_way_as_if_they_were_loaded_for_it(planned, tmp_path):
-    inpainter = inpaint.build(planned)
+    repaint = RePaint(planned.conf)
     changes = ("timestep_respacing='3'", "schedule_jump_params={t_T: 3}", "seed=9")
     other = plan.plan_run(load_conf("c.yml", overrides=changes), dist_util.Team())
     made = []
-    for networks in (inpaint.build(other), inpainter.walking(other.conf, other.times)):
-        inpaint.run(other, networks, dist_util.Team())
+    for loaded in (RePaint(other.conf), repaint):
+        loaded.run(other, dist_util.Team())
         made.append(results(tmp_path / "log" / "run"))
     assert made[0].keys() == made[1].keys()
     assert all(np.array_equal(made[0][name], made[1][name]) for name in made[0])

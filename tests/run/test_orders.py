@@ -81,8 +81,8 @@ def test_a_result_changes_only_where_it_is_painted_and_keeps_its_size(studio, tm
 
 
 def test_networks_are_loaded_once(studio, tmp_path, monkeypatch):
-    built, build = [], orders.inpaint.build
-    monkeypatch.setattr(orders.inpaint, "build", lambda plan: built.append(1) or build(plan))
+    built, build = [], orders.RePaint
+    monkeypatch.setattr(orders, "RePaint", lambda conf: built.append(1) or build(conf))
     results = [do(studio, order(tmp_path, seed=seed), tmp_path).results[0] for seed in (1, 2, 1)]
     assert built == [1]
     first, other, again = (path.read_bytes() for path in results)
@@ -108,8 +108,8 @@ def test_networks_are_loaded_anew_where_they_are_others(studio, tmp_path, how):
 
 
 def test_an_order_of_every_kind_shares_the_networks(studio, tmp_path, monkeypatch):
-    built, build = [], orders.inpaint.build
-    monkeypatch.setattr(orders.inpaint, "build", lambda plan: built.append(1) or build(plan))
+    built, build = [], orders.RePaint
+    monkeypatch.setattr(orders, "RePaint", lambda conf: built.append(1) or build(conf))
     for changes in CASES:
         do(studio, order(tmp_path, **changes), tmp_path)
     assert built == [1]
@@ -119,8 +119,8 @@ def test_an_order_of_every_kind_shares_the_networks(studio, tmp_path, monkeypatc
 def test_keys_for_whole_photos_do_not_spoil_squares(tmp_path, monkeypatch, changes):
     write_run(tmp_path, images=1, full_size=True, **changes)
     monkeypatch.chdir(tmp_path)
-    built, build = [], orders.inpaint.build
-    monkeypatch.setattr(orders.inpaint, "build", lambda plan: built.append(1) or build(plan))
+    built, build = [], orders.RePaint
+    monkeypatch.setattr(orders, "RePaint", lambda conf: built.append(1) or build(conf))
     studio = Studio("c.yml")
     for full_size in (True, False, True):
         job = do(studio, order(tmp_path, full_size=full_size), tmp_path)
