@@ -144,12 +144,11 @@ def test_a_signal_ends_the_run_within_a_call_and_says_how_to_go_on(tmp_path, num
     process = start(tmp_path, *options)
     wait_for(lambda: len(finished(tmp_path)) >= 1)
     process.send_signal(number)
-    sent = time.perf_counter()
+    before = len(finished(tmp_path))
     _, err = process.communicate(timeout=60)
-    assert time.perf_counter() - sent < 2
     assert process.returncode == 130
     done = len(finished(tmp_path))
-    assert 1 <= done < 6
+    assert 1 <= done <= min(before + 1, 5)
     line = err.splitlines()[-1]
     told = rf"interrupted: {done} of 6 results are in log/run; go on with: (.*)"
     found = re.fullmatch(told, line)

@@ -11,7 +11,7 @@ from PIL import Image
 from run_cases import ROOT, pixels, run_here, tiny_tree, write_run, write_tree
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.run import orders
+from guided_diffusion.run import inpaint, orders
 from guided_diffusion.run.orders import Cancelled, Job, Order, Studio
 
 
@@ -139,9 +139,9 @@ def test_a_job_ends_at_the_next_call_and_leaves_no_files(studio, tmp_path):
     job = Job(order(tmp_path), tmp_path / "job")
     see = job.see
 
-    def cancelling(call, pred_xstart):
+    def cancelling(call, x, pred_xstart):
         job.is_cancelled = call == 2
-        see(call, pred_xstart)
+        see(call, x, pred_xstart)
 
     job.see = cancelling
     studio.work(job)
@@ -215,7 +215,7 @@ def test_a_fault_of_a_run_is_told_without_the_servers_command(studio, tmp_path, 
     def fail(_):
         raise UserError("the disk is full")
 
-    monkeypatch.setattr(orders.inpaint, "refuse_changed", fail)
+    monkeypatch.setattr(inpaint, "refuse_changed", fail)
     with pytest.raises(UserError, match=r"^the disk is full$"):
         do(studio, order(tmp_path), tmp_path)
 
