@@ -1,21 +1,27 @@
-"""Cuts of a photo around its holes, and the way back: a photo keeps its size and its known pixels.
+"""Cuts of a photo around its holes, and their results pasted back: known pixels stay as they are.
 
-A photo is uint8 (H, W, 3), its mask uint8 (H, W), 255 = known, 0 = hole. A cut is a square of the
-photo that the network sees; it may reach beyond the photo, where nothing is known.
+A photo is (H, W, C), uint8 or uint16; its mask uint8 (H, W), 255 = known, 0 = hole. A cut is a
+square of the photo that the network sees. It may reach beyond the photo, where nothing is known.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from guided_diffusion.io.holes import grow_hole
 from guided_diffusion.io.images import center_crop
+from guided_diffusion.io.results import as_image
+from guided_diffusion.run.windows import window_starts
 
 Box = tuple[int, int, int, int]  # left, top, right and bottom, in pixels of the photo
 
-_CELLS = 32  # of the grid on which near holes are found, along the longer side of the photo
+_GRID = 256  # cells along the longer side of the photo, on which neighbouring holes are joined
+_LARGEST_SQUARE = 1024  # pixels a side; a square of this size fits into memory anywhere
 # Between the seeds of a photo's cuts: beyond those of 7,000 samples, so that none coincide.
 CUT_SEED_STRIDE = 7_368_787_297
 
@@ -24,13 +30,16 @@ CUT_SEED_STRIDE = 7_368_787_297
 class Cut:
     """A square around a hole, in pixels of the photo.
 
-    ``hole`` is the box (left, top, right, bottom) of the hole pixels that the cut fills.
+    ``hole`` is the box (left, top, right, bottom) of the hole pixels that the cut fills. A long
+    hole is filled by several cuts, whose boxes overlap: over ``fade`` pixels from the left and from
+    the top of its box, a cut is mixed with the cut before it.
     """
 
     left: int
     top: int
     side: int
     hole: Box
+    fade: tuple[int, int] = (0, 0)
 
     @property
     def box(self) -> Box:
@@ -42,21 +51,23 @@ class Cut:
 
 
 def find_cuts(mask: np.ndarray, image_size: int) -> list[Cut]:
-    """Return the cuts that fill a mask (H, W), from the top left on; none where nothing is hole.
+    """Return the cuts that fill a mask (H, W), from the top left on; none if there is no hole.
 
-    Each has its hole within the middle half where the photo allows, and is never smaller than
-    ``image_size``, again where the photo allows. Holes that share a cut's middle are one.
+    Each has its hole within the middle half and is not smaller than ``image_size``, where the photo
+    allows both. Holes that share a cut's middle are one. A hole that is long and much longer than
+    the photo's short side is divided along its length.
     """
-    boxes = _merge(list(_hole_boxes(mask, image_size)), image_size)
-    return [
-        _cut_around(box, mask.shape, image_size) for box in sorted(boxes, key=lambda b: b[1::-1])
-    ]
+    boxes = merge_boxes(list(_hole_boxes(mask, image_size)), image_size, max(mask.shape))
+    cuts = []
+    for box in sorted(boxes, key=lambda box: box[1::-1]):
+        cuts += _cuts_of(box, mask.shape, image_size)
+    return cuts
 
 
 def _hole_boxes(mask: np.ndarray, image_size: int) -> Iterator[Box]:
     """Yield the boxes of the holes; neighbours on a coarse grid are one hole."""
     height, width = mask.shape
-    cell = max(1, image_size // 16, -(-max(height, width) // (8 * _CELLS)))
+    cell = max(1, image_size // 16, -(-max(height, width) // _GRID))
     rows, columns = -(-height // cell), -(-width // cell)
     padded = np.full((rows * cell, columns * cell), 255, np.uint8)
     padded[:height, :width] = mask
@@ -76,41 +87,95 @@ def _hole_boxes(mask: np.ndarray, image_size: int) -> Iterator[Box]:
 
 def _connected(cells: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the (row, column) pairs of each connected part of a bool grid, corners included."""
-    left = {(int(y), int(x)) for y, x in np.argwhere(cells)}
-    while left:
-        found, edge = [], [left.pop()]
+    remaining = {(int(y), int(x)) for y, x in np.argwhere(cells)}
+    while remaining:
+        found, edge = [], [remaining.pop()]
         while edge:
             y, x = edge.pop()
             found.append((y, x))
-            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
-            left -= near
+            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & remaining
+            remaining -= near
             edge += near
         yield np.array(found)
 
 
-def _merge(boxes: list[Box], image_size: int) -> list[Box]:
-    """Join boxes that overlap, or that one cut of the smallest side has in its middle half."""
-    done: list[Box] = []
+def merge_boxes(boxes: list[Box], image_size: int, longest: int) -> list[Box]:
+    """Join boxes that overlap, or that the middle half of the smallest cut holds together.
+
+    ``longest`` is the photo's longer side. No two boxes of the result belong together. A grid finds
+    the neighbours of a box in little time, however many boxes there are.
+    """
+    reach = image_size // 2
+    cell = max(1, reach, longest // 128)
+    found: dict[int, Box] = {}
+    age: dict[int, int] = {}  # when a box was last joined; of several, the oldest is taken first
+    at: dict[tuple[int, int], set[int]] = defaultdict(set)  # the boxes that touch a cell
+
+    def cells(box: Box, margin: int) -> Iterable[tuple[int, int]]:
+        left, top, right, bottom = box
+        return product(
+            range((left - margin) // cell, (right - 1 + margin) // cell + 1),
+            range((top - margin) // cell, (bottom - 1 + margin) // cell + 1),
+        )
+
+    now = 0
     while boxes:
-        box = boxes.pop()
-        near = [other for other in done if _belong_together(box, other, image_size)]
-        if not near:
-            done.append(box)
-            continue
-        done.remove(near[0])
-        boxes.append(_joined(box, near[0]))  # which may now reach others
-    return done
+        box, now = boxes.pop(), now + 1
+        touching = set().union(*(at[place] for place in cells(box, reach) if place in at))
+        near = [n for n in touching if _belong_together(box, found[n], reach)]
+        near.sort(key=age.__getitem__)
+        if max(box[2] - box[0], box[3] - box[1]) <= reach:
+            near = near[:1]  # with the larger box, the others may not belong together any more
+        if len(near) == 1 and found[near[0]] == _joined(box, found[near[0]]):
+            age[near[0]] = now  # it has the box inside already
+        elif near:
+            for n in near:
+                other = found.pop(n)
+                for place in cells(other, 0):
+                    at[place].discard(n)
+                box = _joined(box, other)
+            boxes.append(box)
+        else:
+            found[now], age[now] = box, now
+            for place in cells(box, 0):
+                at[place].add(now)
+    return list(found.values())
 
 
 def _joined(a: Box, b: Box) -> Box:
     return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
 
 
-def _belong_together(a: Box, b: Box, image_size: int) -> bool:
+def _belong_together(a: Box, b: Box, reach: int) -> bool:
     left, top, right, bottom = _joined(a, b)
     widths, heights = a[2] - a[0] + b[2] - b[0], a[3] - a[1] + b[3] - b[1]
     overlap = right - left < widths and bottom - top < heights
-    return overlap or max(right - left, bottom - top) <= image_size // 2
+    return overlap or max(right - left, bottom - top) <= reach
+
+
+def _cuts_of(hole: Box, shape: tuple[int, int], image_size: int) -> Iterator[Cut]:
+    """Yield the cut of a hole, or several along a hole too long for one square.
+
+    A square's side is at most twice the photo's short side, or twice the network's, or 1,024 pixels:
+    a large one has no more pixels than two photos.
+    """
+    left, top, right, bottom = hole
+    width, height, shortest = right - left, bottom - top, max(min(shape), image_size)
+    length = max(width, height)
+    if length <= max(2 * shortest, _LARGEST_SQUARE):
+        yield _cut_around(hole, shape, image_size)
+        return
+    overlap = shortest // 4
+    starts = window_starts(length, shortest, shortest - overlap)
+    for number, start in enumerate(starts):
+        if width == length:
+            part = (left + start, top, left + start + shortest, bottom)
+        else:
+            part = (left, top + start, right, top + start + shortest)
+        shared = starts[number - 1] + shortest - start if number else 0
+        fade = (shared, 0) if width == length else (0, shared)
+        cut = _cut_around(part, shape, shortest)
+        yield dataclasses.replace(cut, fade=fade)
 
 
 def _cut_around(hole: Box, shape: tuple[int, int], image_size: int) -> Cut:
@@ -135,17 +200,16 @@ def _start(low: int, high: int, side: int, length: int) -> int:
 def cut_out(
     photo: np.ndarray, mask: np.ndarray, cut: Cut, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a cut scaled to the network: picture and mask, each uint8 (size, size, 3).
+    """Return a cut scaled to the network: picture (size, size, C), and its mask, uint8.
 
-    A pixel is known only where all that it covers is known. Beyond the photo its rim goes on, as
-    hole.
+    A pixel is known only where all that it covers is known. Beyond the photo its border pixels are
+    repeated, as hole.
     """
     inside, around = _inside(mask, cut)
     pixels = np.pad(photo[inside], (*around, (0, 0)), mode="edge")
-    known = known_in(mask, cut)
-    picture = center_crop(Image.fromarray(pixels), size)
-    is_known = _shrink_known(known, size)
-    return picture, np.repeat(is_known[:, :, None], 3, axis=2)
+    picture = center_crop(as_image(pixels), size).reshape(size, size, photo.shape[2])
+    is_known = _shrink_known(known_in(mask, cut), size)
+    return picture, np.repeat(is_known[:, :, None], photo.shape[2], axis=2)
 
 
 def known_in(mask: np.ndarray, cut: Cut) -> np.ndarray:
@@ -178,13 +242,14 @@ def _shrink_known(known: np.ndarray, size: int) -> np.ndarray:
     return np.where(share >= 254.99, 255, 0).astype(np.uint8)
 
 
-# ---- And back ------------------------------------------------------------------------------------
+# ---- Back into the photo -------------------------------------------------------------------------
 
 
 def paste(photo: np.ndarray, mask: np.ndarray, cut: Cut, sample: np.ndarray, feather: int) -> None:
-    """Put what was made of a cut, uint8 (size, size, 3), into the hole of ``photo``, in place.
+    """Put a cut's result, (size, size, C) of the photo's type, into its hole, in place.
 
-    ``feather`` pixels of the known rim around the hole are a mixture; all others stay as they are.
+    The ``feather`` known pixels around the hole are mixed with the result; all others stay as they
+    are. The cuts of a photo are pasted in the order of ``find_cuts``.
     """
     height, width = mask.shape
     left, top, right, bottom = cut.hole
@@ -199,34 +264,45 @@ def paste(photo: np.ndarray, mask: np.ndarray, cut: Cut, sample: np.ndarray, fea
 
 
 def _scaled_part(sample: np.ndarray, cut: Cut, box: Box) -> np.ndarray:
-    """Return a part of a sample at the photo's size: ``box`` of the photo."""
+    """Return the part of a sample in ``box`` of the photo, at the photo's size."""
     if len(sample) != cut.side:
-        side = (cut.side, cut.side)
-        sample = np.asarray(Image.fromarray(sample).resize(side, Image.Resampling.LANCZOS))
+        size, shape = (cut.side, cut.side), (cut.side, cut.side, sample.shape[2])
+        image = as_image(sample)
+        if sample.dtype == np.uint16:  # Pillow scales 16 bits as floats only
+            image = Image.fromarray(sample[:, :, 0].astype(np.float32))
+        scaled = np.asarray(image.resize(size, Image.Resampling.LANCZOS)).reshape(shape)
+        if sample.dtype == np.uint16:
+            scaled = np.rint(scaled).clip(0, 65_535).astype(np.uint16)
+        sample = scaled
     x0, y0, x1, y1 = box
     return sample[y0 - cut.top : y1 - cut.top, x0 - cut.left : x1 - cut.left]
 
 
 def _share(mask: np.ndarray, cut: Cut, feather: int, box: Box) -> np.ndarray:
-    """Return the share of new pixels in ``box``, (H, W); holes of other cuts count as known."""
+    """Return the share of new pixels in ``box``, uint8 (H, W); holes of other cuts are known."""
     left, top, right, bottom = cut.hole
     around = np.full((bottom - top + 4 * feather, right - left + 4 * feather), 255, np.uint8)
     end = len(around) - 2 * feather, around.shape[1] - 2 * feather
     around[2 * feather : end[0], 2 * feather : end[1]] = mask[top:bottom, left:right]
     y0, x0 = top - 2 * feather, left - 2 * feather
-    return blend(around, feather)[box[1] - y0 : box[3] - y0, box[0] - x0 : box[2] - x0]
+    share = blend(around, feather)[box[1] - y0 : box[3] - y0, box[0] - x0 : box[2] - x0]
+    rows, columns = np.arange(box[1], box[3]) + 0.5 - top, np.arange(box[0], box[2]) + 0.5 - left
+    for distance, fade in ((columns[None], cut.fade[0]), (rows[:, None], cut.fade[1])):
+        if fade:
+            share = np.rint(share * (distance / fade).clip(0, 1)).astype(np.uint8)
+    return share
 
 
 def blend(mask: np.ndarray, feather: int) -> np.ndarray:
-    """Return the share of the new pixels, uint8 (H, W): 255 in the hole, 0 beyond its rim.
+    """Return the share of new pixels, uint8 (H, W): 255 in the hole, 0 away from it.
 
-    Over the ``feather`` pixels around the hole it falls evenly. Half-known pixels are mixed.
+    It falls evenly over the ``feather`` pixels around the hole. Half-known pixels are mixed.
     """
     hole = 255 - mask
     if not feather:
         return hole
-    # A box mean of the hole grown by its radius is 1 on the hole, and 0 twice the radius away.
-    # Where half of an odd number is no whole one, the radius is the larger half.
+    # The box mean of a hole that was grown by the radius is 1 on the hole, and falls to 0 over twice
+    # the radius, which is half the feather, rounded up.
     growth = feather // 2
     radius = feather - growth
     grown = np.pad(255 - grow_hole(mask, growth), radius, mode="edge")

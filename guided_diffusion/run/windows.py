@@ -1,8 +1,8 @@
-"""PREDICT for pictures larger than the network: windows whose predictions are averaged.
+"""PREDICT for pictures larger than the network: overlapping windows, and their weighted average.
 
 MultiDiffusion (Bar-Tal et al. 2023, section 4): a network trained on squares of one side predicts
-every window of a larger picture, and where windows overlap their predictions are averaged. Here
-the average is weighted, so that no window's border shows. The loop around it stays as it is.
+every window of a larger picture, and overlapping predictions are averaged. Here weights fall
+towards a window's border, so that no border shows. The sampling loop does not change.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,18 +12,22 @@ import torch
 from torch import Tensor
 
 
-def window_starts(length: int, size: int) -> list[int]:
-    """Return where windows of ``size`` begin along ``length`` pixels, at most half a size apart."""
+def window_starts(length: int, size: int, step: int | None = None) -> list[int]:
+    """Return where windows of ``size`` begin along ``length`` pixels, the last one at its end.
+
+    They are evenly spaced, at most ``step`` pixels apart, or half a size. Raises ``ValueError``
+    where no window fits.
+    """
     if length < size:
         raise ValueError(f"a window of {size} pixels does not fit into {length}")
-    count = -(-(length - size) // max(1, size // 2)) + 1
+    count = -(-(length - size) // (step or max(1, size // 2))) + 1
     return [round(i * (length - size) / max(1, count - 1)) for i in range(count)]
 
 
 def window_places(known: Tensor | np.ndarray, size: int) -> list[tuple[int, int]]:
     """Return top and left of each window of ``size`` that has a hole: where (H, W) is not known.
 
-    Of a picture without a hole, the first one.
+    A picture without a hole has one window, the first.
     """
     height, width = known.shape
     places = [(y, x) for y in window_starts(height, size) for x in window_starts(width, size)]
@@ -32,11 +36,11 @@ def window_places(known: Tensor | np.ndarray, size: int) -> list[tuple[int, int]
 
 
 class Windows:
-    """A network of one side as a callable for pictures of any larger size.
+    """A network for squares of ``size`` as a callable for any larger picture.
 
-    ``gt_keep_mask`` (1, 3, H, W) says where the hole is: windows without any of it are left out,
-    and there the prediction is 0. ``batch_size`` windows go through the network at once. One window
-    is the network itself.
+    ``gt_keep_mask`` (1, C, H, W) is 1 where pixels are known. Windows without a hole are left out,
+    and the prediction there is 0. ``batch_size`` windows go through the network at once. A picture
+    of the network's size goes through it as it is.
     """
 
     def __init__(
@@ -56,10 +60,10 @@ class Windows:
         total = gt_keep_mask.new_zeros(height, width)
         for y, x in self._places:
             total[y : y + size, x : x + size] += self._weight
-        self._total = total.where(total > 0, 1)  # beyond all windows there is nothing to divide
+        self._total = total.where(total > 0, 1)  # no division by 0 outside all windows
 
     def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """``x`` (1, 3, H, W), ``timesteps`` and ``y`` (1,) → (1, C, H, W)."""
+        """Predict for ``x`` (1, C, H, W) at ``timesteps`` (1,), with labels ``y`` (1,)."""
         labels = [] if y is None else [y]
         if self._is_one:
             return self._network(x, timesteps, *labels)

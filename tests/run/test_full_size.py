@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from run_cases import load_yaml, run_here, write_run
 
-from guided_diffusion.run.full_size import blend, cut_out, find_cuts, paste
+from guided_diffusion.run.full_size import blend, cut_out, find_cuts, merge_boxes, paste
 from guided_diffusion.run.inpainter import Inpainter
 
 
@@ -29,7 +29,8 @@ def filled(photo, mask, size, feather=0, value=77):
     """Fill every cut with one colour."""
     result = photo.copy()
     for cut in find_cuts(mask, size):
-        paste(result, mask, cut, np.full((size, size, 3), value, np.uint8), feather)
+        sample = np.full((size, size, photo.shape[2]), value, photo.dtype)
+        paste(result, mask, cut, sample, feather)
     return result
 
 
@@ -70,6 +71,89 @@ def test_near_holes_share_a_cut_and_far_ones_do_not():
     cuts = find_cuts(far, 64)
     holes = [(10, 10, 20, 20), (350, 20, 360, 25), (300, 310, 320, 330)]
     assert [cut.hole for cut in cuts] == holes
+
+
+def merged_one_by_one(boxes, reach):
+    """Join boxes as ``find_cuts`` has to, looking at all others for each."""
+    done = []
+    while boxes:
+        box = boxes.pop()
+        for other in done:
+            joined = (*np.minimum(box[:2], other[:2]), *np.maximum(box[2:], other[2:]))
+            sizes = np.subtract(joined[2:], joined[:2])
+            both = np.subtract(box[2:], box[:2]) + np.subtract(other[2:], other[:2])
+            if (sizes < both).all() or sizes.max() <= reach:
+                done.remove(other)
+                boxes.append(tuple(map(int, joined)))
+                break
+        else:
+            done.append(box)
+    return sorted(done)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_holes_are_joined_as_if_each_were_compared_with_all(seed):
+    rng = np.random.default_rng(seed)
+    width, height = rng.integers(50, 400, 2)
+    left, top = rng.integers(0, width, 200), rng.integers(0, height, 200)
+    longest = rng.choice([3, 12, 200])
+    ends = left + rng.integers(1, longest, 200), top + rng.integers(1, 5, 200)
+    boxes = [tuple(map(int, box)) for box in np.stack([left, top, *ends], axis=1)]
+    joined = merge_boxes(boxes[:], 32, int(max(width, height)))
+    assert sorted(joined) == merged_one_by_one(boxes, 16)
+
+
+LONG = [((60, 3000), (0, 20, 3000, 30)), ((3000, 60), (20, 0, 30, 3000)),
+        ((60, 3000), (0, 0, 3000, 60)), ((100, 1300), (0, 99, 1300, 100))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "hole"), LONG)
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_a_hole_much_longer_than_the_photo_is_high_is_divided(shape, hole, size):
+    mask = mask_of(*shape, hole)
+    cuts = find_cuts(mask, size)
+    assert {cut.side for cut in cuts} == {max(min(shape), size)}
+    assert len(cuts) < 2 * max(shape) / cuts[0].side
+    assert cuts[0].fade == (0, 0)
+    assert all(sum(cut.fade) >= cut.side // 4 for cut in cuts[1:])
+    photo = photo_of(*shape)
+    result = filled(photo, mask, size, feather=5)
+    assert (result[mask == 0] == 77).all()
+    far = np.ones(shape, bool)
+    left, top, right, bottom = hole
+    far[max(0, top - 5) : bottom + 5, max(0, left - 5) : right + 5] = False
+    assert np.array_equal(result[far], photo[far])
+
+
+def test_the_cuts_of_a_long_hole_fade_into_each_other():
+    mask = mask_of(64, 2000, (0, 20, 2000, 40))
+    photo, cuts = photo_of(64, 2000), find_cuts(mask, 64)
+    for number, cut in enumerate(cuts):
+        paste(photo, mask, cut, np.full((64, 64, 3), 5 * number, np.uint8), 0)
+    hole = photo[20:40].astype(int)
+    assert (hole == hole[:1, :, :1]).all()
+    steps = np.diff(hole[0, :, 0])
+    assert hole[0, -1, 0] == 5 * (len(cuts) - 1)
+    assert set(steps) == {0, 1}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("size", [16, 48])
+def test_gray_photos_keep_every_level_outside_the_hole(dtype, size):
+    most = np.iinfo(dtype).max
+    photo = np.random.default_rng(0).integers(0, most, (60, 90, 1), dtype, endpoint=True)
+    mask = mask_of(60, 90, (30, 20, 45, 35))
+    result = filled(photo, mask, size, value=most)
+    assert result.dtype == dtype
+    assert (result[mask == 0] == most).all()
+    assert np.array_equal(result[mask == 255], photo[mask == 255])
+    [cut] = find_cuts(mask, size)
+    seen, known = cut_out(photo, mask, cut, size)
+    assert seen.shape == known.shape == (size, size, 1)
+    assert (seen.dtype, known.dtype) == (dtype, np.uint8)
+    assert seen.max() > most / 2
+    coloured = cut_out(photo.repeat(3, 2), mask, cut, size) if dtype == np.uint8 else None
+    assert coloured is None or np.array_equal(coloured[0][..., :1], seen)
 
 
 @given(
