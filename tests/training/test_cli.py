@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -45,21 +46,7 @@ def states(conf, step):
     return [torch.load(checkpoint_path(conf, kind, step)) for kind in kinds]
 
 
-def test_an_out_dir_among_the_pictures_is_refused(tmp_path):
-    conf = write_conf(tmp_path, out_dir=str(tmp_path / "pictures" / "out"))
-    with pytest.raises(UserError, match=r"pictures/out: data_dir: results would go into"):
-        train.main(["--conf_path", conf])
-    assert not (tmp_path / "pictures" / "out").exists()
-
-
 # ---- a whole training ----------------------------------------------------------------------------
-
-
-def test_a_training_without_process_pictures_leaves_its_losses(tmp_path):
-    conf = write_conf(tmp_path, sample_interval=0)
-    assert train.main(["--conf_path", conf]) == 0
-    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert pictures == {"loss.png"}
 
 
 def test_a_training_leaves_everything_and_test_py_runs_it(tmp_path, capsys):
@@ -93,6 +80,7 @@ def test_a_training_goes_on_and_ends(tmp_path, capsys):
     assert newest_step(tiny_conf(tmp_path)) == 6
     assert train.main(["--conf_path", conf, "--resume"]) == 0
     assert "6 steps are done; to go on raise iterations" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"loss.png"}
 
 
 def test_classes_are_listed_and_keep_their_order_when_a_training_goes_on(tmp_path, capsys):
@@ -169,61 +157,33 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     ("changes", "message"),
     [
         ({"data_dir": "nowhere"}, "nowhere: data_dir: no such"),
-        ({"class_cond": True}, "must lie in a subfolder, one for each class"),
-        ({"microbatch": 3}, "cannot be divided into parts of 3"),
         ({"init_from": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
         ({"sample_respacing": "ddim999"}, "999"),
         ({"sample_respacing": "2000"}, "sample_respacing: "),
         ({"device": "cuda:99"}, "device"),
         ({"name": "../elsewhere"}, "name: would lead out of the folder ./runs/"),
-        (
-            {
-                "image_size": 4,
-                "channel_mult": "1",
-                "attention_resolutions": "",
-                "sample_interval": 1,
-            },
-            "image_size and sample_interval: ",
-        ),
+        ({"image_size": 4, "sample_interval": 1}, "image_size and sample_interval: "),
         ({"ema_rat": "0.9"}, "nearest known key is ema_rate"),
+        ({"out_dir": "{}/pictures/out"}, "pictures/out: data_dir: results would go into"),
+        ({"out_dir": "{}/file"}, "file: results cannot be written there: not a folder"),
     ],
     ids=str,
 )
 def test_mistakes_are_found_before_training(tmp_path, changes, message):
+    (tmp_path / "file").write_text("not mine")
+    if "out_dir" in changes:
+        changes = {"out_dir": changes["out_dir"].format(tmp_path)}
     with pytest.raises(UserError) as caught:
         train.main(["--conf_path", write_conf(tmp_path, **changes)])
     assert message in str(caught.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_file_in_the_place_of_the_folder_is_found_before_training(tmp_path):
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(UserError, match="out: results cannot be written there: not a folder"):
-        train.main(["--conf_path", write_conf(tmp_path)])
-    assert (tmp_path / "out").read_text() == "mine"
-
-
-def test_an_unreadable_picture_is_named(tmp_path):
-    (write_pictures(tmp_path / "pictures") / "05.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"05.png"):
-        train.main(["--conf_path", write_conf(tmp_path)])
-    assert not (tmp_path / "out").exists()
-
-
-def test_pictures_that_are_too_small_are_enlarged_with_a_warning(tmp_path):
-    conf = write_conf(tmp_path, image_size=32, attention_resolutions="", iterations=1)
-    with pytest.warns(UserWarning, match="12 of 12 pictures are smaller than 32 pixels"):
-        assert train.main(["--conf_path", conf]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "pictures", "train.yml"}
+    assert not (tmp_path / "pictures" / "out").exists()
 
 
 def test_a_full_disk_is_told_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: _Full())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="the disk is too full for the next checkpoint"):
         train.main(["--conf_path", write_conf(tmp_path)])
-
-
-class _Full:
-    free = 1000
 
 
 def test_a_loss_that_is_not_finite_stops_with_status_1_and_one_line(tmp_path, capsys):
@@ -238,8 +198,7 @@ def test_a_loss_that_is_not_finite_stops_with_status_1_and_one_line(tmp_path, ca
     assert f"the last checkpoint is of step {step}" in lines[0]
 
 
-@pytest.mark.parametrize("module", ["tqdm", "torch"])
-@pytest.mark.parametrize("program", ["train.py", "test.py"])
+@pytest.mark.parametrize(("program", "module"), [("train.py", "torch"), ("test.py", "tqdm")])
 def test_ctrl_c_while_modules_are_imported_ends_with_130_and_one_line(tmp_path, program, module):
     conf = write_conf(tmp_path) if program == "train.py" else ROOT / "confs" / "demo.yml"
     (tmp_path / f"{module}.py").write_text(

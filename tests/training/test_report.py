@@ -2,7 +2,6 @@
 
 import math
 import types
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +66,7 @@ def gray_pictures(folder, count=12):
 
 def test_the_log_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "log.csv"
+    assert read_log(path) == []
     restart_log(path, 0)
     append_log(path, {"step": 100, "loss": 0.125, "mse": math.nan})
     [row] = read_log(path)
@@ -90,26 +90,23 @@ def test_the_log_is_cut_back_to_the_step_from_which_a_training_goes_on(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "spoilt",
+    "spoil",
     [
         lambda lines: [*lines[:2], lines[2].replace(b"0.6666667", b"0.6e-"), *lines[3:]],
         lambda lines: [*lines[:2], b"\xe4\xf6\xfc\n", *lines[2:]],
         lambda lines: [*lines[:2], b"\0" * 50 + b"\n", *lines[2:]],
         lambda lines: [*lines[:2], b'"' + lines[2], *lines[3:]],
-        lambda lines: ["Schritt,Bilder\n".encode("utf-16"), *lines[1:]],
     ],
-    ids=["cut in a number", "Latin-1", "zeros", "a quote", "UTF-16"],
+    ids=["cut in a number", "Latin-1", "zeros", "a quote"],
 )
-def test_a_spoilt_log_is_mended(tmp_path, spoilt):
+def test_damaged_lines_are_counted_and_left_out(tmp_path, spoil):
     path = tmp_path / "log.csv"
     restart_log(path, 0)
     for step in (1, 2, 3, 4):
         append_log(path, {"step": step, "loss": step / 3})
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(spoilt(lines)))
-    assert {row["step"] for row in read_log(path)} >= {3, 4}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    path.write_bytes(b"".join(spoil(lines)))
+    with pytest.warns(UserWarning, match=r"log\.csv: 1 damaged lines"):
         restart_log(path, 3)
     after = path.read_bytes().splitlines(keepends=True)
     assert set(after) <= set(lines)
@@ -117,23 +114,10 @@ def test_a_spoilt_log_is_mended(tmp_path, spoilt):
     assert lines[4] not in after
 
 
-def test_damaged_lines_are_counted(tmp_path):
-    path = tmp_path / "log.csv"
-    restart_log(path, 0)
-    append_log(path, {"step": 1, "loss": 0.5})
-    path.write_bytes(path.read_bytes() + b"\xff\nx,y\n" + path.read_bytes().splitlines(True)[1])
-    with pytest.warns(UserWarning, match=r"log\.csv: 2 damaged lines"):
-        restart_log(path, 3)
-
-
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "log.csv").mkdir()
     with pytest.raises(UserError, match=r"log.csv: cannot be written"):
         append_log(tmp_path / "log.csv", {"step": 1})
-
-
-def test_a_log_of_nothing_is_no_rows(tmp_path):
-    assert read_log(tmp_path / "log.csv") == []
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
@@ -184,12 +168,8 @@ def test_each_quartile_has_its_own_times(tmp_path):
 
 def test_the_held_out_loss_is_the_same_however_it_is_cut_up(tmp_path):
     conf = tiny_conf(tmp_path, random_crop=True)
-    losses = [observe(conf, know_nothing, part).held_out_losses() for part in (1, 2, 100)]
+    losses = [observe(conf, know_nothing, part).held_out_losses() for part in (2, 100)]
     assert losses[0] == pytest.approx(losses[1])
-    assert losses[0] == pytest.approx(losses[2])
-
-
-def test_without_held_out_pictures_there_is_no_held_out_loss(tmp_path):
     evaluator = observe(tiny_conf(tmp_path, holdout=0), know_nothing)
     assert evaluator.held_out_losses() == {}
     assert len(evaluator.shown) == 2
@@ -222,10 +202,10 @@ def test_inpaintings_show_hole_result_and_truth(tmp_path):
     assert (pixels == 0).all(axis=2).sum() >= 2 * 0.5 * 256 * 256  # the left half of two holes
 
 
-def test_pictures_are_the_same_every_time(tmp_path):
+def test_pictures_are_the_same_every_time_however_many_are_computed_at_once(tmp_path):
     conf = tiny_conf(tmp_path, sample_respacing="5")
-    for name in ("a", "b"):
-        evaluator = observe(conf, know_nothing)
+    for name, part in (("a", 1), ("b", 4)):
+        evaluator = observe(conf, know_nothing, part)
         evaluator.write_samples(tmp_path / f"{name}.png")
         evaluator.write_inpaintings(tmp_path / f"{name}i.png")
     for kind in ("", "i"):
