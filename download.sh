@@ -1,19 +1,21 @@
-#!/usr/bin/env bash
-# Fetch the published checkpoints and data: bash download.sh --help
-# Python follows links to this file, so that it is the data/ beside the file itself that is filled.
-probe='import os, sys
-if sys.version_info < (3, 10): sys.exit(3)
+#!/bin/sh
+# Fetch the published checkpoints and data: sh download.sh --help
+probe='import sys
 sys.path = [folder for folder in sys.path if folder]
-try: import tqdm
-except ImportError: sys.exit(4)
-sys.stdout.buffer.write(os.path.dirname(os.path.realpath(os.fsencode(sys.argv[1]))))'
-problem='Python 3.10 or newer is needed, and is not installed'
-for candidate in python python3; do # a virtual environment has both, and its own comes first
-  here=$("$candidate" -c "$probe" "${BASH_SOURCE[0]}" 2>/dev/null)
-  case $? in
-    0) exec "$candidate" "$here/guided_diffusion/tools/download.py" "$@" ;;
-    4) problem="$candidate lacks the package tqdm: $candidate -m pip install -r requirements.txt" ;;
-  esac
+if sys.version_info < (3, 10): sys.exit("3.10 or newer is needed, and this is %d.%d" % sys.version_info[:2])
+try: import filelock, tqdm
+except ImportError as error: sys.exit("%s (%s -m pip install -r requirements.txt)" % (error, sys.executable))'
+# Python, and not the shell, follows links to this file: data/ is filled beside the file itself.
+start='import os, runpy, sys
+root = os.path.dirname(os.path.realpath(sys.argv.pop(1)))
+sys.path[0] = root
+runpy.run_path(os.path.join(root, "guided_diffusion", "tools", "download.py"), run_name="__main__")'
+problems=
+for python in python python3; do # a virtual environment has both, and its own comes first
+  command -v "$python" >/dev/null 2>&1 || continue
+  message=$("$python" -c "$probe" 2>&1) && exec "$python" -c "$start" "$0" "$@"
+  problems="$problems; $python: ${message##*
+}"
 done
-printf 'error: %s\n' "$problem" >&2
+printf 'error: %s\n' "Python 3.10 or newer is needed${problems:-, and neither python nor python3 is installed}" >&2
 exit 2

@@ -4,90 +4,62 @@ from dataclasses import dataclass
 
 from guided_diffusion.errors import UserError
 
-OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021"
+DRIVE = "https://drive.google.com/file/d"
+_OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021"
+_HUB = "https://huggingface.co/google"
+# "see source": the code's licence is known, the terms of the weights or pictures are not.
+_CODE, _NC = "MIT (code); weights: see source", "CC BY-NC-SA 4.0"
 
 
 @dataclass(frozen=True)
 class Published:
-    """A file or a folder that somebody published."""
+    """A file that somebody published, or a folder with ``files``."""
 
     name: str
-    source: str  # drive (Google Drive), http, or hub (a folder on huggingface.co)
     address: str
     licence: str
-    network: str = ""  # "model" or "classifier"
-    conf: str = ""  # the configuration that describes the network
-    size: str = "-"
+    size: float = 0.0  # GB, from the number of parameters; 0: unknown
+    files: tuple[tuple[str, ...], ...] = (("",),)  # of each row one is enough
+
+    @property
+    def limit(self) -> int:
+        """The most bytes that a file may have, packed or unpacked."""
+        return round((1.2 * self.size or 1.0) * 1e9)
 
 
-# "see source": the code's licence is known, the terms of the weights or pictures are not.
-_CODE, _REPAINT = "MIT (code); weights: see source", "CC BY-NC-SA 4.0"
+_GB = {
+    "256x256_diffusion": 2.215, "256x256_classifier": 0.216, "256x256_diffusion_uncond": 2.211,
+    "lsun_bedroom": 2.211, "lsun_cat": 2.211, "lsun_horse": 2.211, "lsun_horse_nodropout": 2.211,
+    "512x512_diffusion": 2.236, "512x512_classifier": 0.218, "64x64_diffusion": 1.184,
+    "64x64_classifier": 0.262, "128x128_diffusion": 1.686, "128x128_classifier": 0.170,
+}  # fmt: skip
+_DIFFUSERS = (
+    ("config.json",),
+    ("scheduler_config.json",),
+    ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+)
 CATALOGUE = (
-    *(
-        Published(f"{name}.pt", "drive", address, _REPAINT, "model", conf, "2.2 GB")
-        for name, address, conf in (
-            ("celeba256_250000", "1norNWWGYP3EZ_o05DmoW1ryKuKMmhlCX", "test_c256_thick"),
-            ("places256_300000", "1QEl-btGbzQz6IwkXiFGd49uQNTUtTHsk", "test_p256_thick"),
-        )
-    ),
+    Published("celeba256_250000.pt", f"{DRIVE}/1norNWWGYP3EZ_o05DmoW1ryKuKMmhlCX", _NC, 2.211),
+    Published("places256_300000.pt", f"{DRIVE}/1QEl-btGbzQz6IwkXiFGd49uQNTUtTHsk", _NC, 2.211),
     Published(
         "data.zip",
-        "drive",
-        "1Q_dxuyI41AAmSv9ti3780BwaJQqwvwMv",
-        f"{_REPAINT}; pictures: see source",
+        f"{DRIVE}/1Q_dxuyI41AAmSv9ti3780BwaJQqwvwMv",
+        f"{_NC}; pictures: see source",
     ),
+    *(Published(f"{name}.pt", f"{_OPENAI}/{name}.pt", _CODE, size) for name, size in _GB.items()),
     *(
-        Published(f"{name}.pt", "http", OPENAI, _CODE, network, conf)
-        for name, network, conf in (
-            ("256x256_diffusion", "model", "test_inet256_thick"),
-            ("256x256_classifier", "classifier", "test_inet256_thick"),
-            ("256x256_diffusion_uncond", "model", "inet256_uncond"),
-            ("lsun_bedroom", "model", "lsun_bedroom"),
-            ("lsun_cat", "model", "lsun_cat"),
-            ("lsun_horse", "model", "lsun_horse"),
-            ("lsun_horse_nodropout", "model", "lsun_horse_nodropout"),
-            ("512x512_diffusion", "model", "inet512"),
-            ("512x512_classifier", "classifier", "inet512"),
-            ("64x64_diffusion", "model", "inet64"),
-            ("64x64_classifier", "classifier", "inet64"),
-            ("128x128_diffusion", "model", "inet128"),
-            ("128x128_classifier", "classifier", "inet128"),
-        )
-    ),
-    *(
-        Published(name, "hub", f"google/{name}", "Apache-2.0")
-        for name in (
-            "ddpm-celebahq-256",
-            "ddpm-ema-celebahq-256",
-            "ddpm-church-256",
-            "ddpm-cat-256",
-            "ddpm-bedroom-256",
-        )
+        Published(name, f"{_HUB}/{name}/resolve/main", "Apache-2.0", 0.455, _DIFFUSERS)
+        for kind in ("celebahq", "ema-celebahq", "church", "cat", "bedroom")
+        for name in [f"ddpm-{kind}-256"]
     ),
 )
 DEFAULT = [entry.name for entry in CATALOGUE[:5]]
-# A folder of diffusers is a pipeline with folders in it, or the bare network. Of each row the
-# first file that there is will do; without the rows marked True the model is of no use.
-HUB_FILES = (
-    (True, ("config.json", "unet/config.json")),
-    (True, ("scheduler_config.json", "scheduler/scheduler_config.json")),
-    (
-        True,
-        (
-            "diffusion_pytorch_model.safetensors",
-            "unet/diffusion_pytorch_model.safetensors",
-            "diffusion_pytorch_model.bin",
-            "unet/diffusion_pytorch_model.bin",
-        ),
-    ),
-    (False, ("model_index.json",)),
-)
 
 
 def look_up(word: str) -> Published:
-    """Return what is called ``word``, with or without .pt, .zip or owner; raises UserError."""
+    """Return what is called ``word``, with or without .pt, .zip or google/; raises UserError."""
     for entry in CATALOGUE:
         stem = entry.name.removesuffix(".pt").removesuffix(".zip")
-        if word in (entry.name, stem) or (entry.source == "hub" and word == entry.address):
+        if word.removeprefix("google/") in (entry.name, stem):
             return entry
-    raise UserError(f"{word} is not a published file; bash download.sh --list names them all")
+    raise UserError(f"{word} is not a published file; sh download.sh --list names all of them")

@@ -1,406 +1,385 @@
-"""Fetch the published checkpoints and data into data/: ``bash download.sh``."""
+"""Fetch the published checkpoints and data into data/: ``sh download.sh``.
+
+Bytes gather in ``NAME.part``, which a later run continues. A file gets its name after its check.
+"""
 
 import argparse
-import contextlib
+import functools
+import http.client
+import json
 import os
-import signal
+import shutil
+import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from tqdm import tqdm
 
 if __name__ == "__main__":  # as a script its own folder comes first on the path
-    _SELF = Path(__file__)
-    sys.path[0] = str((_SELF.resolve() if _SELF.is_symlink() else _SELF.absolute()).parents[2])
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.errors import UserError
-from guided_diffusion.tools.archives import (
-    Refused,
-    check_json,
-    check_safetensors,
-    check_unpacked,
-    check_zip,
-    put_in_place,
-    unpack,
-)
-from guided_diffusion.tools.catalogue import CATALOGUE, DEFAULT, HUB_FILES, Published, look_up
-from guided_diffusion.tools.transfers import (
-    File,
-    Missing,
-    NotFetched,
-    Settings,
-    bytes_of,
-    file_of,
-    get_drive,
-    get_folder,
-    get_http,
-    get_hub,
-    human,
-    largest,
-)
+from guided_diffusion.io.files import locked
+from guided_diffusion.tools.catalogue import CATALOGUE, DEFAULT, DRIVE, Published, look_up
 
-# A link to this file is followed, and a link to a folder above it is not: data/ lies beside that.
-ROOT = Path(sys.path[0]) if __name__ == "__main__" else Path(__file__).resolve().parents[2]
-KEPT = "what has arrived is kept, and the same command goes on from there"
-HUB = "https://huggingface.co"
+ROOT = Path(__file__).resolve().parents[2]
+QUOTA = """Google Drive sent a page in place of the file; usually its daily limit for this file is
+used up (quota): try again in a day, or set REPAINT_MIRROR"""
+BLOCK, JSON_LIMIT = 1 << 18, 1 << 20  # bytes
+MARGIN = 16 << 20  # bytes that stay free on the disk
+TRIES = 5  # in a row without a new byte
+PASSING = (408, 425, 429)  # HTTP statuses from 400 to 499 after which another try may help
+PLAIN = (0, stat.S_IFREG, stat.S_IFDIR)  # kinds of an archive's entries; 0: not stated
 
 
-# ---- checks ------------------------------------------------------------------------------------
+class NotFetchedError(Exception):
+    """A source does not give a file; the text says why."""
 
 
-def check(file: File, path: Path, *, every_byte: bool) -> None:
-    """Raise Refused unless ``path`` holds what ``file`` should; other exceptions say nothing."""
-    suffix = file.final.suffix
-    if suffix == ".json":
-        check_json(path)
-    elif suffix == ".safetensors":
-        check_safetensors(path)
-    else:
-        check_zip(path, every_byte=every_byte, old_torch=suffix != ".zip")
-        if file.entry.network:
-            check_keys(path, file.entry, file.settings.root)
+@dataclass(frozen=True)
+class Target:
+    """One file: its name below a mirror, its place, its greatest size, and where it lies."""
+
+    name: str
+    path: Path
+    limit: int  # bytes
+    addresses: tuple[str, ...]
+
+    @property
+    def part(self) -> Path:
+        """Where the bytes gather."""
+        return self.path.with_name(f"{self.path.name}.part")
 
 
-def check_keys(path: Path, entry: Published, root: Path) -> None:
-    """Refuse a checkpoint whose names or shapes are not those of the network of its YAML."""
-    try:
-        import torch
-    except ImportError:
-        say("  torch is not installed: the file's table is checked, not its keys")
-        return
-    from guided_diffusion.config.keys import load_conf
-    from guided_diffusion.io.checkpoints import state_dict_shapes
-    from guided_diffusion.script_util import create_classifier, create_model
+def targets_of(entry: Published, mirror: str = "") -> list[tuple[Target, ...]]:
+    """Return the files of an entry; of each tuple one is enough."""
 
-    create = {"model": create_model, "classifier": create_classifier}[entry.network]
-    with torch.device("meta"):
-        built = create(load_conf(str(root / "confs" / f"{entry.conf}.yml")))
-    expected = {key: tuple(tensor.shape) for key, tensor in built.state_dict().items()}
-    try:
-        found = {key: tuple(shape) for key, shape in state_dict_shapes(path).items()}
-    except UserError as error:
-        raise Refused(f"cannot be read: {error}") from None
-    wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-    if wrong:
-        raise Refused(
-            f"is another network: {len(wrong)} keys differ, such as {wrong[0]} "
-            f"(expected {expected.get(wrong[0])}, found {found.get(wrong[0])})"
-        )
+    def target(inner: str) -> Target:
+        name = f"{entry.name}/{inner}".rstrip("/")
+        address = f"{entry.address}/{inner}".rstrip("/")
+        folder = "datasets" if entry.name == "data.zip" else "pretrained"
+        addresses = (f"{mirror}/{name}", address) if mirror else (address,)
+        limit = JSON_LIMIT if inner.endswith(".json") else entry.limit
+        return Target(name, ROOT / "data" / folder / name, limit, addresses)
+
+    return [tuple(target(inner) for inner in row) for row in entry.files]
 
 
-def finish(file: File, path: Path) -> None:
-    """Check all of ``path`` and give it its name, or unpack it; raises as ``check``."""
-    if file.entry.name == "data.zip":
-        say(f"  {unpack(path, file.settings.root / 'data', file.record)}")
-        file.part.unlink(missing_ok=True)
-    else:
-        check(file, path, every_byte=True)
-        put_in_place(path, file.final)
-
-
-def is_here(file: File) -> bool:
-    """Whether the file is here and whole; a broken one is moved out of the way."""
-    if file.record.is_file():
-        try:
-            changed = check_unpacked(file.settings.root / "data", file.record)
-            if changed:
-                say(
-                    f"{file.name}: {len(changed)} changed here and left alone, such as "
-                    f"data/{changed[0]}: removed, it is fetched again"
-                )
-            return True
-        except Refused as reason:
-            say(f"{file.name}: fetched again: {reason}")
-    if not file.final.is_file():
-        return False
-    try:
-        if file.entry.name == "data.zip":
-            finish(file, file.final)
-        else:
-            check(file, file.final, every_byte=False)
-    except Refused as reason:
-        broken = file.final.with_name(f"{file.final.name}.broken")
-        here, there = (path.relative_to(file.settings.root) for path in (file.final, broken))
-        complain(f"{file.name}: {here} {reason}; moved to {there}")
-        file.final.replace(broken)
-        return False
-    except Exception as error:
-        raise NotFetched(f"is here and could not be checked: {_told(error)}") from error
-    return True
-
-
-def _told(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-# ---- from start to end -------------------------------------------------------------------------
-
-
-def say(text: str) -> None:
-    """Print to standard output at once, in order with what goes to standard error."""
-    print(text, flush=True)
+BAR = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}  # None: but in a terminal
+say = functools.partial(print, flush=True)  # in order with what goes to standard error
+human = functools.partial(tqdm.format_sizeof, suffix="B")
 
 
 def complain(text: str) -> None:
-    """Print to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """Print one line to standard error; what a server sent cannot control the terminal."""
+    say("".join(c if c.isprintable() else " " for c in " ".join(text.split())), file=sys.stderr)
 
 
-def get(file: File, source: tuple[Callable[[File, str], None], str]) -> None:
-    """Fetch and finish a file from one source: how, and where; raises NotFetched."""
-    transport, address = source
-    while True:
-        resumed = bytes_of(file.part) > 0
+def size_of(path: Path) -> int:
+    """Return the size of a file in bytes, 0 where there is none."""
+    return path.stat().st_size if path.is_file() else 0
+
+
+# ---- transfers -----------------------------------------------------------------------------------
+
+
+def check_room(target: Target, size: int, missing: int) -> None:
+    """Raise NotFetchedError where a file of ``size`` bytes, ``missing`` of them, is too large."""
+    if size > target.limit:
+        raise NotFetchedError(f"has {human(size)}, expected at most {human(target.limit)}")
+    free = shutil.disk_usage(target.path.parent).free
+    if missing + MARGIN > free:
+        raise NotFetchedError(f"needs {human(missing)}, and the disk has {human(free)}")
+
+
+def fetch_http(target: Target, url: str, timeout: int) -> None:
+    """Fill the part from an address that urllib opens; raises NotFetchedError.
+
+    A transfer that breaks off is continued. ``TRIES`` tries without a new byte end it, or two where
+    no server has answered yet.
+    """
+    failures, most, tries = 0, 0, 1 if url.startswith("file:") else 2
+    while failures < tries:
+        time.sleep(failures * timeout / 12)
+        start = size_of(target.part)
+        most = max(most, start)
         try:
-            transport(file, address)
-            return finish(file, file.part)
-        except NotFetched:
-            raise
-        except Refused as reason:
-            file.part.unlink(missing_ok=True)
-            problem = f"what came from {address} {reason}"
-            if not resumed:
-                raise NotFetched(problem) from reason
-            # The earlier part may have come from elsewhere: the whole file gets one more chance.
-            complain(f"{file.name}: {problem}")
-            say(f"{file.name}: once more from the start")
-        except Exception as error:
-            raise NotFetched(f"could not be checked: {_told(error)}") from error
+            return _transfer(target, url, start, timeout)
+        except urllib.error.HTTPError as error:
+            error.close()
+            problem, tries = f"HTTP {error.code}", TRIES
+            if start and error.code == 416:  # no byte after ours: all is here, or too much
+                if error.headers.get("Content-Range", f"bytes */{start}") == f"bytes */{start}":
+                    return None
+                target.part.unlink()
+            elif 400 <= error.code < 500 and error.code not in PASSING:
+                break
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            problem = str(getattr(error, "reason", None) or error)
+        failures += 1
+        if size_of(target.part) > most:
+            failures, tries = 0, TRIES
+    raise NotFetchedError(problem)
 
 
-def sources(file: File) -> Iterator[tuple[str, tuple[Callable[[File, str], None], str]]]:
-    """Yield where a file may be had, first the mirror: in words, how, and the address."""
-    mirror, entry = file.settings.mirror, file.entry
-    if mirror:
-        transport = get_http if mirror.startswith("http") else get_folder
-        yield mirror, (transport, f"{mirror}/{file.name}")
-    if entry.source == "drive":
-        yield "Google Drive", (get_drive, entry.address)
-    elif entry.source == "http":
-        yield entry.address, (get_http, f"{entry.address}/{file.name}")
-    else:
-        inner = file.name.removeprefix(f"{entry.name}/")
-        address = f"{HUB}/{entry.address}"
-        yield address, (get_hub, f"{address}/resolve/main/{inner}")
+def _transfer(target: Target, url: str, start: int, timeout: int) -> None:
+    """Ask once for all after the first ``start`` bytes; raises as urllib, and NotFetchedError."""
+    headers = {"User-Agent": "repaint-download", "Accept-Encoding": "identity"}
+    headers |= {"Range": f"bytes={start}-"} if start else {}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        if answer.status != 206:
+            start = 0
+        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            target.part.unlink(missing_ok=True)
+            raise OSError("the server sent another part of the file")
+        length = getattr(answer, "length", None)  # None where the server does not say it
+        total = None if length is None else start + length
+        check_room(target, total or start, (total or start) - start)
+        bar = tqdm(desc=target.name, total=total, initial=start, **BAR)
+        with bar, target.part.open("ab" if start else "wb") as stream:
+            for block in iter(lambda: answer.read1(BLOCK), b""):
+                start += len(block)
+                try:
+                    check_room(target, start, len(block))
+                except NotFetchedError:
+                    if total is None:  # it may have no end at all, and would fill the disk
+                        stream.truncate(0)
+                    raise
+                stream.write(block)
+                stream.flush()
+                bar.update(len(block))
+    if total is not None and start < total:
+        raise OSError("the connection broke")
 
 
-def fetch_file(file: File) -> bool:
-    """Bring one file into its place; return whether it is there. All trouble is told."""
+def fetch_drive(target: Target, address: str, timeout: int) -> None:
+    """Fill the part from Google Drive by gdown; raises NotFetchedError."""
     try:
-        if is_here(file):
-            say(f"{file.name}: is here")
-            return True
-        for words, source in sources(file):
-            say(f"{file.name}: from {words}")
-            try:
-                get(file, source)
-                return True
-            except NotFetched as problem:
-                complain(f"{file.name}: {problem}")
-    except NotFetched as problem:
-        complain(f"{file.name}: {problem}")
+        import gdown
+    except ImportError as error:
+        raise NotFetchedError("needs the package gdown: pip install gdown") from error
+    # gdown appends to this name for its partial file, and finds it again by it.
+    fetched = target.part.with_name(f"{target.part.name}.drive")
+    with tqdm(desc=target.name, **BAR) as bar:
+
+        def report(size: int, total: int | None) -> None:
+            check_room(target, max(size, total or 0), (total or size) - size)
+            bar.total = total
+            bar.update(size - bar.n)
+
+        options = {"quiet": True, "resume": True, "use_cookies": False, "progress": report}
+
+        try:
+            gdown.download(
+                id=address.rpartition("/")[2], output=str(fetched), timeout=timeout, **options
+            )
+        except gdown.exceptions.FileURLRetrievalError as error:
+            raise NotFetchedError(QUOTA) from error
+        except NotFetchedError:
+            raise
+        except Exception as error:  # gdown passes on the exceptions of its own libraries
+            raise NotFetchedError(f"gdown: {str(error)[:300]}") from error
+    fetched.replace(target.part)
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def check(target: Target, path: Path) -> None:
+    """Raise UserError unless ``path`` is what the target should be; unpack data.zip."""
+    try:
+        if target.path.suffix == ".zip":
+            say(f"{target.name}: {unpack(path, target)}")
+        elif target.path.suffix == ".json":
+            if not isinstance(json.loads(path.read_bytes()), dict):
+                raise UserError("is not a JSON object", path=path)
+        else:
+            if target.path.suffix == ".safetensors":
+                import safetensors  # noqa: F401
+            from guided_diffusion.io.checkpoints import check_checkpoint
+
+            check_checkpoint(path)
+    except ImportError as error:
+        say(f"{target.name}: not checked: {error}")
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
+        raise UserError(f"is damaged: {error}", path=path) from error
+
+
+def unpack(archive: Path, target: Target) -> str:
+    """Unpack the files below datasets/ into data/, and return a summary.
+
+    What exists already ships with the program or is the user's: it stays. Raises UserError, with
+    nothing written, for a link, a device, or an archive that is larger than published.
+    """
+    data, datasets = ROOT / "data", (ROOT / "data/datasets").resolve()
+    for leftover in datasets.glob(".unpack-*"):
+        shutil.rmtree(leftover)
+    with (
+        tempfile.TemporaryDirectory(prefix=".unpack-", dir=datasets) as folder,
+        zipfile.ZipFile(archive) as opened,
+    ):
+        entries = opened.infolist()
+        unpacked = sum(entry.file_size for entry in entries)
+        if unpacked > target.limit:
+            problem = f"holds {human(unpacked)}, expected at most {human(target.limit)}"
+            raise UserError(problem, path=archive)
+        if any(stat.S_IFMT(entry.external_attr >> 16) not in PLAIN for entry in entries):
+            raise UserError("holds a link or a device: nothing is unpacked", path=archive)
+        check_room(target, unpacked, unpacked)
+        # zipfile removes drives, leading slashes and ".." from the names. All that it unpacks is
+        # whole before the first file is renamed.
+        paths = [Path(opened.extract(entry, folder)) for entry in entries if not entry.is_dir()]
+        names = [path.relative_to(folder).as_posix().removeprefix("data/") for path in paths]
+        wanted = {n: p for n, p in zip(names, paths, strict=True) if n.startswith("datasets/")}
+        if not wanted:
+            raise UserError("has no files below datasets/", path=archive)
+        here = {name for name in wanted if os.path.lexists(data / name)}
+        for name in wanted.keys() - here:
+            (data / name).parent.mkdir(parents=True, exist_ok=True)
+            wanted[name].replace(data / name)
+    return f"{len(wanted) - len(here)} files unpacked into data/, {len(here)} were here and stay"
+
+
+# ---- from start to end ---------------------------------------------------------------------------
+
+
+def is_here(target: Target) -> bool:
+    """Return whether the file is here and whole; a damaged one is renamed."""
+    if not target.path.is_file():
         return False
-    if file.entry.source == "drive":
+    try:
+        check(target, target.path)
+    except UserError as error:
+        broken = target.path.with_name(f"{target.path.name}.broken")
+        complain(f"{target.name}: {error.problem}; renamed to {broken.name}")
+        target.path.replace(broken)
+        return False
+    return True
+
+
+def fetch_from(target: Target, address: str, timeout: int) -> None:
+    """Fill the part, check it and give it its name; raises NotFetchedError and OSError.
+
+    A file that is refused is removed, and fetched once more where an earlier part was continued.
+    """
+    is_continued = target.part.exists()
+    fill_part = fetch_drive if address.startswith(DRIVE) else fetch_http
+    fill_part(target, address, timeout)
+    try:
+        check(target, target.part)
+    except UserError as error:
+        target.part.unlink(missing_ok=True)
+        if not is_continued:
+            raise NotFetchedError(f"what came {error.problem}") from error
+        fetch_from(target, address, timeout)
+    else:
+        target.part.replace(target.path)
+
+
+def fetch_file(target: Target, timeout: int) -> bool:
+    """Bring one file into its place; return whether it is there. Raises OSError."""
+    target.path.parent.mkdir(parents=True, exist_ok=True)
+    for address in target.addresses:
+        say(f"{target.name}: from {address}")
+        try:
+            fetch_from(target, address, timeout)
+            return True
+        except NotFetchedError as error:
+            complain(f"{target.name}: {address}: {error}")
+    if address.startswith(DRIVE):
         complain(
-            f"  by hand: open https://drive.google.com/file/d/{file.entry.address}/view in a "
-            f"browser, save the file as {file.final} and give the same command again: the file is "
-            "then checked"
+            f"by hand: open {address}/view in a browser, save the file as {target.path}, and give "
+            "the same command again: it checks the file"
         )
     return False
 
 
-def fetch_folder(entry: Published, settings: Settings) -> bool:
-    """Bring the files of a diffusers folder into theirs; return whether all needed are there."""
-    for is_needed, names in HUB_FILES:
-        files = [file_of(entry, settings, name) for name in names]
+def fetch(entry: Published, mirror: str, timeout: int) -> bool:
+    """Bring a file or a folder into its place; return whether it is there."""
+    for alternatives in targets_of(entry, mirror):
         try:
-            found = any(is_here(file) for file in files) or _fetch_first(files, is_needed)
-        except NotFetched as problem:
-            complain(f"{entry.name}: {problem}")
-            found = False
-        if is_needed and not found:
+            if any(is_here(target) for target in alternatives):
+                continue
+            if not any(fetch_file(target, timeout) for target in alternatives):
+                return False
+        except OSError as error:
+            complain(f"{entry.name}: {error}")
             return False
+    say(f"{entry.name}: ok")
     return True
 
 
-def _fetch_first(files: Sequence[File], is_needed: bool) -> bool:
-    """Bring the first of ``files`` that a source has; return whether there was one."""
-    for places in zip(*(sources(file) for file in files), strict=True):
-        for file, (words, source) in zip(files, places, strict=True):
-            problem = _attempt(file, source)
-            if problem is None:
-                say(f"{file.name}: from {words}")
-                return True
-            if not isinstance(problem, Missing):
-                names = file.name
-                break
-        else:
-            names = " or ".join(file.name for file in files)
-        if is_needed:
-            complain(f"{names}: {problem}")
-    return False
-
-
-def _attempt(file: File, source: tuple[Callable[[File, str], None], str]) -> NotFetched | None:
-    try:
-        get(file, source)
-    except NotFetched as problem:
-        return problem
-    return None
-
-
-def fetch(entry: Published, settings: Settings) -> bool:
-    """Bring a file or a folder into its place; return whether it is there."""
-    if entry.source == "hub":
-        is_there = fetch_folder(entry, settings)
-    else:
-        is_there = fetch_file(file_of(entry, settings))
-    if is_there:
-        say(f"{entry.name}: ok")
-    return is_there
-
-
-def list_all(settings: Settings) -> None:
-    """Print every published file: its size where known, what is here, and its licence."""
-    say(f"{'FILE':<28} {'SIZE':<7} {'HERE':<17} LICENCE")
+def print_list() -> None:
+    """Print every published file: its size where known, whether it is here, and its licence."""
+    say(f"{'FILE':<28} {'SIZE':<7} {'HERE':<7} LICENCE")
     for entry in CATALOGUE:
-        file, here = file_of(entry, settings), "-"
-        arrived = largest([file.part, *file.from_drive()])
-        if file.record.exists():
-            here = "unpacked"
-        elif file.final.is_dir():
-            here, arrived = _of_folder(entry, settings)
-        elif file.final.exists():
-            here, arrived = human(bytes_of(file.final)), 0
-        if arrived and here == "-":
-            here = f"partly: {human(arrived)}"
-        say(f"{entry.name:<28} {entry.size:<7} {here:<17} {entry.licence}")
+        rows = targets_of(entry)
+        is_here = all(any(t.path.exists() for t in row) for row in rows)
+        parts = (t.path.parent.glob(f"{t.path.name}*") for row in rows for t in row)
+        here = "yes" if is_here else "partly" if any(map(any, parts)) else "-"
+        size = human(entry.size * 1e9) if entry.size else "-"
+        say(f"{entry.name:<28} {size:<7} {here:<7} {entry.licence}")
 
 
-def _of_folder(entry: Published, settings: Settings) -> tuple[str, int]:
-    """Return the size of a folder in words if all that is needed is in it, and its bytes."""
-    total, is_whole = 0, True
-    for is_needed, names in HUB_FILES:
-        files = [file_of(entry, settings, name) for name in names]
-        present = [file for file in files if file.final.is_file()]
-        is_whole = is_whole and (bool(present) or not is_needed)
-        total += sum(bytes_of(file.final) or bytes_of(file.part) for file in files)
-    return (human(total) if is_whole else "-"), total
-
-
-def read_settings() -> Settings:
-    """Return the settings of the environment; raises UserError."""
-    numbers = {}
-    for key, default, expected in (
-        ("REPAINT_TIMEOUT", "60", "whole seconds"),
-        ("REPAINT_TRIES", "5", "a whole number"),
-    ):
-        word = os.environ.get(key) or default
-        if not (word.isascii() and word.isdigit() and 0 < int(word) < 10**6):
-            raise UserError(key=key, expected=expected, got=word)
-        numbers[key] = int(word)
+def read_settings() -> tuple[str, int]:
+    """Return the mirror's address, or nothing, and the timeout in seconds; raises UserError."""
+    timeout = os.environ.get("REPAINT_TIMEOUT") or "60"
+    if not (timeout.isascii() and timeout.isdigit() and 0 < int(timeout) < 10**6):
+        raise UserError(key="REPAINT_TIMEOUT", expected="whole seconds", got=timeout)
     mirror = os.environ.get("REPAINT_MIRROR", "").removeprefix("file://").rstrip("/")
     if mirror and not mirror.startswith(("http://", "https://")):
-        if "://" in mirror:
-            raise UserError(
-                key="REPAINT_MIRROR", expected="an http(s) address or a folder", got=mirror
-            )
-        mirror = str(Path(mirror).absolute())
         if not Path(mirror).is_dir():
-            raise UserError(f"no such folder: {mirror}", key="REPAINT_MIRROR")
-    return Settings(ROOT, mirror, numbers["REPAINT_TIMEOUT"], numbers["REPAINT_TRIES"])
-
-
-@contextlib.contextmanager
-def held(root: Path) -> Iterator[int | None]:
-    """Make the folders and lock them for this process, and for a gdown that outlives it.
-
-    Yields the descriptor, or None where the system has no such locks. Raises UserError.
-    """
-    data = root / "data"
-    try:
-        for folder in ("pretrained", "datasets"):
-            (data / folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {data}: {error.strerror}") from error
-    if fcntl is None:
-        yield None
-        return
-    handle = os.open(data / "pretrained", os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another download into {data} is running") from None
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt(KEPT)
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OptionParser(
-        prog="bash download.sh",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"""\
-Fetch models and data into data/. Without a NAME: {", ".join(DEFAULT[:2])},
-data.zip (the face example and the masks), {DEFAULT[3]} and {DEFAULT[4]}.
-
-A transfer that broke off goes on where it stopped when the same command is given again. What is
-complete is left alone, pictures that were changed here too. Each file is checked before it gets its
-name. Files on Google Drive need gdown (pip install gdown).""",
-        epilog="""\
-environment:
-  REPAINT_MIRROR   an http(s) address or a folder with the files, asked before their own source
-  REPAINT_TIMEOUT  seconds without data after which a transfer counts as stalled (60)
-  REPAINT_TRIES    fruitless tries in a row after which a file is given up (5)
-
-exit status: 0 all is here, 1 something is missing, 2 the command is wrong""",
-    )
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help="files or models of the list, with or without .pt or .zip",
-    )
-    parser.add_argument(
-        "-l",
-        "--list",
-        action="store_true",
-        help="all there is: size, licence, what is here",
-    )
-    return parser.parse_args(argv)
+            raise UserError(
+                key="REPAINT_MIRROR", expected="an http(s) address or folder", got=mirror
+            )
+        mirror = Path(mirror).absolute().as_uri()
+    return mirror, int(timeout)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fetch what is asked for; return the exit status."""
-    options = _parse(argv)
+    parser = OptionParser(
+        prog="sh download.sh",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"""\
+Fetch models and data into data/. Without a NAME: {", ".join(DEFAULT[:2])},
+data.zip (the face example and the masks), {DEFAULT[3]} and {DEFAULT[4]}. The same
+command continues a transfer that broke off. Files that are here stay, changed ones too.""",
+        epilog="""\
+environment:
+  REPAINT_MIRROR   an http(s) address or a folder with the files, which is asked first
+  REPAINT_TIMEOUT  seconds without data after which a transfer counts as broken (60)
+
+exit status: 0 all is here, 1 something is missing, 2 the command is wrong""",
+    )
+    names_help = "a name of the list, with or without .pt or .zip"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=names_help)
+    parser.add_argument("-l", "--list", action="store_true", help="sizes, licences, what is here")
+    options = parser.parse_args(argv)
     entries = list(dict.fromkeys(look_up(word) for word in options.names or DEFAULT))
     if options.list:
-        list_all(Settings(ROOT, "", 1, 1))
+        print_list()
         return 0
-    settings = read_settings()
-    with held(ROOT) as lock:
-        settings = replace(settings, lock=lock)
-        missing = [entry.name for entry in entries if not fetch(entry, settings)]
+    mirror, timeout = read_settings()
+    with locked(ROOT / "data/pretrained"):
+        missing = [entry.name for entry in entries if not fetch(entry, mirror, timeout)]
     if missing:
-        complain(f"missing: {' '.join(missing)} (the same command goes on with them)")
+        complain(f"missing: {' '.join(missing)} (the same command tries again)")
         return 1
     say("all is here")
     return 0
 
 
 if __name__ == "__main__":
-    for _number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)):
-        if _number and signal.getsignal(_number) is not signal.SIG_IGN:  # nohup stays in force
-            signal.signal(_number, _stop)
     command_line(main)
