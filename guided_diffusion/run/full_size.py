@@ -156,8 +156,8 @@ def _belong_together(a: Box, b: Box, reach: int) -> bool:
 def _cuts_of(hole: Box, shape: tuple[int, int], image_size: int) -> Iterator[Cut]:
     """Yield the cut of a hole, or several along a hole too long for one square.
 
-    A square's side is at most twice the photo's short side, or twice the network's, or 1,024 pixels:
-    a large one has no more pixels than two photos.
+    A square's side is at most twice the photo's short side, or twice the network's, or 1,024
+    pixels. So a large square has no more pixels than two photos.
     """
     left, top, right, bottom = hole
     width, height, shortest = right - left, bottom - top, max(min(shape), image_size)
@@ -301,7 +301,7 @@ def blend(mask: np.ndarray, feather: int) -> np.ndarray:
     hole = 255 - mask
     if not feather:
         return hole
-    # The box mean of a hole that was grown by the radius is 1 on the hole, and falls to 0 over twice
+    # The box mean of a hole that was grown by the radius is 1 on the hole. It falls to 0 over twice
     # the radius, which is half the feather, rounded up.
     growth = feather // 2
     radius = feather - growth
