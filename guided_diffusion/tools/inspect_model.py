@@ -1,12 +1,18 @@
-"""What a checkpoint or folder is, and which YAML keys it needs; tools/inspect.py runs it."""
+"""Say what a network is: ``python guided_diffusion/tools/inspect_model.py FILE_OR_FOLDER``.
+
+It prints YAML: what the file or folder is in comments, and the keys that it needs.
+"""
 
 import argparse
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from guided_diffusion.cli import OptionParser
+if __name__ == "__main__":  # as a script its own folder comes first on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.checkpoint_flags import (
     SILENT_FLAGS,
     check_channels,
@@ -24,12 +30,12 @@ from guided_diffusion.models.hub import fetch_configuration
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print YAML: what a checkpoint is in comments, and the keys; raises UserError."""
+    """Print what a checkpoint or folder is, as YAML; raises UserError."""
     parser = OptionParser(description="Say what a checkpoint or a diffusers folder is, and which "
-                          "YAML keys it needs; the output is YAML.")  # fmt: skip
+                          "YAML keys it needs. The output is YAML.")  # fmt: skip
     parser.add_argument("path", metavar="FILE_OR_FOLDER", help="or hf://owner/name")
     parser.add_argument("--image_size", type=_side, metavar="PIXELS",
-                        help="where it is known: shapes alone cannot always tell")  # fmt: skip
+                        help="side of the pictures, which shapes do not always tell")  # fmt: skip
     args: argparse.Namespace = parser.parse_args(argv)
     if is_folder(args.path):
         lines = _of_folder(args.path)
@@ -103,7 +109,7 @@ def _of_checkpoint(path: str, side: int | None) -> list[str]:
 
 
 def _likely_side(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return the side at which the levels with attention are those that networks mostly have."""
+    """Return the side at which attention is on the feature maps that networks usually have."""
     top = 1 << 20
     sides = model_flags(shapes, top).get("attention_resolutions")
     if not sides:
@@ -144,23 +150,27 @@ def _of_network(
         del flags["channel_mult"]
     published = SILENT_FLAGS.get((size, flags["num_channels"], flags["num_res_blocks"]), {})
     if published and flags["class_cond"] and flags["learn_sigma"]:
-        lines.append("# the shapes are those of a published checkpoint, with whose keys it goes")
+        lines.append("# the shapes are those of a published checkpoint: below are its keys")
         return [*lines, *_yaml({"model_path": path, **flags, **published})]
     guesses = {**_heads(flags, mult, is_improved), "use_new_attention_order": False}
     guesses |= {"norm_groups": 32, "noise_schedule": "linear", "diffusion_steps": 1000,
                 "predict_xstart": False, "predict_v": False,
                 "rescale_timesteps": False}  # fmt: skip
     lines.append(
-        f"# warning: shapes cannot tell {', '.join(guesses)}: below are the usual values; if "
-        "results are noise, they were others"
+        f"# warning: shapes cannot tell {', '.join(guesses)}: below are the usual values; if the "
+        "results are noise, the training had others"
     )
     return [*lines, *_yaml({"model_path": path, **flags, **guesses})]
 
 
 def _heads(flags: Mapping[str, Any], mult: Sequence[float], is_improved: bool) -> dict[str, Any]:
-    """Return the attention heads that this kind of network usually has, if they are possible."""
+    """Return the usual attention heads of this kind of network that its widths allow."""
     widths = [int(m * flags["num_channels"]) for m in mult]
     if is_improved and all(width % 4 == 0 for width in widths):
         return {"num_heads": 4, "num_head_channels": -1}
     common = math.gcd(*widths)
     return {"num_head_channels": next(n for n in (64, 32, common) if common % n == 0)}
+
+
+if __name__ == "__main__":
+    command_line(main)
