@@ -35,6 +35,7 @@ from guided_diffusion.training.report import (
 from guided_diffusion.training.trainer import (
     Trainer,
     compiles,
+    gather,
     learning_rate,
     pictures_at_once,
     seeded,
@@ -98,18 +99,6 @@ def _watch_parent(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def any_process(value: bool) -> bool:
-    """Return whether ``value`` is true in any process; all processes have to call this.
-
-    The CPUs exchange it, so that no process waits for its GPU.
-    """
-    if world_size() == 1:
-        return value
-    flag = torch.tensor(int(value))
-    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-    return bool(flag)
 
 
 # Settings that may change on resuming, but not from process to process: when they communicate.
@@ -228,7 +217,8 @@ def train(trainer: Trainer, images: TrainingImages, sample_diffusion: GaussianDi
         for batch in batches(images, steps):
             window.add(*trainer.train_step(*batch))
             bar.update()
-            stops = any_process(interrupts.has_arrived)
+            # Exchanged by the CPUs, so that no process waits for its GPU.
+            stops = bool(gather(torch.tensor([int(interrupts.has_arrived)]), dim=0).any())
             is_last = trainer.step == conf.iterations
             saves = stops or is_last or trainer.step % conf.save_interval == 0
             samples = conf.sample_interval and (is_last or trainer.step % conf.sample_interval == 0)
