@@ -1,7 +1,7 @@
 """Paint a hole in the browser and have it filled: ``python app.py --conf_path confs/demo.yml``.
 
-The page makes nothing of its own: it writes picture and mask into a folder, and has them inpainted
-as test.py does. It needs: pip install -r requirements-app.txt
+It needs: pip install -r requirements-app.txt. A run is made as test.py makes it, and its YAML
+repeats it. Behind a proxy that serves the page below a path: ``GRADIO_ROOT_PATH=/path``.
 
 While it runs, programs can ask it too:
 
@@ -23,16 +23,20 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 import argparse
 import base64
 import contextlib
+import dataclasses
 import html
+import inspect
 import io
 import re
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +46,22 @@ from guided_diffusion import raise_on_ctrl_c
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import list_images
-from guided_diffusion.masks import FAMILIES
-from guided_diffusion.run.orders import (
+from page.jobs import (
+    HOLES,
+    MASK_HOLES,
     MAX_MASK_GROW,
     MAX_SAMPLES,
-    NO_MASK,
-    NO_PICTURE,
-    NOTHING_PAINTED,
+    METHODS,
     PAINTED,
     UPLOADED,
     Cancelled,
+    Chosen,
     Job,
-    Order,
-    Studio,
+    Request,
+    Worker,
+    choose,
 )
+from page.words import EDITOR_WORDS, LABELS, MESSAGES, SUBJECTS, language
 
 
 def without_gradio() -> None:
@@ -68,53 +74,19 @@ try:
 except ImportError:
     command_line(without_gradio)
 
-MAX_UPLOAD = "32mb"
-LONGEST_QUEUE = 16
-SWEEP_SECONDS = 90.0
-KEPT_SECONDS = 24 * 3600.0  # files of whom nobody knows whether they are still there
+MAX_UPLOAD_MB = 200
+PREVIEW_SIZE = 1600  # longest side in pixels of what the browser shows and paints on
+KEPT_SECONDS = 3600.0  # files of programs
+UNUSED_SECONDS = 600.0  # uploads that were not used, whole or aborted
+LEFT_SECONDS = 60.0  # files of a tab that was closed, or of a telephone that sleeps
+SWEEP_SECONDS = 15.0
 FONTS = ["system-ui", "sans-serif"]  # none is fetched from elsewhere
-# English and Chinese, by key; the browser's language decides.
-WORDS = {
-    "rule": (
-        "Drop or paste a picture, and paint over what is to go. **The painted part is replaced.** "
-        "In mask files it is the other way round: black is replaced, white stays.",
-        "拖入或粘贴图片，涂抹要去掉的部分。 **涂抹的部分会被替换**。 "
-        "掩码文件则相反：黑色被替换，白色保留。",
-    ),
-    "picture": ("Picture", "图片"),
-    "examples": ("Examples", "示例"),
-    "hole": ("What is replaced", "替换的部分"),
-    PAINTED: ("what is painted", "涂抹的部分"),
-    UPLOADED: ("what is black in the mask below", "下方掩码的黑色部分"),
-    "mask": ("Mask: black is replaced, white stays", "掩码：黑色被替换，白色保留"),
-    "method": ("Method", "方法"),
-    "fast": ("fast (DDNM, 100 network calls)", "快速（DDNM，100 次网络调用）"),
-    "repaint": ("RePaint, with its resampling", "RePaint（含重采样）"),
-    "samples": ("Results", "结果数量"),
-    "seed": ("Seed (empty: another one each time)", "随机种子（留空则每次不同）"),
-    "full_size": ("Full size: the photo keeps its own size", "原尺寸：照片保持原有大小"),
-    "mask_grow": ("Enlarge the hole by so many pixels", "将区域向外扩大（像素）"),
-    "run": ("Run", "运行"),
-    "cancel": ("Cancel", "取消"),
-    "compare": ("Before and after", "修复前后对比"),
-    "all": ("All results", "全部结果"),
-    "files": (
-        "Downloads: results, picture, mask, and the YAML that repeats this with test.py",
-        "下载：结果、图片、掩码，以及可用 test.py 重现本结果的 YAML",
-    ),
-    "loading": ("loading the network", "正在加载网络"),
-    "calls": ("network calls", "次网络调用"),
-    "left": ("s left", "秒剩余"),
-    "done": ("Done", "完成"),
-    "cancelled": ("Cancelled", "已取消"),
-    NO_PICTURE: (NO_PICTURE, "请先上传图片"),
-    NOTHING_PAINTED: (NOTHING_PAINTED, "尚未涂抹：请涂抹要替换的部分"),
-    NO_MASK: (NO_MASK, "请先上传掩码"),
-    "fault": (
-        "the program failed; its terminal says more",
-        "程序出错，详情见终端",
-    ),
-}
+STATUS_STYLE = """
+    min-height: 2em;
+    .error { color: #b91c1c; font-weight: 600 }
+    progress { width: 100% }
+    #preview { width: 100%; max-width: 256px; image-rendering: pixelated }
+"""
 
 
 def without_folders(text: str) -> str:
@@ -122,254 +94,354 @@ def without_folders(text: str) -> str:
     return re.sub(r"(?<![\w.:/])(?:/[^\s/:]+)+/(?=[^\s/])", "", text)
 
 
-# ---- The page ------------------------------------------------------------------------------------
+@dataclass
+class Visitor:
+    """A tab or a program, with the folder of its files."""
+
+    folder: Path
+    is_tab: bool = False  # says when it leaves
+    expires: float = 0.0
+    chosen: Chosen | None = None
+    mask: Path | None = None
+    jobs: list[Job] = field(default_factory=list)
+
+    def touch(self) -> None:
+        """Note that the visitor is there."""
+        self.expires = float("inf") if self.is_tab else time.monotonic() + KEPT_SECONDS
+
+    def keep(self, path: str, stem: str) -> Path:
+        """Copy an upload into the visitor's folder."""
+        copy = Path(tempfile.mkdtemp(dir=self.folder)) / f"{stem}{Path(path).suffix.lower()}"
+        shutil.copyfile(path, copy)
+        return copy
+
+    def cancel(self) -> list[Job]:
+        """Cancel and return the jobs that are not finished."""
+        jobs = [job for job in self.jobs if not job.finished]
+        for job in jobs:
+            job.is_cancelled = True
+        return jobs
+
+    def tidy(self) -> None:
+        """Delete files that nothing on the page leads to any more."""
+        last = next((job for job in reversed(self.jobs) if job.results), None)
+        for job in [job for job in self.jobs if job.finished and job is not last]:
+            self.jobs.remove(job)
+        pictures = [self.chosen, *(job.request.picture for job in self.jobs)]
+        used = {job.folder for job in self.jobs} | {self.mask.parent if self.mask else None}
+        for picture in filter(None, pictures):
+            used |= {picture.path.parent, *picture.earlier}
+        delete_old(set(self.folder.iterdir()) - used, LEFT_SECONDS)
+
+
+def delete_old(paths: set[Path], seconds: float) -> None:
+    """Delete files and folders that have not changed for so long."""
+    for path in paths:
+        with contextlib.suppress(OSError):  # somebody else deletes it, too
+            if time.time() - path.stat().st_mtime > seconds:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class Page:
-    """What visitors see, and their sessions: each has a folder, and uploads that go with it."""
+    """What visitors and programs ask for. All files lie in ``folder``, uploads included."""
 
-    def __init__(self, studio: Studio, folder: Path) -> None:
-        self.studio, self.folder = studio, folder
-        self._examples = folder / "examples"
-        self._present: set[str] = set()  # visitors who will say that they leave
-        self._jobs: dict[str, Job] = {}
-        self._uploads: dict[str, set[Path]] = {}
+    def __init__(self, worker: Worker, folder: Path) -> None:
+        self.worker, self.folder = worker, folder
+        self.visitors: dict[str, Visitor] = {}
+        self.examples: list[tuple[str, str]] = []  # paths and thumbnails
+        with contextlib.suppress(UserError):  # a page for visitors' pictures needs none of its own
+            for path in list_images(worker.conf.data.gt_path)[:8]:
+                with contextlib.suppress(UserError):
+                    self.examples.append((path, data_url(choose(Path(path))[1], 128)))
 
-    def painted(
-        self,
-        editor: dict | None,
-        mask: str | None,
-        hole: str,
-        method: str,
-        samples: float,
-        seed: float | None,
-        full_size: bool,
-        mask_grow: float,
-        request: gr.Request,
-    ) -> Iterator[tuple]:
-        """Do what the page's button asks for."""
-        editor = editor or {"background": None, "layers": [], "composite": None}
-        order = Order(
-            editor["background"], editor["layers"], mask, hole, method, samples, seed, full_size,
-            mask_grow,
-        )  # fmt: skip
-        yield from self._tell(order, request, editor["composite"])
+    def visitor(self, request: gr.Request) -> Visitor:
+        """Return who asks."""
+        session = request.session_hash or secrets.token_hex(8)
+        if session not in self.visitors:
+            folder = tempfile.mkdtemp(prefix="visitor-", dir=self.folder)
+            self.visitors[session] = Visitor(Path(folder))
+        self.visitors[session].touch()
+        return self.visitors[session]
+
+    def enter(self, request: gr.Request) -> None:
+        """Know a tab, whose files are kept until it leaves."""
+        visitor = self.visitor(request)
+        visitor.is_tab, visitor.expires = True, float("inf")
+
+    def leave(self, request: gr.Request) -> None:
+        """Cancel the jobs of a tab that was closed; its files are deleted a little later."""
+        if visitor := self.visitors.get(request.session_hash):
+            visitor.cancel()
+            visitor.is_tab, visitor.expires = False, time.monotonic() + LEFT_SECONDS
+
+    def sweep(self) -> None:
+        """Delete the files of visitors who left, and uploads that nobody used, aborted or whole."""
+        for session, visitor in list(self.visitors.items()):
+            if visitor.expires < time.monotonic():
+                del self.visitors[session]
+                shutil.rmtree(visitor.folder, ignore_errors=True)
+            else:
+                visitor.tidy()
+        used = {visitor.folder for visitor in self.visitors.values()}
+        delete_old(set(self.folder.iterdir()) - used, UNUSED_SECONDS)
+
+    def choose(self, value: dict, request: gr.Request) -> tuple[dict, str]:
+        """Take an upload, an example or a result as the picture to work on, and show it."""
+        visitor, say = self.visitor(request), speaker(request)
+        try:
+            if "result" in value:
+                job = next(job for job in reversed(visitor.jobs) if job.results)
+                before, earlier = job.request.picture, (*job.request.picture.earlier, job.folder)
+                chosen, image = choose(job.results[value["result"]])
+                visitor.chosen = dataclasses.replace(chosen, photo=before.photo, earlier=earlier)
+            else:
+                path = self.examples[value["example"]][0] if "example" in value else value["path"]
+                if "path" in value and self.folder not in Path(path).resolve().parents:
+                    raise UserError("no picture")
+                chosen, image = choose(Path(path))
+                kept = visitor.keep(path, "picture")
+                visitor.chosen = dataclasses.replace(chosen, path=kept, photo=kept)
+        except UserError as error:
+            return {"error": explain(error, say)}, ""
+        except (LookupError, OSError, StopIteration, TypeError):  # files that are no longer there
+            return {"error": say("no picture")}, ""
+        return {"picture": data_url(image, PREVIEW_SIZE)}, ""
+
+    def use_mask(self, path: str | None, request: gr.Request) -> tuple[str | None, str]:
+        """Keep a mask file, and have it used from now on."""
+        visitor = self.visitor(request)
+        visitor.mask = visitor.keep(path, "mask") if path else None
+        return visitor.mask and str(visitor.mask), UPLOADED if path else PAINTED
+
+    def run(self, value: dict | None, request: gr.Request, *settings: Any) -> Iterator[tuple]:
+        """Do what the button asks for; yield the states of status, editor and downloads."""
+        visitor, say = self.visitor(request), speaker(request)
+        visitor.cancel()
+        try:
+            job = self.start(visitor, visitor.chosen, (value or {}).get("strokes"), *settings)
+            for state in self.follow(job, visitor, say):
+                yield status(state, job), gr.skip(), gr.skip()
+        except Cancelled:
+            yield status(cancelled(job, say)), gr.skip(), gr.skip()
+        except Exception as error:
+            yield status(explain(error, say), is_error=True), gr.skip(), gr.skip()
+        else:
+            shown = [data_url(choose(path)[1], PREVIEW_SIZE) for path in job.results]
+            before = data_url(choose(job.original)[1], PREVIEW_SIZE)
+            files = gr.update(value=[str(path) for path in job.downloads()], visible=True)
+            yield status(done(job, say)), {"before": before, "results": shown}, files
 
     def inpaint(
         self,
-        picture: str,
-        mask: str | None = None,
-        hole: str = PAINTED,
+        picture: dict,
+        mask: dict | None = None,
+        hole: str = UPLOADED,
         method: str = "fast",
-        samples: float = 1,
-        seed: float | None = None,
+        samples: int = 1,
+        seed: int | None = None,
         full_size: bool = True,
-        mask_grow: float = 0,
+        mask_grow: int = 0,
+        mask_hole: str = "black",
         request: gr.Request = None,
-    ) -> Iterator[tuple]:
-        """Inpaint a picture where a mask is black: for programs, which have no editor."""
-        hole = UPLOADED if hole == PAINTED else hole  # as the page's control stands at first
-        order = Order(picture, [], mask, hole, method, samples, seed, full_size, mask_grow)
-        yield from self._tell(order, request)
+    ) -> tuple[str, list, list, list]:  # Gradio documents what is yielded
+        """Inpaint a picture in the hole of a mask: black in a file, or hole names a mask to draw.
 
-    def _tell(self, order: Order, request: gr.Request, *uploads: str | None) -> Iterator[tuple]:
-        say = speaker(request)
-        self._sweep()
-        session = request.session_hash or secrets.token_hex(8)
-        self._folder(session).mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=self._folder(session)))
-        earlier = self._jobs.get(session)
-        job = self._jobs[session] = Job(order, folder)
-        paths = (order.picture, order.mask, *order.strokes, *uploads)
-        self._uploads.setdefault(session, set()).update(Path(path).parent for path in paths if path)
-        thread = threading.Thread(target=self.studio.work, args=(job,), daemon=True)
-        thread.start()
+        Returns a message, the picture before and after, all results, and all files.
+        """
+        visitor, say = self.visitor(request), speaker(request)
         try:
-            while thread.is_alive():
+            if hole not in HOLES[1:]:
+                raise UserError(key="hole", expected=", ".join(HOLES[1:]), got=repr(hole))
+            paths = [uploaded("picture", picture), mask and uploaded("mask", mask)]
+            chosen, _ = choose(Path(paths[0]))
+            kept = visitor.keep(paths[0], "picture")
+            chosen = dataclasses.replace(chosen, path=kept, photo=kept)
+            settings = hole, paths[1], mask_hole, method, samples, seed, full_size, mask_grow
+            job = self.start(visitor, chosen, None, *settings)
+            for state in self.follow(job, visitor, say):
+                yield state, [], [], []
+        except Exception as error:
+            raise gr.Error(explain(error, say), print_exception=False) from error
+        pictures = [[job.original, job.results[0]], job.results, job.downloads()]
+        yield done(job, say), *([gr.FileData(path=str(p)) for p in paths] for paths in pictures)
+
+    def start(
+        self, visitor: Visitor, chosen: Chosen | None, strokes: str | None, *settings: Any
+    ) -> Job:
+        """Put a job into the queue; raises UserError, and TypeError for wrong settings."""
+        if chosen is None:
+            raise UserError("no picture")
+        wish = Request(chosen, strokes, *settings)
+        job = Job(wish, Path(tempfile.mkdtemp(dir=visitor.folder)))
+        self.worker.submit(job)
+        visitor.jobs.append(job)
+        return job
+
+    def follow(self, job: Job, visitor: Visitor, say: Callable) -> Iterator[str]:
+        """Yield how far a job is until it is finished; raises what ended it."""
+        try:
+            while not (job.finished or job.is_cancelled):
                 job.asked = time.monotonic()
-                yield progress(job, say), gr.skip(), gr.skip(), gr.skip()
-                thread.join(0.5)
+                visitor.touch()
+                seconds = round(time.monotonic() - job.since)
+                count = self.worker.count_before(job)
+                yield say(job.phase if job.phase != "waiting" or count else "starting", count=count,
+                          seconds=seconds, calls=job.calls, total=job.total,
+                          left=job.seconds_left())  # fmt: skip
+                time.sleep(0.3)
+            if job.is_cancelled:
+                raise Cancelled
         finally:
             job.is_cancelled = True  # the visitor left, or the job is over anyway
-        if isinstance(job.error, Cancelled):
-            yield line(say("cancelled")), gr.skip(), gr.skip(), gr.skip()
-            return
         if job.error:
-            is_mistake = isinstance(job.error, UserError)
-            text = without_folders(say(str(job.error))) if is_mistake else say("fault")
-            yield line(text, is_error=True), None, None, None
-            raise gr.Error(text, print_exception=False)
-        yield self._results(job, say)
-        if earlier:  # its downloads are no more on the page
-            shutil.rmtree(earlier.folder, ignore_errors=True)
-
-    def _results(self, job: Job, say: Any) -> tuple:
-        results = [str(path) for path in job.results]
-        inputs = sorted(str(path) for path in job.folder.iterdir() if path.is_file())
-        told = " · ".join([say("done"), f"seed {job.order.seed}", *job.notes])
-        return (
-            line(without_folders(told)),
-            (str(job.original), results[0]),
-            gr.update(value=results, visible=len(results) > 1),
-            [*results, *(path for path in inputs if path not in results)],
-        )
-
-    def enter(self, request: gr.Request) -> None:
-        """Know a visitor, whose uploads are to be kept."""
-        self._present.add(request.session_hash)
+            raise job.error
 
     def cancel(self, request: gr.Request) -> str:
-        """End a visitor's job at the next network call; one that waits is Gradio's to end."""
-        job = self._jobs.get(request.session_hash)
-        if job and not job.results:
-            job.is_cancelled = True
-        return line(speaker(request)("cancelled"))
-
-    def leave(self, request: gr.Request) -> None:
-        """End a visitor's job, and delete the visitor's files."""
-        self._present.discard(request.session_hash)
-        self._forget(request.session_hash)
-        timer = threading.Timer(SWEEP_SECONDS, self._sweep)
-        timer.daemon = True
-        timer.start()
-
-    def _forget(self, session: str) -> None:
-        if job := self._jobs.pop(session, None):
-            job.is_cancelled = True
-        folders = self._uploads.pop(session, set())
-        folders = folders.difference(*self._uploads.values())  # equal files are one file
-        self._delete({*folders, self._folder(session)})
-
-    def _sweep(self) -> None:
-        """Delete what was uploaded but never used, and what belongs to programs that are gone.
-
-        A program may leave without a word, so it counts as gone a day after its last job.
-        """
-        for session, job in list(self._jobs.items()):
-            if session not in self._present and time.monotonic() - job.asked > KEPT_SECONDS:
-                self._forget(session)
-        sessions = {*self._present, *self._uploads}
-        owned = {self._folder(session) for session in sessions}.union(*self._uploads.values())
-        oldest = time.time() - (KEPT_SECONDS if sessions else 60)
-        for folder in set(self.folder.glob("*")) - owned:
-            with contextlib.suppress(FileNotFoundError):  # somebody else deletes it, too
-                if folder.stat().st_mtime < oldest:
-                    self._delete({folder})
-
-    def _delete(self, folders: set[Path]) -> None:
-        for folder in folders - {self._examples}:
-            if folder.parent == self.folder:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def _folder(self, session: str) -> Path:
-        return self.folder / f"session-{re.sub('[^0-9a-zA-Z]', '', session)}"
-
-    def examples(self) -> list[str]:
-        """Copy some of the configuration's pictures to where the page may show them."""
-        try:
-            found = list_images(self.studio.conf.data.gt_path)[:4]
-        except UserError:  # a page for visitors' pictures needs none of its own
-            return []
-        self._examples.mkdir()
-        copies = []
-        for number, path in enumerate(found):
-            copy = self._examples / f"{number}_{Path(path).name}"  # names may be equal
-            with contextlib.suppress(OSError):  # not to be read, or no file
-                copies.append(shutil.copy(path, str(copy)))
-        return copies
+        """End a visitor's job at the next network call."""
+        jobs, say = self.visitor(request).cancel(), speaker(request)
+        return status(cancelled(jobs[-1], say) if jobs else say("nothing runs"))
 
 
-def speaker(request: gr.Request) -> Any:
-    """Return what finds words in the visitor's language."""
-    chinese = (request.headers.get("accept-language") or "").lower().startswith("zh")
-    return lambda key: WORDS[key][chinese] if key in WORDS else key
+# ---- What is said --------------------------------------------------------------------------------
 
 
-def line(text: str, *, is_error: bool = False) -> str:
-    """Return a line of status as HTML."""
-    style = ' style="color: #b91c1c; font-weight: 600"' if is_error else ""
-    return f'<p id="told"{style} role="status">{html.escape(text)}</p>'
+def speaker(request: gr.Request) -> Callable:
+    """Return what finds and fills words in the visitor's language."""
+    place = language(request.headers.get("accept-language"))
+    return lambda key, **values: MESSAGES[key][place].format(**values) if key in MESSAGES else key
 
 
-def progress(job: Job, say: Any) -> str:
-    """Return how far a job is, as HTML: a bar, calls, the time left and the predicted picture."""
-    if not job.total:
-        return line(f"{say('loading')} …")
-    text = f"{job.calls} / {job.total} {say('calls')}"
-    if job.calls:
-        text += f", {job.seconds_left()} {say('left')}"
-    bar = f'<progress style="width: 100%" value="{job.calls}" max="{job.total}"></progress>'
-    picture = ""
-    if job.preview is not None:
-        stream = io.BytesIO()
-        Image.fromarray(job.preview).save(stream, "PNG")
-        data = base64.b64encode(stream.getvalue()).decode()
-        picture = f'<img id="preview" alt="" src="data:image/png;base64,{data}" style="width: ' \
-              f'100%; max-width: 512px; image-rendering: pixelated">'  # fmt: skip
-    return bar + line(text) + picture
+def explain(error: Exception, say: Callable) -> str:
+    """Say what went wrong; of a fault in the program only that there was one."""
+    if isinstance(error, UserError):
+        return without_folders(say(str(error)))
+    if isinstance(error, Cancelled):
+        return say("cancelled early")
+    traceback.print_exception(error)
+    return say("fault")
+
+
+def done(job: Job, say: Callable) -> str:
+    """Say that a job is done, with its warnings."""
+    seconds = round(job.finished - job.started)
+    parts = [say("done", seconds=seconds, seed=job.request.seed), *job.notes]
+    return without_folders(" · ".join(parts))
+
+
+def cancelled(job: Job, say: Callable) -> str:
+    """Say what was cancelled."""
+    key = "cancelled" if job.total else "cancelled early"
+    return say(key, calls=job.calls, total=job.total)
+
+
+def status(text: str, job: Job | None = None, *, is_error: bool = False) -> str:
+    """Return a line as HTML, with the bar and the predicted picture of a job."""
+    parts = [f'<p id="told" class="{"error" * is_error}" role="status">{html.escape(text)}</p>']
+    if job and job.total:
+        parts.insert(0, f'<progress value="{job.calls}" max="{job.total}"></progress>')
+    if job and job.preview is not None:
+        parts.append(f'<img id="preview" alt="" src="{data_url(Image.fromarray(job.preview))}">')
+    return "".join(parts)
+
+
+def data_url(image: Image.Image, size: int = 512) -> str:
+    """Return a picture of at most ``size`` pixels a side as a URL: JPEG, and PNG if it is small."""
+    profile, stream = image.info.get("icc_profile"), io.BytesIO()
+    image.thumbnail((size, size))
+    kind = "PNG" if max(image.size) <= 512 else "JPEG"
+    known = {"icc_profile": profile} if profile and profile[16:20] == b"RGB " else {}
+    image.save(stream, kind, quality=90, **known)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def uploaded(name: str, value: Any) -> str:
+    """Return the path of a file that a program sent; Gradio has checked that it was uploaded."""
+    if not (isinstance(value, dict) and (value.get("meta") or {}).get("_type")):
+        raise UserError(key=name, expected="a file, such as handle_file(...)", got=repr(value))
+    return value["path"]
+
+
+# ---- What is shown -------------------------------------------------------------------------------
 
 
 def build_page(page: Page) -> tuple[gr.Blocks, gr.I18n]:
     """Return the page and its words."""
-    conf = page.studio.conf
-    words = gr.I18n(
-        en={key: both[0] for key, both in WORDS.items()},
-        **{code: {key: both[1] for key, both in WORDS.items()} for code in ("zh-CN", "zh-TW")},
+    conf, steps = page.worker.conf, page.worker.steps
+    file = Path(conf.model_path).name
+    subjects = next(both for part, both in SUBJECTS.items() if part in file.lower())
+    values = [{"file": file, "subject": subject, "size": conf.image_size, **steps}
+              for subject in subjects]  # fmt: skip
+    english, chinese = (
+        {key: both[place].format(**values[place]) for key, both in LABELS.items()}
+        for place in (0, 1)
     )
-    choices = [
-        *((words(key), key) for key in (PAINTED, UPLOADED)),
-        *((name, name) for name in FAMILIES),
-    ]
-    size = "auto" if conf.image_size >= 256 else conf.image_size // 16  # a radius, in pixels
-    methods = [(words(key), key) for key in ("fast", "repaint")]
+    words = gr.I18n(en=english, **{"zh-CN": chinese, "zh-TW": chinese})
+    here = Path(__file__).parent / "page"
+
+    def choices(keys: Sequence[str]) -> list[tuple]:
+        return [(words(key), key) for key in keys]
+
     with gr.Blocks(title="RePaint", analytics_enabled=False) as demo:
-        gr.Markdown(words("rule"))
+        gr.Markdown(words("title"))
+        gr.Markdown(words("model"))
         with gr.Row():
-            with gr.Column():
-                editor = gr.ImageEditor(
-                    label=words("picture"), type="filepath", format="png", image_mode="RGBA",
-                    sources=("upload", "clipboard"), transforms=(), layers=False, height=480,
-                    brush=gr.Brush(size, colors=["#ff2d55"], color_mode="fixed"), elem_id="editor",
+            with gr.Column(scale=3):
+                editor = gr.HTML(
+                    html_template=(here / "editor.html").read_text(encoding="utf-8"),
+                    css_template=(here / "editor.css").read_text(encoding="utf-8"),
+                    js_on_load=(here / "editor.js").read_text(encoding="utf-8"),
+                    apply_default_css=False, elem_id="editor", most_mb=MAX_UPLOAD_MB,
+                    examples=[thumbnail for _, thumbnail in page.examples],
+                    words=[{key: both[place] for key, both in EDITOR_WORDS.items()}
+                           for place in (0, 1)],
                 )  # fmt: skip
-                if examples := page.examples():
-                    gr.Examples([[path] for path in examples], editor, label=words("examples"))
-                hole = gr.Dropdown(choices, value=PAINTED, label=words("hole"))
-                mask = gr.File(label=words("mask"), file_types=["image"], height=140)
-                method = gr.Radio(methods, value="fast", label=words("method"))
+            with gr.Column(scale=2):
                 with gr.Row():
+                    run = gr.Button(words("run"), variant="primary", elem_id="run", min_width=120)
+                    cancel = gr.Button(words("cancel"), elem_id="cancel", min_width=120)
+                state = gr.HTML(elem_id="status", css_template=STATUS_STYLE)
+                with gr.Accordion(words("more"), open=False, elem_id="more"):
+                    hole = gr.Dropdown(choices(HOLES), value=PAINTED, label=words("hole"))
+                    mask = gr.File(label=words("mask"), file_types=["image"], height=120,
+                                   elem_id="mask")  # fmt: skip
+                    mask_hole = gr.Radio(choices(MASK_HOLES), value="black", visible=False,
+                                         label=words("mask_hole"))  # fmt: skip
+                    method = gr.Radio(choices(METHODS), value="fast", label=words("method"))
                     samples = gr.Slider(1, MAX_SAMPLES, 1, step=1, label=words("samples"))
-                    seed = gr.Number(conf.seed, precision=0, minimum=0, maximum=2**31 - 1,
-                                     label=words("seed"))  # fmt: skip
-                with gr.Row():
+                    seed = gr.Number(conf.seed, label=words("seed"))
                     full_size = gr.Checkbox(True, label=words("full_size"))
                     mask_grow = gr.Slider(0, MAX_MASK_GROW, min(conf.mask_grow, MAX_MASK_GROW),
                                           step=1, label=words("mask_grow"))  # fmt: skip
-            with gr.Column():
-                with gr.Row():
-                    run = gr.Button(words("run"), variant="primary", elem_id="run")
-                    cancel = gr.Button(words("cancel"), elem_id="cancel")
-                status = gr.HTML(elem_id="status")
-                compare = gr.ImageSlider(label=words("compare"), type="filepath", height=480)
-                gallery = gr.Gallery(label=words("all"), columns=4, visible=False, height=200)
-                files = gr.Files(label=words("files"), elem_id="files", interactive=False)
-        # A program gives files: the editor is for hands, and would write JPEGs anew.
-        picture = gr.File(label="picture", visible=False)
-        start = gr.Button(visible=False)
-        wishes = [mask, hole, method, samples, seed, full_size, mask_grow]
-        shown = [status, compare, gallery, files]
-        common = {
-            "concurrency_limit": 1, "concurrency_id": "network",
-            "show_progress": "minimal", "show_progress_on": status,
-        }  # fmt: skip
-        running = run.click(
-            page.painted, [editor, *wishes], shown, api_visibility="private", **common
-        )
-        start.click(page.inpaint, [picture, *wishes], shown, api_name="inpaint", **common)
-        cancel.click(page.cancel, None, status, cancels=running, queue=False,
-                     api_visibility="private")  # fmt: skip
-        demo.load(page.enter, api_visibility="private")
+                files = gr.Files(label=words("files"), elem_id="files", interactive=False,
+                                 visible=False)  # fmt: skip
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        settings = [hole, mask, mask_hole, method, samples, seed, full_size, mask_grow]
+        run.click(page.run, [editor, *settings], [state, editor, files],
+                  concurrency_limit=None, trigger_mode="multiple", **quiet)  # fmt: skip
+        cancel.click(page.cancel, None, state, queue=False, **quiet)
+        editor.chosen(page.choose, editor, [editor, state], concurrency_limit=2, **quiet)
+        mask.upload(page.use_mask, mask, [mask, hole], **quiet)
+        mask.clear(page.use_mask, mask, [mask, hole], **quiet)
+        hole.change(
+            lambda hole: (gr.update(visible=hole in (PAINTED, UPLOADED)),
+                          gr.update(visible=hole == UPLOADED)),
+            hole, [mask, mask_hole], **quiet,
+        )  # fmt: skip
+        demo.load(page.enter, **quiet)
         demo.unload(page.leave)
+        gr.api(page.inpaint, api_name="inpaint", concurrency_limit=None)
+        document_api(demo.fns[max(demo.fns)])
     return demo, words
+
+
+def document_api(endpoint: Any) -> None:
+    """Name what goes in and out of the endpoint for programs, which Gradio only numbers."""
+    *inputs, _ = inspect.signature(endpoint.fn).parameters
+    names = (*inputs, "message", "before and after", "all results", "files")
+    for component, name in zip(endpoint.inputs + endpoint.outputs, names, strict=True):
+        component.label = name
+    for component in endpoint.inputs[:2]:
+        component._api_info = gr.FileData.model_json_schema()
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -389,29 +461,41 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def refuse_used_port(host: str, port: int) -> None:
+    """Raise UserError where another program listens at a port; name a free one."""
+    for candidate in range(port, min(port + 100, 65536)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name != "nt")
+            probe.bind((host, candidate))
+            if candidate == port:
+                return
+            raise UserError(f"port {port} is in use: --port {candidate}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the configuration, then serve the page until Ctrl-C."""
     args = parse_args(argv)
-    studio = Studio(args.conf_path, args.overrides)
+    refuse_used_port(args.host, args.port)
+    worker = Worker(args.conf_path, args.overrides)
     raise_on_ctrl_c()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that files are deleted then too
     with tempfile.TemporaryDirectory(prefix="repaint-page-", ignore_cleanup_errors=True) as name:
         folder = Path(name).resolve()
         os.environ["GRADIO_TEMP_DIR"] = str(folder)  # uploads too, and nothing else may be read
-        demo, words = build_page(Page(studio, folder))
-        demo.queue(max_size=LONGEST_QUEUE)
-        try:
-            demo.launch(
-                server_name=args.host, server_port=args.port, share=args.share, i18n=words,
-                max_file_size=MAX_UPLOAD, theme=gr.themes.Default(font=FONTS, font_mono=FONTS),
-                footer_links=["api"], quiet=True, show_error=False, prevent_thread_lock=True,
-            )  # fmt: skip
-        except OSError as error:
-            raise UserError(str(error), key="--port", got=args.port) from error
+        page = Page(worker, folder)
+        demo, words = build_page(page)
+        demo.queue(max_size=None)
+        demo.launch(
+            server_name=args.host, server_port=args.port, share=args.share, i18n=words,
+            max_file_size=f"{MAX_UPLOAD_MB}mb", footer_links=["api"], quiet=True, show_error=True,
+            theme=gr.themes.Default(font=FONTS, font_mono=FONTS), prevent_thread_lock=True,
+        )  # fmt: skip
         addresses = f"http://{args.host}:{args.port}", demo.share_url  # None: there is no such
         print(" and ".join(filter(None, addresses)), flush=True)
         try:
-            signal.pause()
+            while True:
+                time.sleep(SWEEP_SECONDS)
+                page.sweep()
         finally:
             demo.close(verbose=False)
 

@@ -1,0 +1,1 @@
+"""The page of app.py: its requests and jobs, its words, and the editor that runs in the browser."""
