@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TextIO
 from tqdm import tqdm
 
 from guided_diffusion import end_at_once_on_ctrl_c
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, printable
 
 # ---- Processes -----------------------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ def command_line(main: Callable[[], int | None]) -> None:
 
     def show(text: object, *_: object, **__: object) -> None:
         if is_main:
-            tqdm.write(f"warning: {text}", file=sys.stderr)
+            tqdm.write(f"warning: {printable(str(text))}", file=sys.stderr)
 
     out, err = BreakableStream(sys.stdout), BreakableStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

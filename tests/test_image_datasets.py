@@ -1,4 +1,5 @@
 import builtins
+import dataclasses
 import os
 import struct
 import sys
@@ -14,6 +15,7 @@ from PIL import Image, ImageOps
 from guided_diffusion import image_datasets, masks
 from guided_diffusion.errors import UserError
 from guided_diffusion.io import images as pictures
+from guided_diffusion.run import picture_checks
 
 GOLDEN = Path(__file__).parent / "golden"
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -50,9 +52,14 @@ def folder_of(path, names):
 
 def reads(monkeypatch):
     """Count what is read from disk from here on."""
-    paths, real = [], pictures.read_rgb
+    paths, real = [], pictures.read_upright
+
+    def read(path, **options):
+        paths.append(path)
+        return real(path, **options)
+
     for module in (pictures, image_datasets):
-        monkeypatch.setattr(module, "read_rgb", lambda path: (paths.append(path), real(path))[1])
+        monkeypatch.setattr(module, "read_upright", read)
     return paths
 
 
@@ -271,7 +278,7 @@ def test_one_mask_file_serves_all(tmp_path):
 def test_nothing_left_names_the_key(tmp_path, options, key):
     gt = folder_of(tmp_path / "gt", ["a.png", "b.png"])
     with pytest.raises(UserError) as caught:
-        image_datasets.pair_images(gt, gt, **options)
+        image_datasets.pair_images(gt, "thin", **options)
     assert caught.value.key == key
 
 
@@ -339,7 +346,7 @@ def test_shifted_names_warn_once(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         image_datasets.pair_images(gt, other)
-        image_datasets.pair_images(gt, gt)
+        image_datasets.pair_images(gt, folder_of(tmp_path / "same", ["a.png", "b.png", "c.png"]))
 
 
 NAMES = ["photo1", "photo10", "photo11", "photo2"]
@@ -349,7 +356,6 @@ BY_NAME = {
     "numbered": (NAMES, "{}_mask001"),
     "affix before": (["2", "10", "1a", "1"], "mask_{}_"),
     "affix on pictures": ([f"{name}_img" for name in NAMES], None),
-    "other case": (["IMG_1", "img_10", "Img_2"], "{}_MASK"),
     "suffix kept": (["a", "a.b", "a-1"], "{}.jpg"),
     "part of each other": (["IMG_1", "IMG_1_2", "IMG_1_2_3"], "{}-mask"),
 }
@@ -359,8 +365,6 @@ BY_NAME = {
 def test_names_that_leave_no_doubt_pair_whatever_their_order(tmp_path, case):
     names, form = BY_NAME[case]
     rename = form.format if form else lambda name: name.removesuffix("_img")
-    if case == "other case":
-        rename = lambda name: f"{name.lower()}_MASK"  # noqa: E731
     gt = folder_of(tmp_path / "gt", [f"{name}.png" for name in names])
     mask = folder_of(tmp_path / "mask", [f"{rename(name)}.png" for name in names])
     with warnings.catch_warnings(record=True) as caught:
@@ -389,7 +393,6 @@ def test_an_accent_is_one_however_a_system_writes_it(tmp_path):
     ("names", "mask_names"),
     [
         (["a", "b", "c"], ["b_mask", "c_mask", "d_mask"]),
-        (["a", "b", "c"], ["b_mask001", "c_mask002", "d_mask003"]),
         (["img_1", "img_10", "img_2"], ["mask_01", "mask_02", "mask_10"]),
         (["0", "1", "10", "2"], ["000000", "000001", "000002", "000010"]),
         (["a_image", "b_image"], ["b_mask", "c_mask"]),
@@ -431,13 +434,19 @@ def test_a_family_draws_masks_from_seed_and_index_alone(tmp_path, monkeypatch):
     pairs = image_datasets.pair_images(gt, "thin")
     later = image_datasets.pair_images(gt, "thin", offset=1)
     state = torch.get_rng_state()
-    drawn = [image_datasets.load_mask(pair, 32, seed=3) for pair in pairs]
+    drawn = [
+        image_datasets.load_mask(pair, 32, image_datasets.ReadOptions(seed=3)) for pair in pairs
+    ]
     assert torch.equal(state, torch.get_rng_state())
     assert drawn[0].shape == (32, 32, 3)
     assert set(np.unique(drawn[0])) == {0, 255}
     assert not np.array_equal(drawn[0], drawn[1])
-    assert not np.array_equal(drawn[0], image_datasets.load_mask(pairs[0], 32, seed=4))
-    assert np.array_equal(drawn[1], image_datasets.load_mask(later[0], 32, seed=3))
+    assert not np.array_equal(
+        drawn[0], image_datasets.load_mask(pairs[0], 32, image_datasets.ReadOptions(seed=4))
+    )
+    assert np.array_equal(
+        drawn[1], image_datasets.load_mask(later[0], 32, image_datasets.ReadOptions(seed=3))
+    )
     expected = masks.make_mask("thin", 32, np.random.default_rng([3, 1]))
     assert np.array_equal(drawn[1][:, :, 2], expected)
 
@@ -699,7 +708,9 @@ def test_flip_mirrors_both_and_inversion_only_the_mask(tmp_path):
     assert np.array_equal(flipped, image[:, ::-1])
     assert np.array_equal(flipped_keep, keep[:, ::-1])
     pictures.to_model_range(flipped)  # torch takes no negative strides
-    same, inverted = image_datasets.load_pair(pair, 20, invert_mask=True)
+    same, inverted = image_datasets.load_pair(
+        pair, 20, image_datasets.ReadOptions(invert_mask=True)
+    )
     assert np.array_equal(same, image)
     assert np.array_equal(inverted, 255 - keep)
 
@@ -714,13 +725,16 @@ def test_check_returns_the_share_of_generated_pixels(tmp_path, monkeypatch):
         mask[:known] = 255
         save(tmp_path / "mask" / name, mask)
     pairs = image_datasets.pair_images(gt, str(tmp_path / "mask"))
-    assert image_datasets.check_pairs(pairs, 32) == [0.75, 0.25]
-    assert image_datasets.check_pairs(pairs, 32, invert_mask=True) == [0.25, 0.75]
+    assert picture_checks.check_pairs(pairs, 32) == [0.75, 0.25]
+    assert picture_checks.check_pairs(pairs, 32, image_datasets.ReadOptions(invert_mask=True)) == [
+        0.25,
+        0.75,
+    ]
     one = image_datasets.pair_images(gt, str(tmp_path / "mask" / "1.png"))
     paths = reads(monkeypatch)
-    assert image_datasets.check_pairs(one, 32) == [0.75, 0.75]
+    assert picture_checks.check_pairs(one, 32) == [0.75, 0.75]
     assert len(paths) == 3  # the mask that serves both is decoded once
-    drawn = image_datasets.check_pairs(image_datasets.pair_images(gt, "genhalf"), 32)
+    drawn = picture_checks.check_pairs(image_datasets.pair_images(gt, "genhalf"), 32)
     assert drawn == [0.5, 0.5]
 
 
@@ -731,14 +745,14 @@ def test_check_names_the_first_bad_file(tmp_path, folder):
     for bad in ("3.png", "7.png"):
         (tmp_path / folder / bad).write_text("no")
     with pytest.raises(UserError, match=f"{folder}/3.png"):
-        image_datasets.check_pairs(image_datasets.pair_images(gt, mask), 16)
+        picture_checks.check_pairs(image_datasets.pair_images(gt, mask), 16)
 
 
 def test_check_names_a_bad_mask_that_serves_all(tmp_path):
     gt = folder_of(tmp_path / "gt", ["a.png", "b.png"])
     (tmp_path / "m.png").write_text("no")
     with pytest.raises(UserError, match=r"m\.png"):
-        image_datasets.check_pairs(image_datasets.pair_images(gt, str(tmp_path / "m.png")), 16)
+        picture_checks.check_pairs(image_datasets.pair_images(gt, str(tmp_path / "m.png")), 16)
 
 
 @pytest.mark.parametrize(("level", "words"), [(255, "nothing to generate"), (0, "nothing known")])
@@ -746,7 +760,7 @@ def test_check_warns_once_of_masks_without_effect(tmp_path, level, words):
     gt = folder_of(tmp_path / "gt", ["a.png", "b.png", "c.png"])
     mask = save(tmp_path / "m.png", np.full((9, 9, 3), level, np.uint8))
     with pytest.warns(UserWarning, match=words) as caught:
-        image_datasets.check_pairs(image_datasets.pair_images(gt, mask), 16)
+        picture_checks.check_pairs(image_datasets.pair_images(gt, mask), 16)
     assert len(caught) == 1
     assert "3 of 3" in str(caught[0].message)
 
@@ -758,14 +772,12 @@ def mask_of(width, height, box, white=255, black=0):
     return mask
 
 
-def check(gt, mask, size=16, **handling):
+def check(gt, mask, size=16, **options):
     """Return the shares of a check, and what it warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        handling = image_datasets.Handling(**handling)
-        shares = image_datasets.check_pairs(
-            image_datasets.pair_images(gt, mask), size, handling=handling
-        )
+        options = image_datasets.ReadOptions(**options)
+        shares = picture_checks.check_pairs(image_datasets.pair_images(gt, mask), size, options)
     return shares, [str(one.message) for one in caught]
 
 
@@ -835,14 +847,14 @@ def test_thin_holes_and_soft_rims_are_told_and_mended(tmp_path):
     assert "thin.png: its hole is thinner than a pixel at 16 x 16" in told[0]
     assert "mask_hard: true" in told[0]
     assert "mask_grow: N" in told[0]
-    hard, told = check(gt, thin, hard=True)
+    hard, told = check(gt, thin, mask_hard=True)
     assert told == []
     assert hard[0] > 2 * shares[0]
     small = save(tmp_path / "small.png", mask_of(160, 160, (73, 73, 127, 127)))
     assert "half-known at 16 x 16" in check(gt, small)[1][0]
     gray = save(tmp_path / "gray.png", mask_of(160, 160, (40, 40, 120, 120), black=90))
     assert "its hole is gray" in check(gt, gray)[1][0]
-    assert check(gt, gray, hard=True)[1] == []
+    assert check(gt, gray, mask_hard=True)[1] == []
     large = save(tmp_path / "large.png", mask_of(160, 160, (23, 23, 147, 147)))
     assert check(gt, large, 40)[1] == []
 
@@ -852,10 +864,10 @@ def test_hard_masks_are_hole_wherever_the_hole_reaches(tmp_path):
     mask = save(tmp_path / "m.png", mask_of(160, 160, (33, 80, 140, 83)))
     (pair,) = image_datasets.pair_images(gt, mask)
     soft = image_datasets.load_pair(pair, 16)[1]
-    handling = image_datasets.Handling(hard=True)
-    hard = image_datasets.load_pair(pair, 16, handling=handling)[1]
+    options = image_datasets.ReadOptions(mask_hard=True)
+    hard = image_datasets.load_pair(pair, 16, options)[1]
     assert np.array_equal(hard, np.where(soft < 255, 0, 255))
-    inverted = image_datasets.load_pair(pair, 16, handling=handling, invert_mask=True)[1]
+    inverted = image_datasets.load_pair(pair, 16, dataclasses.replace(options, invert_mask=True))[1]
     assert (inverted == 0).mean() > 0.95  # the known line touches few pixels alone
 
 
@@ -866,16 +878,16 @@ def test_grow_is_in_pixels_of_the_photo(tmp_path, side):
     box = (10 * unit, 10 * unit, 20 * unit, 20 * unit)
     mask = save(tmp_path / "m.png", mask_of(side, side, box))
     (pair,) = image_datasets.pair_images(gt, mask)
-    handling = image_datasets.Handling(grow=16)
-    grown = image_datasets.load_pair(pair, 20, handling=handling)[1]
+    options = image_datasets.ReadOptions(mask_grow=16)
+    grown = image_datasets.load_pair(pair, 20, options)[1]
     assert (grown[3:12, 5:10] == 0).all()  # 16 pixels of 160 are 2 of 20
     assert (grown[:3] == 255).all()
     assert (grown[:, 12:] == 255).all()
-    inverted = image_datasets.load_pair(pair, 20, handling=handling, invert_mask=True)[1]
+    inverted = image_datasets.load_pair(pair, 20, dataclasses.replace(options, invert_mask=True))[1]
     assert (inverted == 255).sum() == 3
     drawn = image_datasets.pair_images(gt, "genhalf")[0]
     assert (image_datasets.load_mask(drawn, 20) == 255).sum() == 3 * 10 * 20
-    more = image_datasets.load_mask(drawn, 20, handling=handling, photo=(160, 160))
+    more = image_datasets.load_mask(drawn, 20, options, (160, 160))
     assert (more == 255).sum() == 3 * 8 * 20
 
 
@@ -883,7 +895,7 @@ def test_a_mask_of_the_square_grows_by_as_much(tmp_path):
     gt = save(tmp_path / "p.png", picture(300, 160))
     mask = save(tmp_path / "m.png", mask_of(16, 16, (6, 6, 10, 10)))
     (pair,) = image_datasets.pair_images(gt, mask)
-    grown = image_datasets.load_pair(pair, 16, handling=image_datasets.Handling(grow=20))[1]
+    grown = image_datasets.load_pair(pair, 16, image_datasets.ReadOptions(mask_grow=20))[1]
     assert np.array_equal(grown[:, :, 0] == 0, mask_of(16, 16, (4, 4, 12, 12)) == 0)
 
 
@@ -913,7 +925,7 @@ def test_the_pictures_own_transparency_is_the_hole(tmp_path, monkeypatch):
     rim = mask[:, :, 0] > 60
     assert np.abs(small.astype(int) - plain)[rim].max() < 4
     assert check("gt", "alpha", 32) == ([0.25], [])
-    assert 0.54 < check("gt", "alpha", 32, grow=4)[0][0] <= 24 * 24 / 32**2
+    assert 0.54 < check("gt", "alpha", 32, mask_grow=4)[0][0] <= 24 * 24 / 32**2
     save(tmp_path / "gt" / "b.jpg")
     with pytest.raises(UserError, match=r"gt/b\.jpg.*no transparency"):
         check("gt", "alpha")
@@ -931,7 +943,7 @@ def test_odd_masks_are_told_once_a_kind(tmp_path):
     assert "mask/a.png: has no level above 1 of 255" in told[0]
     assert "mask_hole: zero" in told[0]
     assert "and 1 more like it" in told[0]
-    shares, told = check(gt, str(tmp_path / "mask"), 30, hole="zero")
+    shares, told = check(gt, str(tmp_path / "mask"), 30, mask_hole="zero")
     assert told == []
     assert len(set(shares)) == 1
 

@@ -6,10 +6,12 @@ import io
 import os
 import platform
 import secrets
+import stat
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from guided_diffusion.errors import UserError
 
@@ -17,6 +19,21 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Open a file to read; raises ``UserError`` for a folder, and for a pipe or a device.
+
+    Pipes and devices may have no end, or keep who opens them waiting.
+    """
+    mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise UserError(f"is {what}", path=path)
+    return Path(path).open("rb")
+
 
 # ---- whole files -------------------------------------------------------------------------------
 

@@ -1,12 +1,14 @@
-"""Finding pictures: in a folder and its subfolders, or in a store that blobfile reads."""
+"""Finding and opening pictures: below a folder, or in a store that blobfile reads."""
 
+import io
 import os
 import stat
+import types
 import warnings
 from collections.abc import Iterable, Iterator
 
 from guided_diffusion.errors import UserError, looked_in
-from guided_diffusion.io.images import _blobfile
+from guided_diffusion.io.files import open_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")  # the published program's, which decide first
 OTHER_SUFFIXES = (".webp", ".tif", ".tiff", ".bmp", ".jfif", ".jpe", ".avif")
@@ -17,6 +19,7 @@ _UNREAD_SUFFIXES = (
 _ALL_SUFFIXES = IMAGE_SUFFIXES + OTHER_SUFFIXES + _UNREAD_SUFFIXES
 # A picture called .png has no name rather than a hidden one.
 _BARE_SUFFIXES = {suffix[1:] for suffix in _ALL_SUFFIXES}
+_MOST_FOLDERS = 50_000
 # Folders that programs and systems fill beside the user's pictures, besides those with a dot.
 _FOREIGN_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information"})
 
@@ -49,22 +52,22 @@ def _with_suffix(paths: Iterable[str], suffixes: tuple[str, ...]) -> list[str]:
 
 def _tell_left_out(path: str, key: str | None, found: list[str], chosen: list[str]) -> None:
     """Warn of pictures in a folder that are not among the chosen; refuse where none is."""
-    there = {stem_of(one) for one in chosen}  # a raw picture beside its JPEG is nobody's loss
-    left = [one for one in found if stem_of(one) not in there]
-    suffixes = {"." + one.lower().rpartition(".")[2] for one in left}
-    told = f"{len(left)} of {len(chosen) + len(left)} pictures are left out"
-    told += f" ({' '.join(sorted(suffixes))})"
+    stems = {stem_of(file) for file in chosen}  # nobody misses a raw picture beside its JPEG
+    omitted = [file for file in found if stem_of(file) not in stems]
+    suffixes = {"." + file.lower().rpartition(".")[2] for file in omitted}
     readable = suffixes & set(OTHER_SUFFIXES)
     mends = [f"all_formats: true takes {' '.join(sorted(readable))} too"] if readable else []
     if unread := sorted(suffixes - readable):
         mends.append(f"convert {' '.join(unread)} to JPEG or PNG")
     if not chosen:
-        looked = " ".join(IMAGE_SUFFIXES + OTHER_SUFFIXES)
-        problem = "; ".join([f"no pictures in this folder (looked for {looked})", *mends])
+        suffixes_read = " ".join(IMAGE_SUFFIXES + OTHER_SUFFIXES)
+        problem = "; ".join([f"no pictures in this folder (looked for {suffixes_read})", *mends])
         raise UserError(problem, path=path, key=key)
-    if left:
-        # The stack level is this module's, so that what is listed twice is told once.
-        warnings.warn(f"{path}: {told}; {', '.join(mends)}", stacklevel=1)
+    if omitted:
+        count = f"{len(omitted)} of {len(chosen) + len(omitted)} pictures are left out"
+        text = f"{path}: {count} ({' '.join(sorted(suffixes))}); {', '.join(mends)}"
+        # Python shows a warning once a line of code: from here, a folder listed twice warns once.
+        warnings.warn(text, stacklevel=1)
 
 
 def stem_of(path: str) -> str:
@@ -75,7 +78,7 @@ def stem_of(path: str) -> str:
 def _list_local(path: str, key: str | None) -> list[str]:
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):  # noqa: PTH116 - a Path would lose "./"
-            return list(_walk(path, frozenset()))
+            return list(_walk(path))
     except OSError as error:
         problem = f"no such file or folder{looked_in(path)}"
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -86,21 +89,33 @@ def _list_local(path: str, key: str | None) -> list[str]:
     return [path]
 
 
-def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
-    """Yield the pictures below ``folder``; a link back to a folder ``above`` is not followed."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if _is_foreign(entry.name):
-                continue
-            # A folder or a pipe called x.png is listed too: reading refuses it by name, which is
-            # better than pairing everything after it with the wrong mask.
-            if entry.name.lower().endswith(_ALL_SUFFIXES):
-                yield entry.path
-            elif entry.is_dir():
-                yield from _walk(entry.path, above | {real})
+def _walk(top: str) -> Iterator[str]:
+    """Yield the pictures below a folder, links followed, but not to a folder around them.
+
+    Raises ``UserError`` for more folders than anybody has, which are links that meet again.
+    """
+    waiting: list[tuple[str, frozenset]] = [(top, frozenset())]  # folders with those around them
+    count = 0
+    while waiting:
+        folder, around = waiting.pop()
+        status = os.stat(folder)  # noqa: PTH116 - a Path would lose "./"
+        identity = status.st_dev, status.st_ino
+        if identity in around:
+            continue
+        count += 1
+        if count > _MOST_FOLDERS:
+            problem = f"has more than {_MOST_FOLDERS} folders, perhaps through links that meet"
+            raise UserError(problem, path=top)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _is_foreign(entry.name):
+                    continue
+                # A folder or a pipe called x.png is listed too: reading it then fails by its name,
+                # and no picture after it gets the wrong mask.
+                if entry.name.lower().endswith(_ALL_SUFFIXES):
+                    yield entry.path
+                elif entry.is_dir():
+                    waiting.append((entry.path, around | {identity}))
 
 
 def _is_foreign(name: str) -> bool:
@@ -134,3 +149,33 @@ def output_name(path: str) -> str:
     base = os.path.basename(path.rstrip("/"))  # noqa: PTH119 - also for paths with ://
     stem, dot, _ = base.rpartition(".")
     return f"{stem if dot else base}.png"
+
+
+def open_bytes(path: str) -> io.BufferedIOBase:
+    """Open a local or remote file; raises UserError if it is not a regular file, or empty."""
+    if "://" in path:
+        with _blobfile(path).BlobFile(path, "rb") as remote:
+            data = remote.read()
+        stream: io.BufferedIOBase = io.BytesIO(data)
+        size = len(data)
+    else:
+        stream = open_regular(path)
+        size = os.fstat(stream.fileno()).st_size
+    if size == 0:
+        stream.close()
+        raise UserError("is empty", path=path)
+    return stream
+
+
+def _blobfile(path: str) -> types.ModuleType:
+    """Import blobfile, which reads a ``path`` with ``://``; a store out of reach is an error."""
+    try:
+        import blobfile
+
+        blobfile.configure(retry_limit=6, log_callback=lambda _: None)
+    except ImportError as error:
+        raise UserError(
+            "paths with :// are read with blobfile, which is not installed (pip install blobfile)",
+            path=path,
+        ) from error
+    return blobfile

@@ -1,7 +1,6 @@
 """Writing pictures; results and the marks by which a later run knows them."""
 
 import contextlib
-import io
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,8 +9,9 @@ import numpy as np
 from PIL import Image
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.files import atomic_path
-from guided_diffusion.io.images import as_rgb, bare_png, is_deep, masked_u8, open_image
+from guided_diffusion.io.colours import is_deep, to_rgb
+from guided_diffusion.io.files import atomic_path, open_regular
+from guided_diffusion.io.images import masked_u8, open_image
 from guided_diffusion.io.metadata import jpeg_options, png_options
 
 JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
@@ -81,16 +81,15 @@ def read_result(path: str | os.PathLike) -> np.ndarray | None:
     """Return a picture of a run's folders, uint8 (H, W, 3), or None where there is none."""
     try:
         with _opened(path) as image:
-            return np.asarray(as_rgb(image)[0] if is_deep(image) else image.convert("RGB"))
+            return np.asarray(to_rgb(image) if is_deep(image) else image.convert("RGB"))
     except (OSError, SyntaxError, ValueError):  # absent, or somebody else's file under this name
         return None
 
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """Open a result, which may be as large as any photo, and have as large a profile."""
-    data = io.BytesIO(Path(path).read_bytes())
-    with open_image(bare_png(data, keep=_MARK) or data) as image:
+    """Open a result, which may be as large as any photo."""
+    with open_regular(path) as stream, open_image(stream) as image:
         yield image
 
 
@@ -174,8 +173,9 @@ def _has_end(path: Path) -> bool:
     """Whether a picture has its end, which Pillow does not miss."""
     end = b"\xff\xd9" if path.suffix.lower() in JPEG_SUFFIXES else b"IEND\xaeB`\x82"
     try:
-        return path.read_bytes().endswith(end)
-    except OSError:
+        with open_regular(path) as stream:
+            return stream.read().endswith(end)
+    except (OSError, UserError):
         return False
 
 

@@ -10,10 +10,12 @@ from tqdm import tqdm
 
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.errors import UserError
-from guided_diffusion.image_datasets import Pair, check_pairs, warn_of_extremes, warn_of_kinds
+from guided_diffusion.image_datasets import Pair
 from guided_diffusion.io.files import check_folder, refuse_inside, refuse_overwriting
+from guided_diffusion.io.notes import warn_of_kinds
+from guided_diffusion.run.picture_checks import check_pairs, warn_of_extremes
 from guided_diffusion.run.record import refuse_replacing_a_configuration
-from guided_diffusion.run.task import Job, Task, handling_of, load_picture, tasks_of
+from guided_diffusion.run.task import Job, Task, load_picture, read_options, tasks_of
 
 
 def result_folders(conf: InpaintConf) -> dict[str, str]:
@@ -76,14 +78,8 @@ def check_pictures(
     naming the first bad one.
     """
     if not conf.full_size:
-        shares = check_pairs(
-            pairs,
-            conf.image_size,
-            invert_mask=conf.invert_mask,
-            seed=seeds[0],
-            show_progress=conf.show_progress,
-            handling=handling_of(conf),
-        )
+        options = read_options(conf, seeds[0])
+        shares = check_pairs(pairs, conf.image_size, options, show_progress=conf.show_progress)
         return shares, [tasks_of(conf, None)] * len(pairs)
     shares, tasks, notes = [], [], []
     photos = tqdm(pairs, "checking photos", leave=False, delay=2, disable=not conf.show_progress)
@@ -91,8 +87,8 @@ def check_pictures(
         photo = load_picture(conf, pair, seed).photo
         shares.append(1 - float(photo.known.mean()) / 255)
         tasks.append(tasks_of(conf, photo))
-        notes += [(pair.gt_path, note) for note in (photo.dim, photo.lost)]
-        notes.append((pair.mask_path, photo.odd))
+        notes += [(pair.gt_path, note) for note in photo.notes]
+        notes += [(pair.mask_path, note) for note in photo.mask_notes]
     warn_of_extremes(pairs, shares)
     warn_of_kinds(notes)
     return shares, tasks

@@ -1,22 +1,21 @@
 """What a run of test.py has to do, known before a network is loaded."""
 
 import dataclasses
-import os
 import secrets
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from guided_diffusion import dist_util
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.errors import StoppedError, UserError
 from guided_diffusion.image_datasets import Pair, pair_images, sample_names
 from guided_diffusion.io.files import FileStamp, stamp_of
+from guided_diffusion.io.images import memory_to_read
+from guided_diffusion.io.limits import in_threads
 from guided_diffusion.io.results import JPEG_SUFFIXES, is_written, result_path
 from guided_diffusion.run.checks import (
     check_outputs,
@@ -38,6 +37,8 @@ from guided_diffusion.script_util import (
     create_gaussian_diffusion,
     create_schedule,
 )
+
+_MEMORY_OF_A_PHOTO = 1 << 40  # bytes: a photo of full size may fill the memory, and is read alone
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,9 @@ def _finished(conf: InpaintConf, jobs: Sequence[Job], settings: dict[str, str]) 
             folders, job.pair.name, picture.pixels, picture.mask, sample_name=job.name, mark=mark
         )
 
-    # One photo of full size may fill the memory.
-    with ThreadPoolExecutor(1 if conf.full_size else min(8, os.cpu_count() or 1)) as pool:
-        title, hidden = "looking for finished results", not conf.show_progress
-        answers = tqdm(pool.map(is_finished, jobs), title, len(jobs), delay=2, disable=hidden)
-        return [job.name for job, answer in zip(jobs, answers, strict=True) if answer]
+    title = "looking for finished results"
+    memory = (
+        _MEMORY_OF_A_PHOTO if conf.full_size else memory_to_read(job.pair.gt_path for job in jobs)
+    )
+    answers = in_threads(is_finished, jobs, title, conf.show_progress, memory=memory)
+    return [job.name for job, answer in zip(jobs, answers, strict=True) if answer]

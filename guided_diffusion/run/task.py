@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from guided_diffusion.config.keys import InpaintConf
-from guided_diffusion.image_datasets import Handling, Pair, Photo, load_pair, load_photo
+from guided_diffusion.image_datasets import Pair, Photo, ReadOptions, load_pair, load_photo
 from guided_diffusion.run.full_size import CUT_SEED_STRIDE, Cut, cut_out, find_cuts, known_in, paste
 from guided_diffusion.run.windows import window_places
 
@@ -91,26 +91,30 @@ def load_picture(conf: InpaintConf, pair: Pair, mask_seed: int) -> Picture:
 
     A square is mirrored where ``random_flip`` says so. Raises UserError naming the file.
     """
-    handling = handling_of(conf)
+    options = read_options(conf, mask_seed)
     if conf.full_size:
-        photo = load_photo(pair, invert_mask=conf.invert_mask, seed=mask_seed, handling=handling)
+        photo = load_photo(pair, options)
         mask = np.broadcast_to(photo.known[:, :, None], photo.pixels.shape)
         return Picture(photo.pixels, mask, photo)
     flip = False
     if conf.data.random_flip:
         generator = torch.Generator().manual_seed(mask_seed + pair.index)
         flip = bool(torch.rand((), generator=generator) < 0.5)
-    pixels, mask = load_pair(
-        pair, conf.image_size, flip=flip, invert_mask=conf.invert_mask, seed=mask_seed,
-        handling=handling,
-    )  # fmt: skip
+    pixels, mask = load_pair(pair, conf.image_size, options, flip=flip)
     return Picture(pixels, mask)
 
 
-def handling_of(conf: InpaintConf) -> Handling:
-    """Return how files are read where a key asks for other than the usual."""
-    hole = None if conf.mask_hole == "black" else conf.mask_hole
-    return Handling(hole, conf.mask_grow, conf.mask_hard, conf.depth)
+def read_options(conf: InpaintConf, mask_seed: int) -> ReadOptions:
+    """Return how the pictures and masks of a run are read."""
+    return ReadOptions(
+        channels=conf.in_channels,
+        depth=conf.depth,
+        invert_mask=conf.invert_mask,
+        mask_hole=None if conf.mask_hole == "black" else conf.mask_hole,
+        mask_grow=conf.mask_grow,
+        mask_hard=conf.mask_hard,
+        seed=mask_seed,
+    )
 
 
 def put_together(

@@ -49,8 +49,9 @@ from guided_diffusion.config.keys import RESULT_FOLDERS, InpaintConf
 from guided_diffusion.config.reading import load_conf, read_yaml
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import list_images, output_name, sample_names
+from guided_diffusion.io.colours import is_deep, to_rgb
 from guided_diffusion.io.files import write_text_atomic
-from guided_diffusion.io.images import as_rgb, is_deep, read_upright, to_model_range
+from guided_diffusion.io.images import read_upright, to_model_range
 from guided_diffusion.io.results import result_path
 from guided_diffusion.tools.perceptual import LPIPS, MIN_SIDE, load_lpips
 
@@ -180,7 +181,7 @@ def comparable(result: Image.Image, gt: Image.Image) -> tuple[np.ndarray, np.nda
         images = [image if is_deep(image) else image.convert("RGBA") for image in images]
         images = [image.convert("RGB") if image.mode == "RGBA" else image for image in images]
     is_gray = all(image.mode in ("1", "L", "LA") or is_deep(image) for image in (result, gt))
-    arrays = (np.asarray(as_rgb(image)[0]) for image in images)
+    arrays = (np.asarray(to_rgb(image)) for image in images)
     return tuple(array[:, :, :1] if is_gray else array for array in arrays)
 
 
@@ -251,7 +252,7 @@ def measure(run: Run, meter: Meter) -> list[dict[str, Any]]:
             continue
         gt = read_like(Path(run.folders["gts"]) / name)
         mask = read_like(Path(run.folders["gt_keep_masks"]) / name, gt)
-        hole = np.asarray(as_rgb(mask)[0])[:, :, 0] < 128
+        hole = np.asarray(to_rgb(mask))[:, :, 0] < 128
         pairs = [comparable(read_like(path, gt), gt) for path in found.values()]
         gray += pairs[0][1].shape[2] == 1
         each = [meter.compare(*pair, hole) for pair in pairs]

@@ -21,18 +21,17 @@ from PIL import Image
 from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.dist_util import is_main, local_world_size, rank, world_size
 from guided_diffusion.errors import UserError
-from guided_diffusion.image_datasets import dim_picture, in_threads, warn_of_kinds
 from guided_diffusion.io.images import (
-    ROOM,
     WARNING_FILTERS,
+    Header,
     crop_of,
-    open_bytes,
-    open_image,
-    origin_of,
+    read_header,
     read_rgb,
     scale_short_side,
 )
+from guided_diffusion.io.limits import in_threads
 from guided_diffusion.io.listing import list_images
+from guided_diffusion.io.notes import notes_on_picture, warn_of_kinds
 from guided_diffusion.training.timesteps import CUT, batch_indices, generator
 from guided_diffusion.training.trainer import share
 
@@ -145,7 +144,17 @@ class TrainingImages:
 
     def _check(self, indices: Sequence[int]) -> None:
         """Raise UserError naming the bad pictures; warn of small and of dark ones."""
-        looks = list(in_threads(self._look, indices, "reading pictures", is_main()))
+        found = list(in_threads(self._header, indices, "looking at pictures", is_main()))
+        memory = max((each.memory for each in found if isinstance(each, Header)), default=0)
+        looks = list(
+            in_threads(
+                self._look,
+                zip(indices, found, strict=True),
+                "reading pictures",
+                is_main(),
+                memory=memory,
+            )
+        )
         bad = [look for look in looks if isinstance(look, UserError)]
         if bad:
             counted = UserError(f"{len(bad)} of {len(looks)} pictures are bad: {_list_of(bad)}")
@@ -157,28 +166,30 @@ class TrainingImages:
                 " and are enlarged, which teaches the network their blur",
                 stacklevel=3,
             )
-        notes = [note for _, note in looks]
-        warn_of_kinds(zip([self.paths[index] for index in indices], notes, strict=True))
+        warn_of_kinds(
+            (self.paths[index], note)
+            for index, (_, notes) in zip(indices, looks, strict=True)
+            for note in notes
+        )
 
-    def _look(self, index: int) -> tuple[int, str | None] | UserError:
-        """Return a picture's short side, and what is odd about it; decode it if there is room."""
+    def _header(self, index: int) -> Header | UserError:
         try:
-            size, note = self._size(index), None
-            if self._reserve(self._bytes(size)):
-                self._cache[index], note = self._decode(index)
-            return min(size), note
+            return read_header(self.paths[index])
         except UserError as error:
             return error
 
-    def _size(self, index: int) -> tuple[int, int]:
-        """Return a picture's width and height, from its header alone where that can be read."""
-        path = self.paths[index]
+    def _look(self, item: tuple[int, Header | UserError]) -> tuple[int, list[str]] | UserError:
+        """Return a picture's short side, and what is odd about it; decode it if there is room."""
+        index, header = item
+        if isinstance(header, UserError):
+            return header
         try:
-            with open_bytes(path) as stream, open_image(stream) as image:
-                return image.size
-        except Exception:  # reading all of it gives the better message
-            with ROOM.lease():
-                return origin_of(read_rgb(path)).size
+            notes: list[str] = []
+            if self._reserve(self._bytes(header.size)):
+                self._cache[index], notes = self._decode(index)
+            return min(header.size), notes
+        except UserError as error:
+            return error
 
     def _bytes(self, size: tuple[int, int]) -> int:
         """Return about how much memory a decoded picture of this width and height takes."""
@@ -199,18 +210,17 @@ class TrainingImages:
             self._free_bytes -= count * fits
             return fits
 
-    def _decode(self, index: int) -> tuple[np.ndarray, str | None]:
+    def _decode(self, index: int) -> tuple[np.ndarray, list[str]]:
         """Read a picture, and what is odd about it: the middle crop, or all for random crops."""
         path, depth = self.paths[index], self.conf.depth
-        with ROOM.lease():
-            image = read_rgb(path) if depth is None else read_rgb(path, depth)
-            note = dim_picture(image, depth)
-            if not self.conf.random_crop:
-                return crop_of(path, image, self.conf.image_size), note
-            try:
-                return np.asarray(scale_short_side(image, self._side(min(image.size)))), note
-            except ValueError as error:
-                raise UserError(str(error), path=path) from error
+        image = read_rgb(path) if depth is None else read_rgb(path, depth)
+        notes = notes_on_picture(image, depth)
+        if not self.conf.random_crop:
+            return crop_of(path, image, self.conf.image_size), notes
+        try:
+            return np.asarray(scale_short_side(image, self._side(min(image.size)))), notes
+        except ValueError as error:
+            raise UserError(str(error), path=path) from error
 
     def _augment(self, pixels: np.ndarray, draw: np.ndarray) -> np.ndarray:
         """Cut by four numbers in [0, 1): the short side's length, down, across, mirror."""

@@ -51,7 +51,13 @@ from guided_diffusion.config.reading import load_conf
 from guided_diffusion.dist_util import get_device
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import condition
-from guided_diffusion.image_datasets import Pair, list_images, load_pair, output_name
+from guided_diffusion.image_datasets import (
+    Pair,
+    ReadOptions,
+    list_images,
+    load_pair,
+    output_name,
+)
 from guided_diffusion.io.checkpoints import check_beginning, fingerprint
 from guided_diffusion.io.files import write_text_atomic
 from guided_diffusion.io.images import load_crop, mask_to_tensor, to_model_range, to_uint8
@@ -218,7 +224,7 @@ def choose_pictures(where: str, count: int) -> list[str]:
 def load_inputs(paths: Sequence[str], family: str, conf: InpaintConf) -> Inputs:
     """Load pictures and draw their masks, which depend on seed and position alone."""
     pairs = [Pair(i, path, family, output_name(path), True) for i, path in enumerate(paths)]
-    loaded = [load_pair(pair, conf.image_size, seed=conf.seed) for pair in pairs]
+    loaded = [load_pair(pair, conf.image_size, ReadOptions(seed=conf.seed)) for pair in pairs]
     gt, masks = (np.stack(pictures) for pictures in zip(*loaded, strict=True))
     return Inputs([pair.name for pair in pairs], gt, masks)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.io import holes, images
+from guided_diffusion.io import colours, holes, images, notes
 
 RED = (255, 0, 0)
 
@@ -163,13 +163,14 @@ ODD = {
         lambda: np.dstack([photo(), mask()]), "transparent", "mask_hole: alpha",
     ),
     "black strokes on nothing": (
-        lambda: np.dstack([mask(0)] * 3 + [255 - mask()]), "transparency", "mask_hole: alpha",
+        lambda: np.dstack([mask(0)] * 3 + [255 - mask()]), "transparent", "alpha and invert_mask",
     ),
 }  # fmt: skip
 
 
 def told_of(tmp_path, make):
-    return holes.look_at_mask(images.read_rgb(saved(tmp_path / "m.png", make())))[0]
+    image = colours.to_rgb(images.read_upright(saved(tmp_path / "m.png", make())))
+    return "; ".join(notes.notes_on_mask(image)[0]) or None
 
 
 @pytest.mark.parametrize("name", SILENT)
@@ -190,10 +191,10 @@ def test_odd_masks_are_told_with_what_mends_them(tmp_path, name):
 def test_large_masks_are_looked_at_in_strips(tmp_path, monkeypatch, name):
     make = ODD[name][0]
     image = images.read_rgb(saved(tmp_path / "m.png", make()))
-    whole = [holes.look_at_mask(image)]
+    whole = [notes.notes_on_mask(image)]
     whole += [holes.known_levels(image, rule) for rule in (None, "color", "#ff0000")]
     monkeypatch.setattr(holes, "_STRIP", 130)
-    strips = [holes.look_at_mask(image)]
+    strips = [notes.notes_on_mask(image)]
     strips += [holes.known_levels(image, rule) for rule in (None, "color", "#ff0000")]
     assert strips[0] == whole[0]
     assert all(np.array_equal(a, b) for a, b in zip(whole[1:], strips[1:], strict=True))

@@ -1,0 +1,104 @@
+"""How much memory is free, and how many pictures are decoded at once."""
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from guided_diffusion.errors import UserError
+
+_MOST_THREADS = 8
+_MOST_MEMORY = 1 << 30  # bytes that decoding may take in all threads together
+# Files of a control group (memory limit, memory used), by the version of control groups.
+_CGROUP_FILES = {
+    2: ("memory.max", "memory.current"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+
+
+def free_memory() -> int | None:
+    """Return how many bytes this process may still use, or None where the system does not say.
+
+    Limits of containers (control groups, version 1 and 2) count. macOS only tells its total memory.
+    """
+    found = [_free_of_system(), *_free_of_cgroups()]
+    return min((size for size in found if size is not None), default=None)
+
+
+def check_memory(needed: int, path: str, what: str = "the picture") -> None:
+    """Raise ``UserError`` where ``what``, of the file ``path``, needs more bytes than are free."""
+    free = free_memory()
+    if free is not None and needed > free:
+        raise UserError(
+            f"{what} does not fit into the memory that is free",
+            path=path,
+            expected=f"at most {free >> 20} MiB",
+            got=f"about {needed >> 20} MiB",
+        )
+
+
+def _free_of_system() -> int | None:
+    if sys.platform == "win32":
+        status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX, which begins with its own size
+        is_known = ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+        return status[2] if is_known else None
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+    with contextlib.suppress(OSError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def _free_of_cgroups(root: Path = Path("/sys/fs/cgroup"), proc: str = "/proc/self/cgroup") -> list:
+    """Return what each control group around this process leaves free, in bytes."""
+    free = []
+    with contextlib.suppress(OSError):
+        for line in Path(proc).read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            version = 2 if number == "0" else 1
+            if version == 2 or "memory" in controllers.split(","):
+                top = root if version == 2 else root / "memory"
+                inner = Path(path.lstrip("/"))
+                # In a container the path may be that of the host, and only ``top`` be there.
+                for folder in (top / inner, *(top / parent for parent in inner.parents), top):
+                    free += _free_of_group(folder, *_CGROUP_FILES[version])
+    return free
+
+
+def _free_of_group(folder: Path, limit: str, used: str) -> list[int]:
+    try:
+        most, current = int((folder / limit).read_text()), int((folder / used).read_text())
+    except (OSError, ValueError):  # there is no such group, or its limit is "max"
+        return []
+    # Cached files count as used, and are dropped when the memory is wanted.
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = (folder / "memory.stat").read_text().splitlines()
+        names = ("total_inactive_file ", "inactive_file ")
+        current -= max(int(line.split()[1]) for line in lines if line.startswith(names))
+    return [max(0, most - current)]
+
+
+def in_threads(
+    work: Callable, items: Iterable, title: str, show_progress: bool, *, memory: int = 0
+) -> Iterator[object]:
+    """Yield ``work(item)`` in order, from so many threads as memory allows.
+
+    ``memory`` is how many bytes the work on one item takes at most. A progress bar appears when it
+    takes more than 2 s.
+    """
+    items = list(items)
+    room = min(_MOST_MEMORY, (free_memory() or _MOST_MEMORY) // 2)
+    threads = min(_MOST_THREADS, os.cpu_count() or 1, room // max(1, memory))
+    hidden = None if show_progress else True  # None: tqdm hides it where no terminal is
+    pool = ThreadPoolExecutor(max(1, threads))
+    try:
+        results = pool.map(work, items)
+        yield from tqdm(results, title, len(items), leave=False, delay=2, disable=hidden)
+    finally:
+        pool.shutdown(cancel_futures=True)

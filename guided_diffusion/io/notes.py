@@ -1,0 +1,164 @@
+"""What is odd about pictures and masks: notes that become warnings, one for each kind."""
+
+import re
+import warnings
+from collections.abc import Iterable
+
+import numpy as np
+from PIL import Image, ImageChops
+
+from guided_diffusion.io.colours import COLOURED, colourfulness, extreme_channel
+from guided_diffusion.io.holes import BLACK, WHITE, same_shape, strips
+from guided_diffusion.io.images import Origin, Source, name_of, origin_of
+
+_WORTH_A_NOTE = 1e-4  # share of a mask's pixels
+_DRAWN_COLOURS = 24  # strokes and labels have at most so many, of 16 levels a channel
+_MAIN_COLOUR = 1 / 20  # share of the coloured pixels that has the colour of a stroke
+_ALPHA = "mask_hole: alpha makes the transparent parts the hole"
+_STROKES = (
+    "is a layer whose ground is transparent; mask_hole: alpha and invert_mask: true make what is"
+    " painted the hole"
+)
+_DRAW = "is it a mask? Draw the hole black on white"
+
+
+def warn_of_kinds(found: Iterable[tuple[Source, str | None]]) -> None:
+    """Warn of the notes on files, once for all notes that differ in numbers only."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for source, note in found:
+        if note:
+            kind = re.sub(r"#[0-9a-f]{6}|[-\d.]+", "", note)
+            kinds.setdefault(kind, []).append((name_of(source), note))
+    for alike in kinds.values():
+        files = {path for path, _ in alike}
+        path, note = alike[0]
+        others = f" (and {len(files) - 1} more like it)" if len(files) > 1 else ""
+        warnings.warn(f"{path}: {note}{others}", stacklevel=3)
+
+
+# ---- pictures ----------------------------------------------------------------------------------
+
+
+def notes_on_picture(image: Image.Image, depth: tuple[float, float] | None = None) -> list[str]:
+    """Return what is odd about a picture that ``to_rgb`` or ``to_gray`` made.
+
+    ``depth`` is what it was made with.
+    """
+    origin = origin_of(image)
+    notes = [note_on_frames(origin), _note_on_range(image, origin, depth)]
+    if origin.levels and origin.levels.not_finite:
+        notes.append(f"has {origin.levels.not_finite} pixels that are infinite or not a number")
+    if origin.mode == "CMYK" and not origin.has_profile:
+        notes.append("is CMYK without a colour profile, so that its colours in RGB are approximate")
+    if origin.is_coloured:
+        notes.append("is coloured, and becomes gray for a network of one channel")
+    return [note for note in notes if note]
+
+
+def note_on_frames(origin: Origin) -> str | None:
+    """Say that only the first of several frames is taken."""
+    return f"has {origin.frames} frames, and the first is taken" if origin.frames > 1 else None
+
+
+def _note_on_range(
+    image: Image.Image, origin: Origin, depth: tuple[float, float] | None
+) -> str | None:
+    """Say where a picture of more than 8 bits uses less than half of its range, or goes below 0."""
+    if origin.is_deep_colour and 0 < max(np.ravel(image.getextrema())) < 128:
+        return (
+            "uses less than half of its 16 bits and will be dark; scale it in 16 bits first, as"
+            " ImageMagick's -auto-level does"
+        )
+    if origin.levels is None or depth is not None:
+        return None
+    low, high, white = origin.levels.lowest, origin.levels.highest, origin.levels.white
+    if low < 0:
+        return (
+            f"has values of {low:g} to {high:g}, and all below 0 will be black; depth_min and"
+            " depth_max say what is black and white"
+        )
+    if 0 < high < white / 2:
+        most = 2 ** int(high).bit_length() - 1 if white > 255 else high
+        return f"uses {high:g} of {white:g} and will be dark; depth_max: {most:g} makes that white"
+    return None
+
+
+# ---- masks -------------------------------------------------------------------------------------
+
+
+def notes_on_mask(image: Image.Image, *, invert: bool = False) -> tuple[list[str], int]:
+    """Return what is odd about a mask that ``to_rgb`` made, and its darkest level.
+
+    With ``invert`` white is the hole. A mask is odd where it is not black and white; gray rims, a
+    JPEG's noise, and nearly white in the place of white are not odd. A note ends with what mends
+    it, mostly a key.
+    """
+    darkest, brightest, coloured = (
+        np.sum([part.histogram() for part in parts], axis=0)
+        for parts in (
+            (extreme_channel(ImageChops.darker, strip) for strip in strips(image)),
+            (extreme_channel(ImageChops.lighter, strip) for strip in strips(image)),
+            (colourfulness(strip) for strip in strips(image)),
+        )
+    )
+    first, last = np.flatnonzero(darkest)[0], np.flatnonzero(brightest)[-1]
+    is_white_layer = invert and darkest[WHITE:].any()
+    if origin_of(image).is_mostly_transparent and not is_white_layer:
+        note = _STROKES
+    else:
+        note = _note_on_levels(image, darkest, int(last), coloured)
+    notes = [note_on_frames(origin_of(image)), note]
+    return [note for note in notes if note], int(first)
+
+
+def _note_on_levels(
+    image: Image.Image, darkest: np.ndarray, brightest: int, coloured: np.ndarray
+) -> str | None:
+    """Judge by histograms of the darkest channel and of the difference between channels."""
+    origin, pixels = origin_of(image), image.width * image.height
+    if coloured[COLOURED + 1 :].sum() > max(3, _WORTH_A_NOTE * pixels):
+        if origin.is_transparent:
+            return f"is a picture with transparent parts; {_ALPHA}"
+        return _note_on_colours(image)
+    highest, white = brightest, 255
+    if origin.levels is not None:
+        highest, white = origin.levels.highest, origin.levels.white
+    if 0 < highest < white / 2:
+        return (
+            f"has no level above {highest:g} of {white:g}, so that nothing is known;"
+            " mask_hole: zero makes every pixel known that is not 0"
+        )
+    if darkest[BLACK + 1 : WHITE].sum() > pixels / 2:
+        if origin.is_transparent:
+            return f"is gray with transparent parts; {_ALPHA}"
+        return f"is mostly gray, which is half-known; {_DRAW}"
+    if origin.is_transparent and not darkest[BLACK + 1 :].sum():
+        return f"is black, and its shape is in its transparency; {_ALPHA}"
+    return None
+
+
+def _note_on_colours(image: Image.Image) -> str:
+    """Judge a coloured mask: few colours are strokes or labels, many a photo."""
+    found = []
+    for strip in strips(image):
+        pixels = np.asarray(strip)[np.asarray(colourfulness(strip)) > COLOURED]
+        found.append(pixels[:: max(1, len(pixels) // 10_000)])
+    pixels = np.concatenate(found)
+    colours, counts = np.unique(pixels, axis=0, return_counts=True)
+    main = "#{:02x}{:02x}{:02x}".format(*colours[counts.argmax()])
+    problem = f"is coloured ({main}), not black and white"
+    if len(np.unique(colours >> 4, axis=0)) <= _DRAWN_COLOURS:
+        return f"{problem}; mask_hole: color makes the hole of what is not gray"
+    if counts.max() > len(pixels) * _MAIN_COLOUR:
+        return f"{problem}; mask_hole: '{main}' makes the hole of what has this colour"
+    return f"{problem}; {_DRAW}"
+
+
+def note_on_turning(photo: Origin, mask: Origin) -> str | None:
+    """Say that a photo is turned by its EXIF data and its mask is not, where both fit."""
+    if photo.orientation == 1 or mask.orientation > 1 or not same_shape(mask.size, photo.stored):
+        return None
+    return (
+        f"its photo is turned by EXIF orientation {photo.orientation}, and the mask is not; if the"
+        " mask was made for the pixels as stored, the hole lies elsewhere"
+    )
