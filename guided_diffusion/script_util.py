@@ -45,6 +45,7 @@ def create_model(conf: ModelConf) -> UNetModel:
     """Build the network with fresh weights, as training starts with; float32, on the CPU."""
     cfg = TrunkConfig(
         image_size=conf.image_size,
+        in_channels=conf.in_channels,
         model_channels=conf.num_channels,
         channel_mult=conf.channel_mult_list,
         num_res_blocks=conf.num_res_blocks,
@@ -60,7 +61,8 @@ def create_model(conf: ModelConf) -> UNetModel:
         use_checkpoint=conf.use_checkpoint,
     )
     num_classes = conf.num_classes if conf.class_cond else None
-    return UNetModel(cfg, 6 if conf.learn_sigma else 3, num_classes)
+    out_channels = conf.in_channels * (2 if conf.learn_sigma else 1)
+    return UNetModel(cfg, out_channels, num_classes)
 
 
 def create_classifier(conf: InpaintConf) -> EncoderUNetModel:
