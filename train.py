@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     conf = load_conf(args.conf_path, TrainConf, args.overrides)
     # Only a configuration without mistakes is worth the seconds that torch takes to import.
-    from guided_diffusion.dist_util import get_device, is_main
+    from guided_diffusion.dist_util import get_device, is_main, use_device
     from guided_diffusion.io.files import locked
     from guided_diffusion.training import checkpoints, loop
 
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             print(checkpoints.export(conf, args.export))
         return 0
     device = get_device(conf.device)
+    use_device(device)
     with locked(conf.out_dir) if is_main() else contextlib.nullcontext():
         start = checkpoints.check(conf, device, resume=args.resume)
         if start >= conf.iterations:

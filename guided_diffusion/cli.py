@@ -167,6 +167,7 @@ def command_line(main: Callable[[], int | None]) -> None:
     # Before torch loads GNU OpenMP. Its threads wait busily, by default for so long that two
     # programs that share the cores keep each other from working; a longer wait gains about 2 %.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no stack frames beside our one line
     _open_closed_streams()
     stray = leave_stray_team()
     is_main = place().rank == 0
@@ -188,6 +189,9 @@ def command_line(main: Callable[[], int | None]) -> None:
                 err.write("\n")  # off the line of the first one's progress bar
             tqdm.write(f"error: {error}", file=sys.stderr)
             status = error.status
+        except MemoryError:
+            tqdm.write("error: there is not enough memory", file=sys.stderr)
+            status = 1
         except KeyboardInterrupt as interrupt:
             if is_main or str(interrupt):
                 line = f"interrupted: {interrupt}".removesuffix(": ")

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from guided_diffusion.cli import place
 from guided_diffusion.errors import UserError
 
 Value = TypeVar("Value")
+_JOIN_SECONDS = 60.0  # for which a process looks for the others
 
 
 def rank() -> int:
@@ -59,12 +61,17 @@ def get_device(name: str | None = None) -> torch.device:
         count = torch.cuda.device_count()
         if device.index >= count:
             raise UserError("no such GPU", key="device", got=f"{name} with {count} GPUs")
-        torch.cuda.set_device(device)
     elif device.type not in ("cpu", "mps"):
         raise UserError(key="device", expected="cpu, cuda or cuda:N", got=repr(name))
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("this machine or this PyTorch has no Metal GPU", key="device", got=name)
     return device
+
+
+def use_device(device: torch.device) -> None:
+    """Make a GPU the current one of this process."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 class Team:
@@ -77,7 +84,7 @@ class Team:
     """
 
     def __init__(self) -> None:
-        self.rank, self.size, self._own = rank(), world_size(), {}
+        self.rank, self.size, self._counts = rank(), world_size(), {}
         self.is_main = is_main()
         self._store = self._join() if self.size > 1 else None
         # After a restart by torchrun the store still holds the words of the attempt before.
@@ -89,10 +96,17 @@ class Team:
             problem = "is above 1 without MASTER_ADDR and MASTER_PORT: start with torchrun"
             raise UserError(problem, key="WORLD_SIZE")
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        with _told_of_lost_store():
-            return dist.TCPStore(
-                host, int(port), is_master=self.is_main and not hosted, wait_for_workers=False
-            )
+        names = {"is_master": self.is_main and not hosted, "wait_for_workers": False}
+        parent, deadline = os.getppid(), time.monotonic() + _JOIN_SECONDS
+        with _explain_lost_store():
+            while True:
+                try:
+                    store = dist.TCPStore(host, int(port), **names, timeout=timedelta(seconds=5))
+                    store.set_timeout(timedelta(minutes=5))
+                    return store
+                except RuntimeError:  # noqa: PERF203 - torchrun is slow, or it is gone
+                    if os.getppid() != parent or time.monotonic() > deadline:
+                        raise
 
     def from_main(self, name: str, value: Value) -> Value:
         """Return the main process's ``value`` in every process; the others wait for it."""
@@ -107,7 +121,7 @@ class Team:
 
     def publish(self, name: str, value: Any) -> None:
         """Leave ``value`` for the others."""
-        with _told_of_lost_store():
+        with _explain_lost_store():
             self._store.set(self._prefix + name, json.dumps(value))
 
     def from_all(self, name: str, value: Value) -> list[Value] | None:
@@ -121,22 +135,22 @@ class Team:
     def count(self, name: str, amount: int = 0) -> int:
         """Add ``amount`` to a number that all processes count up, and return the sum so far."""
         if self._store is None:
-            self._own[name] = self._own.get(name, 0) + amount
-            return self._own[name]
-        with _told_of_lost_store():
+            self._counts[name] = self._counts.get(name, 0) + amount
+            return self._counts[name]
+        with _explain_lost_store():
             return self._store.add(self._prefix + name, amount)
 
     def _are_published(self, *names: str) -> bool:
-        with _told_of_lost_store():
+        with _explain_lost_store():
             return self._store.check([self._prefix + name for name in names])
 
     def _read(self, name: str) -> Any:
-        with _told_of_lost_store():
+        with _explain_lost_store():
             return json.loads(self._store.get(self._prefix + name))
 
 
 @contextlib.contextmanager
-def _told_of_lost_store() -> Iterator[None]:
+def _explain_lost_store() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # DistNetworkError and its kin
@@ -151,5 +165,6 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
     text = str(error).lower()
-    signs = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed",
+             "could not create a primitive")  # fmt: skip
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

@@ -18,7 +18,7 @@ from guided_diffusion.accel.build import KernelError
 from guided_diffusion.accel.fused_unet import FusedUNet, with_fused_convolutions
 from guided_diffusion.accel.layout import arithmetic, lay_out, precision_on, trunk_dtype
 from guided_diffusion.accel.memory import forget_pages, keep_freed_memory
-from guided_diffusion.dist_util import is_out_of_memory
+from guided_diffusion.dist_util import is_out_of_memory, use_device
 from guided_diffusion.io.cache import cache_folder
 from guided_diffusion.unet import EmbedSequential, EncoderUNetModel, UNetEncoder
 
@@ -36,9 +36,10 @@ _TF32_TOLERANCE = 1e-2
 
 
 def prepare(device: torch.device) -> None:
-    """Set what holds for the whole process: how memory and convolutions are chosen."""
+    """Set what holds for the whole process: its GPU, how memory is kept, the choice of convolutions."""
     if device.type == "cpu":
         keep_freed_memory()
+    use_device(device)
     torch.backends.cudnn.benchmark = True  # all calls have the same shapes
 
 
