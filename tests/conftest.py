@@ -16,7 +16,6 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = config.getoption("markexpr").replace("not gpu", "").split()
     if "gpu" not in asked:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also in the programs that tests start
-        os.environ["TRITON_INTERPRET"] = "1"  # has to be there before Triton is imported
 
 
 # In the background or under nohup the tests are made to ignore these, and programs that they start

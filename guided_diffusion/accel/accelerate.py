@@ -1,13 +1,12 @@
 """The door of this folder: a network goes in, a faster callable that computes the same comes out.
 
-Kernels and compiled code differ from machine to machine. So their first output of each shape is
-compared with PyTorch's own operations on the machine that runs them.
+Kernels and compiled code differ from machine to machine. So checks.py compares their output with
+that of PyTorch's own operations on the machine that runs them.
 """
 
-import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,12 +14,13 @@ from torch import Tensor, nn
 
 from guided_diffusion.accel import cpu_kernels
 from guided_diffusion.accel.build import KernelError
-from guided_diffusion.accel.fused_unet import FusedUNet, with_fused_convolutions
+from guided_diffusion.accel.checks import Checked, Network, Verdicts
+from guided_diffusion.accel.fused_unet import FusedUNet, samples, with_fused_convolutions
 from guided_diffusion.accel.layout import arithmetic, lay_out, precision_on, trunk_dtype
-from guided_diffusion.accel.memory import forget_pages, keep_freed_memory
-from guided_diffusion.dist_util import is_out_of_memory, use_device
+from guided_diffusion.accel.memory import keep_freed_memory
+from guided_diffusion.dist_util import use_device
 from guided_diffusion.io.cache import cache_folder
-from guided_diffusion.unet import EmbedSequential, EncoderUNetModel, UNetEncoder
+from guided_diffusion.unet import EncoderUNetModel, UNetEncoder
 
 __all__ = [
     "accelerate",
@@ -30,26 +30,25 @@ __all__ = [
     "prepare",
     "trunk_dtype",
 ]
-Network = Callable[..., Tensor]  # of (x, timesteps[, y]), each (N, ...)
-_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_TF32_TOLERANCE = 1e-2
 
 
 def prepare(device: torch.device) -> None:
-    """Set what holds for the whole process: its GPU, how memory is kept, the choice of convolutions."""
+    """Set what holds for the whole process: the GPU, how memory is kept, how cuDNN chooses."""
     if device.type == "cpu":
         keep_freed_memory()
     use_device(device)
     torch.backends.cudnn.benchmark = True  # all calls have the same shapes
 
 
-def accelerate(model: nn.Module, device: torch.device, compile: bool | str) -> Network:
+def accelerate(
+    model: nn.Module, device: torch.device, compile: bool | str, check: str = "always"
+) -> Network:
     """Return a fast callable that computes ``model``: (x, timesteps[, y]) → output, to rounding.
 
-    ``compile`` is the YAML key. The CPU's kernels compute ``UNetModel`` alone.
+    ``compile`` and ``check`` are the YAML keys. The CPU's kernels compute ``UNetModel`` alone.
     """
     if (kernels := _cpu_kernels(model, device, compile)) is not None:
-        return Checked(FusedUNet(kernels, model), model, model)
+        return Checked(FusedUNet(kernels, model), model, model, _verdicts(kernels, model, check))
     lay_out(model, device, at_once=compile is True)
     if compile is not True:
         return model
@@ -61,6 +60,7 @@ def accelerate_gradient(
     classifier: EncoderUNetModel,
     device: torch.device,
     compile: bool | str,
+    check: str = "always",
 ) -> Network:
     """Return a fast ``gradient`` of ``classifier``: (x, timesteps, y) → output, to rounding.
 
@@ -69,7 +69,7 @@ def accelerate_gradient(
     plain = partial(gradient, classifier)
     if (kernels := _cpu_kernels(classifier, device, compile)) is not None:
         fast = partial(gradient, with_fused_convolutions(kernels, classifier))
-        return Checked(fast, plain, classifier)
+        return Checked(fast, plain, classifier, _verdicts(kernels, classifier, check))
     lay_out(classifier, device, at_once=compile is True)
     if compile is not True:
         return plain
@@ -89,6 +89,13 @@ def _cpu_kernels(
     except KernelError as error:
         warnings.warn(f"compile: no C++ kernels, going on without: {error}", stacklevel=4)
         return None
+
+
+def _verdicts(kernels: cpu_kernels.Kernels, network: UNetEncoder, check: str) -> Verdicts | None:
+    """Return the checks that these kernels passed in earlier runs; None: every run checks anew."""
+    if check == "always":
+        return None
+    return Verdicts(kernels.name, network, partial(samples, kernels, network))
 
 
 # ---- torch.compile -------------------------------------------------------------------------------
@@ -138,95 +145,3 @@ def _padded(tensor: Tensor, size: int) -> Tensor:
     """Repeat the last entry of a batch until there are ``size``; the result is contiguous."""
     last = tensor[-1:].expand(size - len(tensor), *tensor.shape[1:])
     return torch.cat([tensor, last]).contiguous()
-
-
-# ---- The check -----------------------------------------------------------------------------------
-
-
-class Checked:
-    """``fast``, whose first output of each shape has to equal that of ``plain`` to rounding.
-
-    If it does not, or if ``fast`` fails, one warning says so, and every output from then on is that
-    of ``plain``. Running out of memory is raised. ``network`` is the one that ``plain`` calls.
-    """
-
-    def __init__(self, fast: Network, plain: Network, network: nn.Module) -> None:
-        self._fast: Network | None = fast
-        self._plain, self._network = plain, network
-        self._checked: set[torch.Size] = set()  # shapes of ``x``
-
-    def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """Return what ``plain`` returns for ``x`` (N, C, S, S), ``timesteps`` and ``y`` (N,)."""
-        inputs = [x, timesteps, *([] if y is None else [y])]
-        if self._fast is None:
-            return self._plain(*inputs)
-        try:
-            output = self._fast(*inputs)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            expected = self._plain(*inputs)  # raises, too, if the inputs are wrong
-            return self._give_up(f"does not work: {_first_line(error)}", expected)
-        if x.shape in self._checked:
-            return output
-        expected = self._expected(inputs)
-        error, tolerance = _largest_error(output, expected), _tolerance(self._network, x.device)
-        if not error <= tolerance:  # NaN compares as False
-            problem = f"is wrong by {error:.2g} of the largest value at batch size {len(x)}"
-            return self._give_up(problem, expected)
-        self._checked.add(x.shape)
-        return output
-
-    def _expected(self, inputs: list[Tensor]) -> Tensor:
-        """Return what ``plain`` computes, image by image, so that it takes little memory."""
-        with _forgetting_pages(self._network):
-            images = zip(*(tensor.split(1) for tensor in inputs), strict=True)
-            return torch.cat([self._plain(*image) for image in images])
-
-    def _give_up(self, problem: str, expected: Tensor) -> Tensor:
-        self._fast = None
-        text = f"compile: the fast network {problem}; going on with PyTorch's own operations"
-        warnings.warn(text, stacklevel=4)
-        return expected
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
-
-
-def _largest_error(output: Tensor, expected: Tensor) -> float:
-    """Return the largest error over the largest value; only where ``expected`` is finite."""
-    if output.shape != expected.shape:
-        return float("inf")
-    is_finite = expected.isfinite()
-    error = torch.where(is_finite, output - expected, 0).abs().max().item()
-    largest = torch.where(is_finite, expected, 0).abs().max().item()
-    return error / largest if error and largest else error
-
-
-def _tolerance(network: nn.Module, device: torch.device) -> float:
-    """Return the error that is rounding, in the arithmetic of ``network`` on ``device``."""
-    switches = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    if network.dtype == torch.float32 and device.type == "cuda" and any(switches):
-        return _TF32_TOLERANCE
-    return _TOLERANCES[network.dtype]
-
-
-@contextlib.contextmanager
-def _forgetting_pages(network: nn.Module) -> Iterator[None]:
-    """Let a mapped checkpoint's weights leave memory again after each block.
-
-    The fast network has packed copies of them: 2 GB would be there twice.
-    """
-    handles = [
-        block.register_forward_hook(lambda block, *_: forget_pages(*block.parameters()))
-        for block in network.modules()
-        if isinstance(block, EmbedSequential)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        forget_pages(*network.parameters())

@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Sequence
 from ctypes import c_double, c_int64, c_void_p
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -119,6 +120,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        self.name = Path(library._name).stem  # of its source, compiler, PyTorch and processor
         for name in _FUNCTIONS:
             getattr(library, name).restype = c_int64  # not read where nothing is returned
         for number, structure in enumerate(_STRUCTURES):

@@ -4,7 +4,7 @@ Computes what ``UNetModel.forward`` does, to rounding. Feature maps are (N, H, W
 is SiLU of the embedding, (1 or N, 4·model_channels). No module that is given is changed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -190,6 +190,26 @@ def _run(layers: list[Layer], maps: list[Tensor], emb: Tensor) -> Tensor:
     for layer in layers:
         maps = [layer(maps, emb)]
     return maps[0]
+
+
+def samples(kernels: Kernels, network: UNetEncoder) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the kernels' outputs of two blocks on a small map, each with the blocks' own.
+
+    They are the first residual block and the first attention block, (1, channels, 8, 8).
+    """
+
+    def first(kind: type) -> Any:
+        return next(module for module in network.modules() if isinstance(module, kind))
+
+    generator = torch.Generator().manual_seed(0)
+    block, attention = first(ResBlock), first(AttentionBlock)
+    emb = torch.randn(1, block.emb_layers[1].in_features, generator=generator)
+    x = torch.randn(1, block.in_layers[0].num_channels, 8, 8, generator=generator)
+    output = FusedResBlock(kernels, block)([_channels_last(x)], F.silu(emb))
+    yield output.permute(0, 3, 1, 2), block(x, emb)
+    x = torch.randn(1, attention.norm.num_channels, 8, 8, generator=generator)
+    output = FusedAttention(kernels, attention)(_channels_last(x))
+    yield output.permute(0, 3, 1, 2), attention(x)
 
 
 # ---- With a gradient -----------------------------------------------------------------------------

@@ -197,6 +197,9 @@ class InpaintConf(ModelConf):
                               "by PyTorch's own operations; true, by torch.compile on a GPU "
                               "and as auto on a CPU; false, by PyTorch's own operations.",
                               choices=("auto", True, False), affects_results=False)
+    check: str = key("once", "When kernels for CPUs are compared with PyTorch's own operations: "
+                     "once, at the first call with inputs of a shape on this machine; always, at "
+                     "that of every run.", choices=("once", "always"), affects_results=False)
     paste_known: bool = key(False, "Paste the known pixels unchanged into the result.")
     invert_mask: bool = key(False, "The masks are the other way round: white is to generate.")
     mask_hole: str = key("black", "What is hole in mask files: black, as far as it is; zero, only "

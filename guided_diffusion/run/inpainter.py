@@ -40,7 +40,7 @@ class Inpainter:
         self.diffusion = create_gaussian_diffusion(conf)
         self.model = load_model(conf, self.device)
         self.model.convert_trunk(trunk_dtype(conf.precision, conf.use_fp16, self.device))
-        self.network = accelerate(self.model, self.device, conf.compile)
+        self.network = accelerate(self.model, self.device, conf.compile, conf.check)
         self.classifier = self.gradient = None
         if conf.guided:
             self.classifier = load_classifier(conf, self.device)
@@ -51,6 +51,7 @@ class Inpainter:
                 self.classifier,
                 self.device,
                 conf.compile,
+                conf.check,
             )
 
     @property

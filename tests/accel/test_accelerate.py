@@ -14,7 +14,7 @@ from network_cases import randomised, relative
 
 from guided_diffusion.accel import accelerate as door
 from guided_diffusion.accel import build, cpu_kernels
-from guided_diffusion.accel.accelerate import Checked, accelerate, accelerate_gradient
+from guided_diffusion.accel.accelerate import accelerate, accelerate_gradient
 from guided_diffusion.run.inpainter import classifier_gradient
 from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
 
@@ -165,108 +165,7 @@ def test_without_a_fault_the_kernels_output_is_used(kernels):
         assert relative(outputs[0], expected) < 1e-4
 
 
-# ---- The check itself ----------------------------------------------------------------------------
-
-
-class Calls:
-    """A function that notes the batch sizes it is called with."""
-
-    def __init__(self, function):
-        self.function, self.sizes = function, []
-
-    def __call__(self, x, *others):
-        self.sizes.append(len(x))
-        return self.function(x, *others)
-
-
-def checked(fast, plain, dtype=torch.float32):
-    network = unet()
-    network.dtype = dtype
-    return Checked(fast, plain, network)
-
-
-def test_each_batch_size_is_checked_once():
-    fast, plain = Calls(lambda x, t: 2 * x), Calls(lambda x, t: 2 * x)
-    run = checked(fast, plain)
-    for count in (3, 3, 2, 3, 2, 1):
-        run(X[:count], T[:count])
-    assert fast.sizes == [3, 3, 2, 3, 2, 1]
-    assert sum(plain.sizes) == 3 + 2 + 1
-
-
-@pytest.mark.parametrize(
-    ("dtype", "most"), [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)]
-)
-def test_what_is_rounding_and_what_is_not(dtype, most):
-    x = torch.zeros(1, 3, 8, 8)
-    x[0, 0, 0, 0] = -4.0
-    for share, wrong in ((0.9, False), (1.1, True)):
-        run = checked(lambda x, t: x + 4 * share * most, lambda x, t: x, dtype)  # noqa: B023
-        with pytest.warns(UserWarning) if wrong else silence():
-            run(x, T[:1])
-
-
-def test_tf32_is_allowed_for_on_a_gpu_alone(monkeypatch):
-    network = unet()
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert door._tolerance(network, GPU) == 1e-2
-    assert door._tolerance(network, CPU) == 1e-4
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert door._tolerance(network, GPU) == 1e-4
-
-
-def test_what_the_plain_network_cannot_compute_is_no_fault():
-    """Damaged weights make NaN in both, and the run tells of them in its own way."""
-    nothing = torch.full_like(X, torch.nan)
-    with silence():
-        checked(lambda x, t: nothing[: len(x)], lambda x, t: nothing[: len(x)])(X, T)
-        checked(lambda x, t: 0 * x, lambda x, t: 0 * x)(X, T)
-
-
-def test_an_error_of_both_networks_is_raised():
-    def wrong(*_):
-        raise ValueError("the network's own")
-
-    with silence(), pytest.raises(ValueError, match="the network's own"):
-        checked(wrong, wrong)(X, T)
-
-
-@pytest.mark.parametrize("fails", ["fast", "plain"])
-def test_full_memory_is_told_as_such(fails):
-    """The batch is halved on it, and the fast network tried again."""
-    room = False
-
-    def network(name):
-        def function(x, t):
-            if name == fails and not room:
-                raise torch.cuda.OutOfMemoryError
-            return x
-
-        return Calls(function)
-
-    fast = network("fast")
-    run = checked(fast, network("plain"))
-    with silence():
-        with pytest.raises(torch.cuda.OutOfMemoryError):
-            run(X, T)
-        room = True
-        run(X, T)
-    assert fast.sizes == [3, 3]
-
-
-def test_a_failure_later_on_goes_on_with_the_plain_network():
-    works = True
-
-    def fast(x, t):
-        if not works:
-            raise RuntimeError("no more")
-        return x
-
-    run = checked(fast, lambda x, t: x)
-    run(X, T)
-    works = False
-    with pytest.warns(UserWarning, match="does not work: no more; going on"):
-        assert torch.equal(run(X, T), X)
+# ---- Memory ------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts pages in /proc")
