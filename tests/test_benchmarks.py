@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_diffusion.config.keys import FAST, InpaintConf
-from guided_diffusion.config.reading import load_conf
+from guided_diffusion.config.reading import as_overrides, load_conf
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.nn import GroupNorm32
@@ -98,7 +98,7 @@ def test_a_picture_is_timed_from_noise_to_result():
     assert ended.returncode == 0, ended.stderr
     rows = [line.strip("| ").split(" | ") for line in ended.stdout.splitlines() if "|" in line]
     ways = {name: calls for name, calls, *_ in rows[2:]}
-    conf = load_conf(ROOT / "confs" / "demo.yml", InpaintConf, FAST)
+    conf = load_conf(ROOT / "confs" / "demo.yml", InpaintConf, as_overrides(FAST))
     fast = create_schedule(conf, create_gaussian_diffusion(conf))
     assert ways["published schedule"] == ways["plain port, published schedule"] == "2,410"
     assert ways["`--fast`"] == f"{count_steps(fast)[0]}"

@@ -43,7 +43,7 @@ FAST = {
     "schedule_jump_params": {"t_T": 100, "jump_n_sample": 1},
 }
 # Keys beside those of the network that say which one is loaded, and how it computes.
-LOADING_KEYS = ("model_path", "device", "precision", "compile")
+LOADING_KEYS = ("model_path", "device", "precision", "compile", "check")
 # Keys that published YAMLs have and that never had an effect: any value is accepted.
 IGNORED_KEYS = {
     "lr_kernel_n_std": "belongs to super-resolution, which this program does not do",

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import plain
 from sampler import NETWORKS, configuration, machine, positive, with_checkpoints
 
+from guided_diffusion.accel.accelerate import prepare
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.dist_util import get_device
@@ -129,7 +130,7 @@ def ways_of(conf: InpaintConf, batch: int, device: torch.device) -> list[Way]:
     return [
         Way("plain port, published schedule", inpainter.times, port),
         Way("published schedule", inpainter.times, ours(inpainter)),
-        Way("`--fast`", fast[1], ours(inpainter.walking(*fast))),
+        Way("`--fast`", fast[1], ours(inpainter.with_walk(*fast))),
     ]
 
 
@@ -174,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Walk every way and print the table."""
     args = parse_args(argv)
     device = get_device(args.device)
+    prepare(device)
     args.classifier = False
     with tempfile.TemporaryDirectory() as folder:
         conf = configuration(args, device)

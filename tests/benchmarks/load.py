@@ -51,6 +51,7 @@ def child(mode: str, path: str, started: float, small: bool) -> None:
     import plain
     import torch
 
+    from guided_diffusion.accel.accelerate import prepare
     from guided_diffusion.run.inpainter import Inpainter
     from guided_diffusion.script_util import create_model
 
@@ -65,6 +66,7 @@ def child(mode: str, path: str, started: float, small: bool) -> None:
         def call(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return plain.unet(model, x, t)
     else:
+        prepare(torch.device("cpu"))
         call = Inpainter(conf, []).network
     loaded = time.time()
     with torch.inference_mode():

@@ -150,7 +150,15 @@ def test_the_complete_published_form_is_accepted_unchanged(tmp_path):
 
 def test_complete_form_states_every_published_and_every_ignored_key():
     stated = yaml.safe_load(COMPLETE)
-    own = {"num_classes", "seed", "samples_per_image", "precision", "compile", "paste_known"}
+    own = {
+        "num_classes",
+        "seed",
+        "samples_per_image",
+        "precision",
+        "compile",
+        "paste_known",
+        "check",
+    }
     own |= {"invert_mask", "overview", "save_process", "sampler", "ddnm_eta"}
     own |= {"mask_hole", "mask_grow", "mask_hard", "depth_max", "depth_min", "all_formats"}
     own |= {
