@@ -39,13 +39,15 @@ def warn_of_kinds(found: Iterable[tuple[Source, str | None]]) -> None:
 # ---- pictures ----------------------------------------------------------------------------------
 
 
-def notes_on_picture(image: Image.Image, depth: tuple[float, float] | None = None) -> list[str]:
+def notes_on_picture(
+    image: Image.Image, depth: tuple[float, float] | None = None, *, frames: bool = True
+) -> list[str]:
     """Return what is odd about a picture that ``to_rgb`` or ``to_gray`` made.
 
-    ``depth`` is what it was made with.
+    ``depth`` is what it was made with; ``frames`` says whether to count its frames.
     """
     origin = origin_of(image)
-    notes = [note_on_frames(origin), _note_on_range(image, origin, depth)]
+    notes = [note_on_frames(origin) if frames else None, _note_on_range(image, origin, depth)]
     if origin.levels and origin.levels.not_finite:
         notes.append(f"has {origin.levels.not_finite} pixels that are infinite or not a number")
     if origin.mode == "CMYK" and not origin.has_profile:

@@ -327,8 +327,9 @@ def _check_settings(conf: TrainConf, step: int) -> None:
     state = load_opt(conf, step)
     paths = list_images(conf.data_dir, key="data_dir", all_formats=conf.all_formats)
     names = names_below(conf.data_dir, paths)
-    then, now = state["settings"], run_settings(conf, names)
-    changed = [name for name in now if name in then and then[name] != now[name]]
+    defaults = {field.name: field.default for field in dataclasses.fields(conf)}  # of newer keys
+    then, now = defaults | state["settings"], run_settings(conf, names)
+    changed = [name for name in now if then[name] != now[name]]
     if changed:
         pictures = _difference(state.get("pictures", names), names)
         raise UserError(
