@@ -26,7 +26,6 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
     known = names["keep_mask"][0, 0].numpy() == 1
     assert (result == scan)[known].all()
     assert x.isfinite().all()
-    assert (x - names["gt"])[0, 0][known].abs().max() < 0.3  # five times the sampler's sigma
     assert [len(each) for each in names["results"]] == [2 // len(names["painters"])] * len(
         names["painters"]
     )

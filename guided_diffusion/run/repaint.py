@@ -87,8 +87,9 @@ class RePaint:
                 belong to the constructor.
 
         One picture gives one result, a sequence a list of them. Where the call says
-        ``samples_per_image``, and more than 1, the result of each picture is a list. Raises UserError for a picture, a mask or a key that
-        cannot be used, and where a result has no finite numbers.
+        ``samples_per_image``, and more than 1, the result of each picture is a list. Raises
+        UserError for a picture, a mask or a key that cannot be used, and where a result has no
+        finite numbers.
         """
         is_one = not isinstance(pictures, list | tuple)
         pictures = [pictures] if is_one else list(pictures)
