@@ -33,11 +33,7 @@ __all__ = [
 
 
 def prepare(device: torch.device) -> None:
-<<<<<<< HEAD
     """Set what holds for the whole process: the GPU, how memory is kept, how cuDNN chooses."""
-=======
-    """Set what holds for the whole process: its GPU, its memory, how convolutions are chosen."""
->>>>>>> 028c08f (Wrap a line)
     if device.type == "cpu":
         keep_freed_memory()
     use_device(device)
