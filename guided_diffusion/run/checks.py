@@ -11,8 +11,8 @@ from tqdm import tqdm
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import Pair
-from guided_diffusion.io.files import check_folder, refuse_inside, refuse_overwriting
 from guided_diffusion.io.notes import warn_of_kinds
+from guided_diffusion.io.paths import check_folder, refuse_inside, refuse_overwriting
 from guided_diffusion.io.results import refuse_long_jpeg
 from guided_diffusion.run.picture_checks import check_pairs, warn_of_extremes
 from guided_diffusion.run.record import refuse_replacing_a_configuration

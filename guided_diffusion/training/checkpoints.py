@@ -25,14 +25,9 @@ from guided_diffusion.dist_util import is_main, is_out_of_memory, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.io.checkpoints import load_state_dict, write_weights
-from guided_diffusion.io.files import (
-    check_folder,
-    refuse_inside,
-    remove_leftovers,
-    write_checkpoint,
-    write_text_atomic,
-)
+from guided_diffusion.io.files import remove_leftovers, write_checkpoint, write_text_atomic
 from guided_diffusion.io.listing import list_images
+from guided_diffusion.io.paths import check_folder, refuse_inside
 from guided_diffusion.io.weights import check_fits, foreign_form
 from guided_diffusion.models.follow import is_folder
 from guided_diffusion.training.pictures import TrainingImages, classes_of, names_below
