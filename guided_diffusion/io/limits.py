@@ -66,7 +66,7 @@ def _free_of_cgroups(root: Path = Path("/sys/fs/cgroup"), proc: str = "/proc/sel
                 top = root if version == 2 else root / "memory"
                 inner = Path(path.lstrip("/"))
                 # In a container the path may be that of the host, and only ``top`` be there.
-                for folder in (top / inner, *(top / parent for parent in inner.parents), top):
+                for folder in {top, top / inner, *(top / parent for parent in inner.parents)}:
                     free += _free_of_group(folder, *_CGROUP_FILES[version])
     return free
 
