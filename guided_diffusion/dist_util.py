@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -15,7 +16,7 @@ from guided_diffusion.cli import place
 from guided_diffusion.errors import UserError
 
 Value = TypeVar("Value")
-_JOIN_SECONDS = 60.0  # for which a process looks for the others
+_JOIN_SECONDS = 60.0  # for which a process waits until the first one is there
 
 
 def rank() -> int:
@@ -96,17 +97,24 @@ class Team:
             problem = "is above 1 without MASTER_ADDR and MASTER_PORT: start with torchrun"
             raise UserError(problem, key="WORLD_SIZE")
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        names = {"is_master": self.is_main and not hosted, "wait_for_workers": False}
-        parent, deadline = os.getppid(), time.monotonic() + _JOIN_SECONDS
+        is_host, patience = self.is_main and not hosted, _JOIN_SECONDS if not hosted else 10
+        parent, deadline = os.getppid(), time.monotonic() + patience
         with _explain_lost_store():
-            while True:
+            while not is_host:  # torch would write its own lines about each refused connection
                 try:
-                    store = dist.TCPStore(host, int(port), **names, timeout=timedelta(seconds=5))
-                    store.set_timeout(timedelta(minutes=5))
-                    return store
-                except RuntimeError:  # noqa: PERF203 - torchrun is slow, or it is gone
+                    socket.create_connection((host, int(port)), 5).close()
+                    break
+                except OSError as error:  # torchrun is slow, or it is gone
                     if os.getppid() != parent or time.monotonic() > deadline:
-                        raise
+                        raise RuntimeError(str(error)) from error
+                    time.sleep(0.2)
+            return dist.TCPStore(host, int(port), is_master=is_host, wait_for_workers=False)
+
+    def store(self, timeout: timedelta) -> dist.Store:
+        """Return the store of the words, for torch's own use, with other names than theirs."""
+        store = dist.PrefixStore(f"{self._prefix}torch", self._store)
+        store.set_timeout(timeout)
+        return store
 
     def from_main(self, name: str, value: Value) -> Value:
         """Return the main process's ``value`` in every process; the others wait for it."""

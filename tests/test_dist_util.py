@@ -100,3 +100,13 @@ def test_a_number_that_is_none_is_one_line(monkeypatch):
     monkeypatch.setenv("RANK", "abc")
     with pytest.raises(UserError, match=r"RANK: expected a whole number, .*found 'abc'"):
         dist_util.rank()
+
+
+def test_a_process_without_its_torchrun_ends_at_once(monkeypatch):
+    names = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    parents = iter(range(100))
+    monkeypatch.setattr("os.getppid", lambda: next(parents))
+    with pytest.raises(UserError, match="no connection to the other processes"):
+        dist_util.Team()

@@ -22,7 +22,7 @@ from guided_diffusion.config.network_keys import ModelConf
 from guided_diffusion.config.schema import conf_to_dict, shown
 from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.dist_util import is_main, is_out_of_memory, world_size
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, printable
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.io.checkpoints import load_state_dict, write_weights
 from guided_diffusion.io.files import remove_leftovers, write_checkpoint, write_text_atomic
@@ -90,11 +90,10 @@ def save(trainer: Trainer, images: TrainingImages) -> None:
     """
     conf, step = trainer.conf, trainer.step
     check_disk(conf, sum(p.numel() for p in trainer.parameters))
-    for path, values in zip(
-        weight_paths(conf, step), (trainer.parameters, *trainer.emas.values()), strict=True
-    ):
-        plain = (value.detach().cpu().contiguous() for value in values)
-        write_checkpoint(path, dict(zip(trainer.names, plain, strict=True)))
+    networks = (trainer.model, *trainer.emas.values())
+    for path, network in zip(weight_paths(conf, step), networks, strict=True):
+        state = network.state_dict()
+        write_checkpoint(path, {name: v.cpu().contiguous() for name, v in state.items()})
     test = test_yaml(conf, trainer.diffusion, images, step)
     write_text_atomic(Path(conf.out_dir) / "test.yml", test)
     state = {
@@ -169,22 +168,14 @@ def class_notes(images: TrainingImages) -> list[str]:
     return [f"cond_y: {number} is {name}" for number, name in enumerate(images.class_names)]
 
 
-def printable(text: str) -> str:
-    """Escape what UTF-8 or YAML lacks: file names may be any bytes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 # ---- Loading -------------------------------------------------------------------------------------
 
 
 def load(trainer: Trainer, step: int) -> None:
     """Let ``trainer`` go on from the checkpoints of ``step``."""
-    weights, *averages = weight_paths(trainer.conf, step)
-    trainer.model.load_state_dict(load_state_dict(weights))
-    for path, values in zip(averages, trainer.emas.values(), strict=True):
-        saved = load_state_dict(path)
-        for name, value in zip(trainer.names, values, strict=True):
-            value.copy_(saved[name])
+    networks = (trainer.model, *trainer.emas.values())
+    for path, network in zip(weight_paths(trainer.conf, step), networks, strict=True):
+        network.load_state_dict(load_state_dict(path))
     state = load_opt(trainer.conf, step, mmap=False)
     trainer.optimizer.load_state_dict(state["optimizer"])
     if trainer.sampler:

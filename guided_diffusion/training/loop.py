@@ -16,8 +16,8 @@ from tqdm import tqdm
 from guided_diffusion.cli import Interrupts
 from guided_diffusion.config.schema import shown
 from guided_diffusion.config.train_keys import TrainConf
-from guided_diffusion.dist_util import is_main, is_out_of_memory, world_size
-from guided_diffusion.errors import UserError
+from guided_diffusion.dist_util import Team, is_main, is_out_of_memory, rank, world_size
+from guided_diffusion.errors import UserError, printable
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.io.files import write_text_atomic
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
@@ -34,7 +34,6 @@ from guided_diffusion.training.report import (
 )
 from guided_diffusion.training.trainer import (
     Trainer,
-    compiles,
     gather,
     learning_rate,
     pictures_at_once,
@@ -60,10 +59,16 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    torchrun = os.getppid()
+    torchrun, timeout = os.getppid(), datetime.timedelta(hours=3)
     _watch_parent(torchrun)
     try:
-        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=3))
+        torch.distributed.init_process_group(
+            backend,
+            timeout=timeout,
+            store=Team().store(timeout),  # soon raises where torchrun has ended before
+            rank=rank(),
+            world_size=world_size(),
+        )
         yield
     except KeyboardInterrupt:
         if os.getppid() != torchrun and is_main():
@@ -138,7 +143,8 @@ def describe(trainer: Trainer, images: TrainingImages) -> str:
     millions = sum(p.numel() for p in trainer.parameters) / 1e6
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     tf32 = "on" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "off"
-    compiled = "compiled in the first step" if compiles(conf) else "not compiled"
+    is_compiled = trainer.network is not trainer.shared
+    compiled = "compiled in the first step" if is_compiled else "not compiled"
     return (
         f"{conf.name}: {len(images.train)} pictures and {len(images.held_out)} held out, "
         f"{millions:.1f} million parameters, {world_size()} x {where}, "
@@ -201,7 +207,7 @@ def train(trainer: Trainer, images: TrainingImages, sample_diffusion: GaussianDi
     conf, evaluator = trainer.conf, None
     if is_main():
         notes = [describe(trainer, images), *checkpoints.class_notes(images)]
-        print(*map(checkpoints.printable, notes), sep="\n", flush=True)
+        print(*map(printable, notes), sep="\n", flush=True)
         evaluator = Evaluator(trainer, images, sample_diffusion)
         _begin_files(trainer, images)
     steps = range(trainer.step, conf.iterations)

@@ -67,11 +67,6 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def compiles(conf: TrainConf) -> bool:
-    """Return whether the network is compiled; ``auto`` waits for a measurement of the gain."""
-    return conf.compile is True
-
-
 def uses_bfloat16(conf: TrainConf, device: torch.device) -> bool:
     """Return whether to multiply in bfloat16; warn of a CPU that would have to emulate it."""
     wanted = conf.precision == "bfloat16"
@@ -80,16 +75,6 @@ def uses_bfloat16(conf: TrainConf, device: torch.device) -> bool:
         warnings.warn(problem, stacklevel=3)
         return False
     return wanted
-
-
-def memory_format(device: torch.device, *, bf16: bool, compiled: bool) -> torch.memory_format:
-    """Return the memory format of the feature maps that trains fastest.
-
-    A CPU has kernels for channels_last in bfloat16, but normalises it slowly in float32. A GPU
-    copies it to normalise it, unless the network is compiled.
-    """
-    is_fast = bf16 if device.type == "cpu" else compiled
-    return torch.channels_last if is_fast else torch.contiguous_format
 
 
 # ---- The step ------------------------------------------------------------------------------------
@@ -109,21 +94,13 @@ def learning_rate(conf: TrainConf, step: int) -> float:
     return conf.lr * min(1.0, warmup, max(0.0, decay))
 
 
-@torch.no_grad()
-def move_averages(emas: dict[float, list[Tensor]], parameters: list[Tensor], step: int) -> None:
-    """Update the exponential averages after ``step`` steps, at first with a lower rate."""
-    for rate, averages in emas.items():
-        decay = min(rate, (1 + step) / (10 + step))
-        torch._foreach_lerp_(averages, parameters, 1 - decay)
-
-
 class Trainer:
     """The state of a training, and the step that changes it.
 
-    ``step`` counts the steps done. ``emas`` maps a rate to the averaged parameters, in the order
-    of ``names``. ``shared`` is ``model``, wrapped where several processes exchange gradients, and
-    ``network`` is ``shared``, compiled where the configuration says so. All share one set of
-    parameters. ``part`` pictures are computed at once.
+    ``step`` counts the steps done. ``emas`` maps a rate to the network with averaged parameters.
+    ``shared`` is ``model``, wrapped where several processes exchange gradients, and ``network`` is
+    ``shared``, compiled where the configuration says so; the three have the same parameters.
+    ``part`` pictures are computed at once.
     """
 
     def __init__(
@@ -137,20 +114,22 @@ class Trainer:
         self.bf16 = uses_bfloat16(conf, device)
         for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
             backend.allow_tf32 = conf.precision != "float32"  # torch's defaults for them differ
-        compiled = compiles(conf)
-        self.memory_format = memory_format(device, bf16=self.bf16, compiled=compiled)
+        compiles = conf.compile is True  # auto waits for a measurement of the gain
+        # A CPU has kernels for channels_last in bfloat16, but normalises it slowly in float32. A
+        # GPU copies it to normalise it, unless the network is compiled.
+        is_fast = self.bf16 if device.type == "cpu" else compiles
+        self.memory_format = torch.channels_last if is_fast else torch.contiguous_format
         self.model = model.to(device, memory_format=self.memory_format).train()
         self.shared: torch.nn.Module = self.model
         if world_size() > 1:
             ids = [device] if device.type == "cuda" else None
             self.shared = DistributedDataParallel(self.model, device_ids=ids)
         # Compiled last: the compiler then overlaps the exchange of gradients with computation.
-        self.network = torch.compile(self.shared) if compiled else self.shared
-        # The network without weights, to be called with averages.
-        self._frame = copy.deepcopy(self.model).to("meta").eval()
-        self.names = [name for name, _ in self.model.named_parameters()]
+        self.network = torch.compile(self.shared) if compiles else self.shared
         self.parameters = list(self.model.parameters())
-        self.emas = {rate: [p.detach().clone() for p in self.parameters] for rate in conf.ema_rates}
+        self.emas = {
+            rate: copy.deepcopy(self.model).eval().requires_grad_(False) for rate in conf.ema_rates
+        }
         self.optimizer = torch.optim.AdamW(
             self.parameters, conf.lr, weight_decay=conf.weight_decay, fused=device.type == "cuda"
         )
@@ -173,12 +152,7 @@ class Trainer:
 
     def ema_predictor(self, y: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
         """Return (x, timesteps) → output with the averages of the first rate, for labels ``y``."""
-        weights = dict(zip(self.names, self.emas[self.conf.ema_rates[0]], strict=True))
-
-        def network(*inputs: Tensor | None) -> Tensor:
-            return torch.func.functional_call(self._frame, weights, inputs)
-
-        return self._predictor(network, y)
+        return self._predictor(self.emas[self.conf.ema_rates[0]], y)
 
     def train_step(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Learn from this process's part of a batch, as ``batches`` yields it.
@@ -211,11 +185,18 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, conf.grad_clip or math.inf)
         self.optimizer.step()
         self.step += 1
-        move_averages(self.emas, self.parameters, self.step)
+        self._average()
         if self.sampler:
             rows = gather(torch.cat(losses), dim=0).cpu().numpy()
             self.sampler.update(t=rows[:, 0], losses=rows[:, 2])
         return torch.cat(losses), norm
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Update the exponential averages; their rates are lower in the first steps."""
+        for rate, network in self.emas.items():
+            decay = min(rate, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_([*network.parameters()], self.parameters, 1 - decay)
 
     def _draw(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Draw the times (n,), weights (n,) and noise (n, *shape) of this process's next step."""

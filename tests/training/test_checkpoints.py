@@ -341,7 +341,7 @@ def test_the_newest_first_average_is_exported_in_half_precision(tmp_path, name):
     saved(conf, 3)
     trainer = make_trainer(conf)
     trainer.step = 6
-    trainer.emas[0.9][0] += 1
+    trainer.emas[0.9].out[2].bias += 1
     checkpoints.save(trainer, TrainingImages(conf))
     for _ in range(2):  # it may be repeated
         assert "ema_0.9_000006.pt" in export(conf, str(tmp_path / name))

@@ -1,6 +1,7 @@
 """What the processes of a training tell each other, and of each other."""
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ def team(monkeypatch):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(loop, "Team", lambda: types.SimpleNamespace(store=lambda _: None))
     monkeypatch.setattr(loop, "_watch_parent", lambda parent: None)
 
 

@@ -74,7 +74,7 @@ def test_averages_follow_the_weights_at_their_rates_and_faster_at_first(tmp_path
             reached = min(rate, (1 + step) / (10 + step))
             averages[rate] = reached * averages[rate] + (1 - reached) * weights(trainer)
     for rate, average in averages.items():
-        found = torch.cat([value.flatten() for value in trainer.emas[rate]])
+        found = torch.cat([value.flatten() for value in trainer.emas[rate].parameters()])
         assert torch.allclose(found, average, atol=1e-6)
         assert not torch.allclose(found, weights(trainer), atol=1e-6)
 
