@@ -3,199 +3,171 @@
 // {result} to choose a picture, {strokes} to run; it answers {picture}, {error} or {before, results}.
 const words = props.words[navigator.language.toLowerCase().startsWith("zh") ? 1 : 0];
 const all = (selector) => [...element.querySelectorAll(selector)];
-const [view, sheet, canvas, ring, drop, message] =
-  [".view", ".sheet", "canvas", ".ring", ".drop", ".message"].map((name) => all(name)[0]);
+const [view, sheet, canvas, ring, drop, message, samples, examples] = [".view", ".sheet", "canvas",
+  ".ring", ".drop", ".message", ".samples", ".examples"].map((name) => all(name)[0]);
 const [before, after] = all(".sheet img");
-const [sizeSlider, compareSlider] = all("input[type=range]");
+const [size, compare] = all("[type=range]");
+const [brush, eraser] = all("[data-do]");
+const file = all("[type=file]")[0];
 const pen = canvas.getContext("2d");
-const fingers = new Map(); // pointers that are down, by id
+const fingers = new Map(); // places of the pointers that are down, by id
 let mode = "empty"; // then paint, results
 let picture = null; // URL of what is painted on
-let strokes = [], undone = [], eraser = false, space = false;
-let left = 0, top = 0, zoom = 1; // of the sheet in the view
+let strokes = [], undone = [], stroke = null;
+let [wide, high, left, top, zoom, fitting] = [1, 1, 0, 0, 1, 1]; // the sheet and its place
 
-for (const button of all("[data-do]")) button.textContent = words[button.dataset.do];
-all(".drop span")[0].textContent = words.drop;
-[words.size, words.compare].forEach((word, i) => (all(".size span")[i].textContent = word));
+all("[data-do]").forEach((button) => (button.textContent = words[button.dataset.do]));
+all("label span").forEach((span, i) => (span.textContent = [words.drop, words.size, words.compare][i]));
 
 // ---- Sheet and view ----
-function place() {
+function zoomAt(x, y, factor) { // and never smaller than the view
+  factor = Math.min(Math.max(factor, fitting / zoom), (40 * fitting) / zoom);
+  [left, top, zoom] = [x - (x - left) * factor, y - (y - top) * factor, zoom * factor];
+  if (zoom <= fitting) {
+    left = (view.clientWidth - wide * zoom) / 2;
+    top = (view.clientHeight - high * zoom) / 2;
+  }
   sheet.style.transform = `translate(${left}px, ${top}px) scale(${zoom})`;
 }
 function fit() {
-  const wide = view.clientWidth, shape = canvas.height / canvas.width;
-  view.style.height = mode === "empty" ? "" : `${Math.min(wide * shape, 0.6 * window.innerHeight)}px`;
-  zoom = Math.min(wide / canvas.width, view.clientHeight / canvas.height);
-  left = (wide - canvas.width * zoom) / 2;
-  top = (view.clientHeight - canvas.height * zoom) / 2;
-  place();
+  if (mode === "empty") return;
+  const height = Math.min((view.clientWidth * high) / wide, 0.6 * window.innerHeight);
+  view.style.height = `${height}px`;
+  fitting = Math.min(view.clientWidth / wide, view.clientHeight / high);
+  zoomAt(0, 0, 0);
 }
-function zoomAt(x, y, factor) {
-  const fitting = Math.min(view.clientWidth / canvas.width, view.clientHeight / canvas.height);
-  if (zoom * factor <= fitting) return fit();
-  factor = Math.min(factor, (40 * fitting) / zoom);
-  [left, top, zoom] = [x - (x - left) * factor, y - (y - top) * factor, zoom * factor];
-  place();
-}
-function spot(event) { // in pixels of the view
+function placeOf(event) { // in pixels of the view
   const box = view.getBoundingClientRect();
   return [event.clientX - box.left, event.clientY - box.top];
 }
-function brush() { // width in pixels of the canvas: 1/200 to 1/4 of the shorter side
-  return 0.005 * 50 ** (sizeSlider.value / 100) * Math.min(canvas.width, canvas.height);
-}
-function showRing(x, y) {
-  const isShown = mode === "paint" && fingers.size < 2;
-  Object.assign(ring.style, { left: `${x}px`, top: `${y}px`, width: `${brush() * zoom}px`,
-    height: `${brush() * zoom}px`, visibility: isShown ? "visible" : "hidden" });
+function brushWidth() { // in pixels of the canvas: 1/200 to 1/4 of the shorter side
+  return 0.005 * 50 ** (size.value / 100) * Math.min(wide, high);
 }
 
 // ---- Painting ----
-function draw(stroke, from = 0) {
-  pen.globalCompositeOperation = stroke.eraser ? "destination-out" : "source-over";
-  Object.assign(pen, { lineWidth: stroke.width, lineCap: "round", lineJoin: "round",
-    strokeStyle: "#ff2d55" });
-  pen.beginPath();
-  stroke.points.slice(from).forEach(([x, y]) => pen.lineTo(x, y));
-  pen.lineTo(...stroke.points.at(-1)); // a dot, where there is one point
-  pen.stroke();
-}
 function redraw() {
   pen.clearRect(0, 0, canvas.width, canvas.height);
-  strokes.forEach((stroke) => draw(stroke));
+  Object.assign(pen, { lineCap: "round", lineJoin: "round", strokeStyle: "#ff2d55" });
+  for (const { erases, width, points } of strokes) {
+    pen.globalCompositeOperation = erases ? "destination-out" : "source-over";
+    pen.lineWidth = width;
+    pen.beginPath();
+    for (const [x, y] of [points[0], ...points]) pen.lineTo(x, y); // one point is a dot
+    pen.stroke();
+  }
 }
 function hand() { // to Python, what is painted now
+  redraw();
   props.value = { strokes: strokes.length ? canvas.toDataURL() : null };
 }
-function change() {
-  redraw();
-  hand();
+function take(tool) {
+  [brush, eraser].forEach((button) => button.classList.toggle("on", button === tool));
 }
 const actions = {
-  brush: () => (eraser = false),
-  eraser: () => (eraser = true),
-  undo: () => { if (strokes.length) undone.push(strokes.pop()); change(); },
-  redo: () => { if (undone.length) strokes.push(undone.pop()); change(); },
-  clear: () => { strokes = []; change(); },
-  other: () => all(".drop input")[0].click(),
-  back: () => show("paint"),
-  go_on: () => choose({ result: all(".results img").findIndex((img) => img.matches(".on")) }),
-  hold: () => {},
+  brush: () => take(brush),
+  eraser: () => take(eraser),
+  undo: () => { undone.push(...strokes.splice(-1)); hand(); },
+  redo: () => { strokes.push(...undone.splice(-1)); hand(); },
+  clear: () => { strokes = []; hand(); },
+  other: () => file.click(),
+  back: () => show("paint", picture),
+  go_on: () => choose({ result: all(".samples img").findIndex((image) => image.matches(".on")) }),
 };
-function mark() {
-  all("[data-do=brush]")[0].classList.toggle("on", !eraser);
-  all("[data-do=eraser]")[0].classList.toggle("on", eraser);
-}
-for (const button of all("[data-do]"))
-  button.onclick = () => { actions[button.dataset.do](); mark(); };
-
+element.onclick = ({ target }) => actions[target.dataset.do]?.();
 view.onpointerdown = (event) => {
   if (mode === "empty") return;
-  event.preventDefault();
   view.setPointerCapture(event.pointerId);
-  fingers.set(event.pointerId, spot(event));
-  const [x, y] = spot(event);
-  if (mode === "results") hold(fingers.size === 1);
-  else if (fingers.size > 1 && view.stroke) {
-    view.stroke = null; // two fingers zoom: the first one did not mean to paint
-    strokes.pop();
-    redraw();
-  } else if (fingers.size === 1 && event.button === 0 && !space) {
-    undone = [];
-    view.stroke = { eraser, width: brush(), points: [[(x - left) / zoom, (y - top) / zoom]] };
-    strokes.push(view.stroke);
-    draw(view.stroke);
+  fingers.set(event.pointerId, placeOf(event));
+  if (stroke) strokes.pop(); // two fingers zoom: the first one did not mean to paint
+  stroke = null;
+  if (mode === "paint" && fingers.size === 1 && event.button === 0) {
+    stroke = { erases: eraser.matches(".on"), width: brushWidth(), points: [] };
+    strokes.push(stroke);
+    view.onpointermove(event);
   }
 };
 view.onpointermove = (event) => {
-  const [x, y] = spot(event);
-  showRing(x, y);
+  const [x, y] = placeOf(event);
+  const width = `${brushWidth() * zoom}px`;
+  const visibility = mode === "paint" && fingers.size < 2 ? "visible" : "hidden";
+  Object.assign(ring.style, { left: `${x}px`, top: `${y}px`, width, height: width, visibility });
   const earlier = fingers.get(event.pointerId);
   if (!earlier) return;
-  if (view.stroke) {
-    for (const each of event.getCoalescedEvents?.() ?? [event]) {
-      const [x, y] = spot(each);
-      view.stroke.points.push([(x - left) / zoom, (y - top) / zoom]);
+  fingers.set(event.pointerId, [x, y]);
+  if (stroke) {
+    for (const each of event.getCoalescedEvents().concat(event)) {
+      const [x, y] = placeOf(each);
+      stroke.points.push([(x - left) / zoom, (y - top) / zoom]);
     }
     redraw();
-  } else if (mode !== "results" || fingers.size > 1) {
-    const other = [...fingers].find(([id]) => id !== event.pointerId)?.[1];
-    const share = other ? 0.5 : 1; // with two fingers, each moves the middle by half
-    left += (x - earlier[0]) * share;
-    top += (y - earlier[1]) * share;
-    const reach = (a) => Math.hypot(a[0] - other[0], a[1] - other[1]);
-    if (other) zoomAt((x + other[0]) / 2, (y + other[1]) / 2, reach([x, y]) / reach(earlier));
-    else place();
+    return;
   }
-  fingers.set(event.pointerId, [x, y]);
+  const other = [...fingers].find(([id]) => id !== event.pointerId)?.[1] ?? [x, y];
+  const isPair = fingers.size > 1; // each finger moves the middle by half
+  left += (x - earlier[0]) * (isPair ? 0.5 : 1);
+  top += (y - earlier[1]) * (isPair ? 0.5 : 1);
+  const reach = ([a, b]) => Math.hypot(a - other[0], b - other[1]);
+  zoomAt((x + other[0]) / 2, (y + other[1]) / 2, isPair ? reach([x, y]) / reach(earlier) : 1);
 };
 view.onpointerup = view.onpointercancel = (event) => {
   fingers.delete(event.pointerId);
-  if (view.stroke) hand();
-  view.stroke = null;
-  hold(false);
+  if (!stroke) return;
+  [stroke, undone] = [null, []];
+  hand();
+  trigger("painted");
 };
 view.onpointerleave = () => (ring.style.visibility = "hidden");
 view.addEventListener("wheel", (event) => {
   if (mode === "empty") return;
   event.preventDefault();
-  zoomAt(...spot(event), 1.0015 ** -event.deltaY);
+  zoomAt(...placeOf(event), 1.0015 ** -event.deltaY);
 }, { passive: false });
-new ResizeObserver(() => view.clientWidth && fit()).observe(element);
-const isTyping = () => document.activeElement?.matches("input:not([type=range]), textarea");
+new ResizeObserver(fit).observe(element);
+const isTyping = () => document.activeElement.matches("input:not([type=range]), textarea");
 document.addEventListener("keydown", (event) => {
-  if (mode !== "paint" || isTyping()) return;
-  if (event.code === "Space") space = true;
-  else if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "z")
-    actions[event.shiftKey ? "redo" : "undo"]();
-  else return;
+  if (mode !== "paint" || isTyping() || !(event.ctrlKey || event.metaKey)) return;
+  if (event.key.toLowerCase() !== "z") return;
   event.preventDefault();
+  actions[event.shiftKey ? "redo" : "undo"]();
 });
-document.addEventListener("keyup", (event) => { if (event.code === "Space") space = false; });
 
 // ---- Results ----
-function hold(isHeld) {
-  after.style.visibility = mode === "results" && !isHeld ? "visible" : "hidden";
-}
-compareSlider.oninput = () => (after.style.clipPath = `inset(0 0 0 ${compareSlider.value}%)`);
-const holder = all("[data-do=hold]")[0];
-holder.onpointerdown = () => hold(true);
-holder.onpointerup = holder.onpointerleave = holder.onpointercancel = () => hold(false);
 function pick(image) {
-  all(".results img").forEach((each) => each.classList.toggle("on", each === image));
+  [...samples.children].forEach((each) => each.classList.toggle("on", each === image));
   after.src = image.src;
 }
+compare.oninput = () => (after.style.clipPath = `inset(0 0 0 ${compare.value}%)`);
+element.addEventListener("pointerdown", ({ target }) => {
+  if (target.dataset.do === "hold") after.style.visibility = "hidden";
+});
+document.addEventListener("pointerup", () => (after.style.visibility = ""));
 
 // ---- Pictures ----
-async function show(newMode, url = picture) {
+async function show(newMode, url) {
   before.src = url;
   await before.decode();
   mode = newMode;
-  const side = Math.max(before.naturalWidth, before.naturalHeight);
-  const scale = Math.max(1, Math.ceil(512 / side)); // strokes on a small picture are fine ones
-  const size = [before.naturalWidth * scale, before.naturalHeight * scale];
-  if (mode === "paint" && url !== picture) strokes = [];
-  if (mode === "paint") picture = url;
-  if (String(size) !== String([canvas.width, canvas.height])) [canvas.width, canvas.height] = size;
-  Object.assign(sheet.style, { width: `${size[0]}px`, height: `${size[1]}px`, visibility: "visible" });
+  const { naturalWidth, naturalHeight } = before;
+  const scale = Math.ceil(512 / Math.max(naturalWidth, naturalHeight)); // for fine strokes
+  [wide, high] = [naturalWidth * scale, naturalHeight * scale];
+  Object.assign(sheet.style, { width: `${wide}px`, height: `${high}px`, visibility: "inherit" });
   sheet.classList.toggle("small", scale > 1);
-  canvas.style.visibility = mode === "paint" ? "visible" : "hidden";
-  drop.style.display = "none";
-  all(".examples")[0].style.display = "none";
-  all(".paint")[0].style.display = mode === "paint" ? "flex" : "none";
-  all(".shown")[0].style.display = mode === "results" ? "flex" : "none";
-  hold(false);
+  drop.style.display = examples.style.display = "none";
+  for (const name of ["paint", "results"])
+    all(`.${name}`)[0].style.display = mode === name ? "flex" : "none";
+  after.style.display = mode === "results" ? "" : "none";
+  canvas.style.display = mode === "paint" ? "" : "none";
   fit();
-  if (mode === "paint") change();
+  if (mode === "paint" && url !== picture) {
+    [canvas.width, canvas.height] = [wide, high];
+    [strokes, undone, picture] = [[], [], url];
+  }
+  hand();
   say(mode === "paint" ? words.rule : "");
 }
 function say(text, isError = false) {
   message.textContent = text;
   message.classList.toggle("error", isError);
-}
-function fill(text, file) {
-  const size = (file.size / 1e6).toFixed(1);
-  return text.replace("{name}", file.name).replace("{size}", size).replace("{most}", props.most_mb);
 }
 function choose(value) {
   say(words.reading);
@@ -204,26 +176,24 @@ function choose(value) {
 }
 async function send(file) {
   if (!file) return;
-  if (file.size > props.most_mb * 2 ** 20) return say(fill(words.too_large, file), true);
-  say(fill(words.uploading, file));
+  const told = { name: file.name, size: (file.size / 1e6).toFixed(1), most: props.most_mb };
+  const fill = (text) => text.replace(/{(\w+)}/g, (_, key) => told[key]);
+  if (file.size > props.most_mb * 1e6) return say(fill(words.too_large), true);
+  say(fill(words.uploading));
   try {
     choose({ path: (await upload(file)).path });
   } catch {
-    say(fill(words.failed, file), true);
+    say(fill(words.failed), true);
   }
 }
-all(".drop input")[0].onchange = (event) => {
-  send(event.target.files[0]);
-  event.target.value = ""; // the same file may be chosen again
-};
+file.onchange = () => send(file.files[0]).then(() => (file.value = "")); // the same may come again
 element.ondragover = (event) => event.preventDefault();
 element.ondrop = (event) => { event.preventDefault(); send(event.dataTransfer.files[0]); };
-document.addEventListener("paste", (event) => { if (!isTyping()) send(event.clipboardData.files[0]); });
-props.examples.forEach((url, number) => {
-  const image = Object.assign(new Image(), { src: url, alt: `${number + 1}` });
-  image.onclick = () => choose({ example: number });
-  if (!number) all(".examples")[0].append(words.examples);
-  all(".examples")[0].append(image);
+document.addEventListener("paste", (event) => isTyping() || send(event.clipboardData.files[0]));
+props.examples.forEach((src, number) => {
+  if (!number) examples.append(words.examples);
+  const onclick = () => choose({ example: number });
+  examples.append(Object.assign(new Image(), { src, onclick, alt: number }));
 });
 
 watch("value", () => {
@@ -232,18 +202,16 @@ watch("value", () => {
     say(value.error, true);
     hand();
   } else if (value.picture) {
-    sizeSlider.value = 48.5; // a thirtieth of the shorter side
-    eraser = false;
-    mark();
+    size.value = 48.5; // a thirtieth of the shorter side
+    take(brush);
     show("paint", value.picture);
   } else if (value.results) {
     const images = value.results.map((src) => Object.assign(new Image(), { src }));
     images.forEach((image) => (image.onclick = () => pick(image)));
-    all(".results")[0].replaceChildren(...(images.length > 1 ? images : []));
-    compareSlider.value = 0;
-    compareSlider.oninput();
+    samples.replaceChildren(...images);
+    compare.value = 0;
+    compare.oninput();
     pick(images[0]);
     show("results", value.before);
-    hand();
   }
 });
