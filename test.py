@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from guided_diffusion.dist_util import Team, get_device
     from guided_diffusion.io.files import locked
     from guided_diffusion.run import inpaint
+    from guided_diffusion.run.checks import result_folders
     from guided_diffusion.run.plan import plan_run
     from guided_diffusion.run.record import Summary
 
@@ -106,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(cost_of_fast(args.conf_path, overrides, plan.conf, plan.times))
     prepare(get_device(conf.device))
     summary, repaint = Summary(), RePaint(plan.conf) if plan.todo else None
-    with locked(conf.log_dir) if team.is_main else contextlib.nullcontext():
+    folders = (conf.log_dir, *result_folders(conf).values())
+    with locked(*folders) if team.is_main else contextlib.nullcontext():
         if repaint:
             summary = repaint.run(plan, team, resume_with=resume_command(team.size))
         if team.is_main:

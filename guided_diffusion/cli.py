@@ -244,7 +244,7 @@ class Interrupts:
                 self.__exit__()
         elif time.monotonic() - self._first > _ECHO:
             self.__exit__()
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if a signal has arrived."""

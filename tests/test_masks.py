@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,32 @@ def test_a_file_that_is_no_mask_is_not_overwritten(tmp_path, theirs):
         make_masks.main(["--kind", "thick", "--size", "32", "--count", "3", "--out", str(tmp_path)])
     assert [each.name for each in tmp_path.iterdir()] == ["000002.png"]
     assert path.read_bytes() == before
+
+
+def test_a_preview_replaces_a_preview_and_nothing_else(tmp_path):
+    options = ["--kind", "nn2", "--size", "8", "--out", str(tmp_path / "m"), "--preview"]
+    photo = tmp_path / "m_preview.png"
+    Image.new("RGB", (64, 64), "red").save(photo)
+    before = photo.read_bytes()
+    with pytest.raises(UserError, match=r"m_preview\.png: --preview: .* would be overwritten"):
+        make_masks.main(options)
+    assert photo.read_bytes() == before
+    assert not (tmp_path / "m").exists()
+    photo.unlink()
+    assert make_masks.main(options) == make_masks.main(options) == 0
+
+
+def test_masks_beyond_pillows_limit_are_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    for _ in range(2):
+        make_masks.main(["--kind", "nn2", "--size", "16", "--out", str(tmp_path)])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_in_the_place_of_a_mask_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "000000.png")
+    with pytest.raises(UserError, match=r"000000\.png: --out: is no mask"):
+        make_masks.main(["--kind", "nn2", "--size", "8", "--out", str(tmp_path)])
 
 
 def test_masks_are_replaced_by_masks(tmp_path):

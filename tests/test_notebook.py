@@ -57,7 +57,7 @@ def test_what_it_names_is_there(notebook):
     text = "\n".join(cell.source for cell in notebook.cells)
     confs = set(re.findall(r"confs/\w+\.yml", text))
     programs = set(re.findall(r"\b[\w/]+\.(?:py|sh)\b", text))
-    assert "confs/demo.yml" in confs and {"test.py", "train.py", "download.sh"} <= programs
+    assert "confs/demo.yml" in confs and {"test.py", "train.py"} <= programs
     assert [name for name in sorted(confs | programs) if not (ROOT / name).exists()] == []
 
 

@@ -8,6 +8,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,8 @@ def load_library(opened: Callable[[ctypes.CDLL], Library]) -> Library:
 
 def _compilers() -> list[list[str]]:
     """Return the command lines to try; raises KernelError where there is no compiler at all."""
+    if sys.platform == "win32":  # g++ does not align AVX registers on the stack there (GCC 54412)
+        raise KernelError("kernels are not built on Windows")
     own = os.environ.get("CXX", "").strip()
     try:
         commands = [shlex.split(own)] if own else [[name] for name in _COMPILERS]

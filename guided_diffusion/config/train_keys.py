@@ -39,6 +39,8 @@ class TrainConf(ModelConf):
                                 "often where the loss is large.",
                                 choices=("uniform", "loss-second-moment"))
     grad_clip: float = key(0.0, "Largest norm of the gradient; 0: no limit.", low=0)
+    all_frames: bool = key(False, "Take every frame of GIF, APNG, WebP and TIFF files; false: the "
+                           "first.")
     random_flip: bool = key(True, "Mirror pictures with probability one half.")
     random_crop: bool = key(False, "Cut pictures at random places instead of the centre.")
     cache_gb: float = key(4.0, "Memory in GiB, on each machine, for decoded pictures; those that "

@@ -1,6 +1,7 @@
-"""Whole files or none: written under a temporary name, then renamed."""
+"""Whole files or none, written under a temporary name and renamed; one run a folder."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -9,16 +10,17 @@ import secrets
 import stat
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from guided_diffusion.errors import UserError
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from guided_diffusion.errors import UserError
+from guided_diffusion.io.paths import check_folder, refuse_remote
+
+# What file systems without locks answer.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 # ---- reading -----------------------------------------------------------------------------------
 
@@ -36,63 +38,6 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
 
 # ---- whole files -------------------------------------------------------------------------------
-
-
-def check_folder(folder: str | os.PathLike) -> Path:
-    """Return the part of ``folder`` that exists; UserError where results could not go there."""
-    parts = (Path(folder), *Path(folder).absolute().parents)
-    there = next(part for part in parts if os.path.lexists(part))
-    if max(len(os.fsencode(part.name)) for part in parts) > 255:
-        raise UserError("results cannot be written there: the name is too long", path=folder)
-    if not there.is_dir():
-        raise UserError("results cannot be written there: not a folder", path=there)
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError("results cannot be written there: no permission", path=there)
-    return there
-
-
-def refuse_inside(folder: str | os.PathLike, inputs: str | os.PathLike, *, key: str) -> None:
-    """Raise ``UserError`` where a folder of results lies in one of inputs, or is it.
-
-    The next run would take results for inputs. Links and a file system's letter case are seen
-    through. ``inputs`` that are no folder hold nothing; ``key`` is theirs.
-    """
-    if _lies_in(folder, inputs):
-        raise UserError(
-            f"results would go into the folder of inputs {inputs}, and the next run would take "
-            "them for inputs; choose a folder elsewhere",
-            path=folder,
-            key=key,
-        )
-
-
-def _lies_in(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
-    try:
-        real = Path(os.path.realpath(path))
-        parts = (real, *real.parents) if Path(folder).is_dir() else ()
-        return any(part.exists() and part.samefile(folder) for part in parts)
-    except (OSError, ValueError):  # not to be looked at, which others will tell
-        return False
-
-
-def refuse_overwriting(
-    targets: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike]
-) -> None:
-    """Raise ``UserError`` where a file to write is one to read, by whatever names."""
-
-    def identity(path: str | os.PathLike) -> tuple[int, int] | None:
-        try:
-            status = Path(path).stat()
-        except (OSError, ValueError):  # not there yet, or in a store of its own
-            return None
-        return status.st_dev, status.st_ino
-
-    owners = {identity(path): path for path in inputs}
-    for target in targets:
-        found = identity(target)
-        if found is not None and found in owners:
-            problem = f"a result would overwrite the input {owners[found]}; choose another folder"
-            raise UserError(problem, path=target)
 
 
 FileStamp = tuple[tuple[str, int, int, int], ...]  # path, size, time in ns and inode of each file
@@ -118,8 +63,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     The folder is made if need be. The block must create the file, and must say its format where
     a writer would guess it from the suffix. After an exception, Ctrl-C included, the temporary
     file is removed and what stood at ``path`` is untouched. Raises ``UserError`` naming ``path``
-    when the system refuses (disk full, no permission, read-only).
+    when the system refuses (disk full, no permission, read-only), and for a remote address.
     """
+    refuse_remote(path)
     path = Path(path)
     temporary = path.with_name(_temporary_name())
     try:
@@ -176,11 +122,15 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process of this number runs on this machine."""
+    """Whether a process of this number runs on this machine; where the system hides it, True."""
+    if not hasattr(os, "getpgid"):  # Windows
+        return True
     try:
-        os.kill(process, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # else it is another user's
+        os.getpgid(process)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is another user's
+        pass
     return True
 
 
@@ -188,90 +138,45 @@ def is_running(process: int) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike) -> Iterator[None]:
-    """Keep ``folder`` for this process while the block runs; the folder is made if need be.
+def locked(*folders: str | os.PathLike) -> Iterator[None]:
+    """Keep folders for this process while the block runs; they are made if need be.
 
-    The system releases the lock when the process ends, in whatever way. Raises ``UserError``
-    that names the other process and its host where one has the folder, and as ``check_folder``.
-    On Windows, and on file systems without locks, a warning says that nothing is guarded. A
-    folder that was made for the lock and is still empty at the end is removed.
+    The system releases the locks when the process ends, in whatever way. Folders that were made
+    for the locks and are still empty at the end are removed. Raises ``UserError`` where another run
+    has a folder, and as ``check_folder``.
     """
-    there, lock = check_folder(folder), Path(folder).absolute() / ".lock"
-    handle = _take_lock(lock)
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            check_folder(folder)
+        for folder in sorted({os.path.realpath(folder) for folder in folders}):  # a parent first
+            stack.enter_context(_locked(Path(folder)))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    is_new, path = not folder.exists(), folder / ".lock"
+    lock = FileLock(path, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        problem = "another run is at work there: wait for its end, or choose another folder"
+        raise UserError(problem, path=folder) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise UserError(f"cannot be locked: {error.strerror}", path=path) from error
+        text = f"{folder}: this file system has no locks: nothing stops a second run into it"
+        warnings.warn(text, stacklevel=4)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
-            lock.unlink()  # while the lock is held: it cannot be another process's file
-        _release(handle)
-        with contextlib.suppress(OSError):  # a folder that is not empty stays
-            for made in lock.parents:
-                if made == there.absolute():
-                    break
-                made.rmdir()
-
-
-def _take_lock(lock: Path) -> int:
-    """Return the descriptor of the lock file, locked and with this process's name in it."""
-    misses = 0
-    while True:
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            misses += 1
-            if isinstance(error, FileNotFoundError) and misses < 100:
-                time.sleep(0.01)  # another process has just removed its empty folder
-                continue
-            problem = f"results cannot be written there: {error.strerror}"
-            raise UserError(problem, path=lock.parent) from error
-        _held.add(handle)
-        if _is_refused(handle):
-            owner = os.read(handle, 300).decode("utf-8", "replace") or "another process"
-            _release(handle)
-            problem = f"{owner} is at work there; wait for its end, or choose another folder"
-            raise UserError(problem, path=lock.parent)
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(handle), lock.stat()):
-                os.truncate(handle, 0)
-                os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
-                return handle
-        _release(handle)  # its owner removed the file before its end
-
-
-def _is_refused(handle: int) -> bool:
-    """Lock an open file; return whether another process has it, and warn if nobody can."""
-    try:
-        if fcntl is None:
-            raise OSError("Windows")
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        warnings.warn(
-            "this system has no locks: nothing stops a second run into the same folder",
-            stacklevel=4,
-        )
-    return False
-
-
-# A process that is forked from this one shares its locks. It must not keep them when this one is
-# killed.
-_held: set[int] = set()
-
-
-def _release(handle: int) -> None:
-    _held.discard(handle)
-    os.close(handle)
-
-
-def _release_all() -> None:
-    while _held:
-        os.close(_held.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_release_all)
+            path.unlink()  # before the release: afterwards it may be another run's
+        lock.release()
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 # ---- checkpoints -------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def _free_of_cgroups(root: Path = Path("/sys/fs/cgroup"), proc: str = "/proc/sel
                 top = root if version == 2 else root / "memory"
                 inner = Path(path.lstrip("/"))
                 # In a container the path may be that of the host, and only ``top`` be there.
-                for folder in (top / inner, *(top / parent for parent in inner.parents), top):
+                for folder in {top, top / inner, *(top / parent for parent in inner.parents)}:
                     free += _free_of_group(folder, *_CGROUP_FILES[version])
     return free
 
@@ -84,6 +84,12 @@ def _free_of_group(folder: Path, limit: str, used: str) -> list[int]:
     return [max(0, most - current)]
 
 
+def threads_within(memory: int, most: int = _MOST_THREADS) -> int:
+    """Return how many threads may each take ``memory`` bytes: at least 1, at most ``most``."""
+    room = min(_MOST_MEMORY, (free_memory() or _MOST_MEMORY) // 2)
+    return max(1, min(most, os.cpu_count() or 1, room // max(1, memory)))
+
+
 def in_threads(
     work: Callable, items: Iterable, title: str, show_progress: bool, *, memory: int = 0
 ) -> Iterator[object]:
@@ -93,10 +99,8 @@ def in_threads(
     takes more than 2 s.
     """
     items = list(items)
-    room = min(_MOST_MEMORY, (free_memory() or _MOST_MEMORY) // 2)
-    threads = min(_MOST_THREADS, os.cpu_count() or 1, room // max(1, memory))
     hidden = None if show_progress else True  # None: tqdm hides it where no terminal is
-    pool = ThreadPoolExecutor(max(1, threads))
+    pool = ThreadPoolExecutor(threads_within(memory))
     try:
         results = pool.map(work, items)
         yield from tqdm(results, title, len(items), leave=False, delay=2, disable=hidden)

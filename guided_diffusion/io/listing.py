@@ -78,7 +78,9 @@ def stem_of(path: str) -> str:
 def _list_local(path: str, key: str | None) -> list[str]:
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):  # noqa: PTH116 - a Path would lose "./"
-            return list(_walk(path))
+            return list(_walk(path, key))
+    except UserError:
+        raise
     except OSError as error:
         problem = f"no such file or folder{looked_in(path)}"
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -89,7 +91,7 @@ def _list_local(path: str, key: str | None) -> list[str]:
     return [path]
 
 
-def _walk(top: str) -> Iterator[str]:
+def _walk(top: str, key: str | None) -> Iterator[str]:
     """Yield the pictures below a folder, links followed, but not to a folder around them.
 
     Raises ``UserError`` for more folders than anybody has, which are links that meet again.
@@ -105,7 +107,7 @@ def _walk(top: str) -> Iterator[str]:
         count += 1
         if count > _MOST_FOLDERS:
             problem = f"has more than {_MOST_FOLDERS} folders, perhaps through links that meet"
-            raise UserError(problem, path=top)
+            raise UserError(problem, path=top, key=key)
         with os.scandir(folder) as entries:
             for entry in entries:
                 if _is_foreign(entry.name):

@@ -39,15 +39,18 @@ def warn_of_kinds(found: Iterable[tuple[Source, str | None]]) -> None:
 # ---- pictures ----------------------------------------------------------------------------------
 
 
-def notes_on_picture(image: Image.Image, depth: tuple[float, float] | None = None) -> list[str]:
+def notes_on_picture(
+    image: Image.Image, depth: tuple[float, float] | None = None, *, frames: bool = True
+) -> list[str]:
     """Return what is odd about a picture that ``to_rgb`` or ``to_gray`` made.
 
-    ``depth`` is what it was made with.
+    ``depth`` is what it was made with; ``frames`` says whether to count its frames.
     """
     origin = origin_of(image)
-    notes = [note_on_frames(origin), _note_on_range(image, origin, depth)]
+    notes = [note_on_frames(origin) if frames else None, _note_on_range(image, origin, depth)]
     if origin.levels and origin.levels.not_finite:
-        notes.append(f"has {origin.levels.not_finite} pixels that are infinite or not a number")
+        count = origin.levels.not_finite
+        notes.append(f"has infinite or NaN pixels ({count}), which become white or black")
     if origin.mode == "CMYK" and not origin.has_profile:
         notes.append("is CMYK without a colour profile, so that its colours in RGB are approximate")
     if origin.is_coloured:
@@ -57,7 +60,7 @@ def notes_on_picture(image: Image.Image, depth: tuple[float, float] | None = Non
 
 def note_on_frames(origin: Origin) -> str | None:
     """Say that only the first of several frames is taken."""
-    return f"has {origin.frames} frames, and the first is taken" if origin.frames > 1 else None
+    return f"has {origin.frames} frames, and only the first is used" if origin.frames > 1 else None
 
 
 def _note_on_range(

@@ -29,10 +29,10 @@ def as_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]))
 
 
-def check_size(photo: str, name: str, size: tuple[int, int]) -> None:
-    """Raise ``UserError`` where a photo of ``size`` is too long for a result of this file name."""
-    if Path(name).suffix.lower() in JPEG_SUFFIXES and max(size) > _LONGEST_JPEG:
-        problem = "is too long for a JPEG; output_format: png has no such limit"
+def refuse_long_jpeg(photo: str, size: tuple[int, int]) -> None:
+    """Raise ``UserError`` for a photo, (width, height), that cannot be written as a JPEG again."""
+    if Path(photo).suffix.lower() in JPEG_SUFFIXES and max(size) > _LONGEST_JPEG:
+        problem = "is too long to be written as a JPEG; output_format: png has no such limit"
         expected = f"at most {_LONGEST_JPEG} pixels a side"
         raise UserError(problem, path=photo, expected=expected, got="{} x {}".format(*size))
 

@@ -11,8 +11,9 @@ from tqdm import tqdm
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import Pair
-from guided_diffusion.io.files import check_folder, refuse_inside, refuse_overwriting
 from guided_diffusion.io.notes import warn_of_kinds
+from guided_diffusion.io.paths import check_folder, refuse_inside, refuse_overwriting
+from guided_diffusion.io.results import refuse_long_jpeg
 from guided_diffusion.run.picture_checks import check_pairs, warn_of_extremes
 from guided_diffusion.run.record import refuse_replacing_a_configuration
 from guided_diffusion.run.task import Job, Task, load_picture, read_options, tasks_of
@@ -85,6 +86,8 @@ def check_pictures(
     photos = tqdm(pairs, "checking photos", leave=False, delay=2, disable=not conf.show_progress)
     for pair, seed in zip(photos, seeds, strict=True):
         photo = load_picture(conf, pair, seed).photo
+        if conf.output_format == "same":
+            refuse_long_jpeg(pair.gt_path, photo.pixels.shape[1::-1])
         shares.append(1 - float(photo.known.mean()) / 255)
         tasks.append(tasks_of(conf, photo))
         notes += [(pair.gt_path, note) for note in photo.notes]

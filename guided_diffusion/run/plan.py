@@ -107,7 +107,9 @@ def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -
 
 def _task(values: dict[str, Any]) -> Task:
     """Return a task from what the main process said of it."""
-    cut = values["cut"] and Cut(**{**values["cut"], "hole": tuple(values["cut"]["hole"])})
+    cut = values["cut"]
+    if cut is not None:
+        cut = Cut(**{**cut, "hole": tuple(cut["hole"]), "fade": tuple(cut["fade"])})
     return Task(**{**values, "cut": cut})
 
 

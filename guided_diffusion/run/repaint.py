@@ -86,13 +86,14 @@ class RePaint:
             keys: YAML keys of this call, such as ``full_size=True``. Those that describe a network
                 belong to the constructor.
 
-        One picture gives one result, a sequence a list of them. With ``samples_per_image`` above 1
-        the result of each picture is a list. Raises UserError for a picture, a mask or a key that
-        cannot be used, and where a result has no finite numbers.
+        One picture gives one result, a sequence a list of them. Where the call says
+        ``samples_per_image``, and more than 1, the result of each picture is a list. Raises
+        UserError for a picture, a mask or a key that cannot be used, and where a result has no
+        finite numbers.
         """
         is_one = not isinstance(pictures, list | tuple)
         pictures = [pictures] if is_one else list(pictures)
-        conf = self.with_keys({**(FAST if fast else {}), **keys})
+        conf = self.with_keys({"samples_per_image": 1, **(FAST if fast else {}), **keys})
         jobs = _jobs(conf, pictures, masks, _seeds(conf, len(pictures), seed, seeds))
         times = create_schedule(conf, create_gaussian_diffusion(conf))
         sampling = Sampling(self.inpainter.with_walk(conf, times), conf.data.batch_size, progress)

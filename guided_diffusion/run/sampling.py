@@ -16,7 +16,7 @@ from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.dist_util import is_out_of_memory
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import condition
-from guided_diffusion.io.images import mask_to_tensor, to_model_range, to_uint8
+from guided_diffusion.io.images import mask_to_tensor, to_levels, to_model_range, to_uint8
 from guided_diffusion.io.sheets import ProcessFrame
 from guided_diffusion.run.inpainter import Inpainter
 from guided_diffusion.run.task import (
@@ -197,9 +197,12 @@ class Sampling:
                     frames.append((step.t, to_uint8(x), to_uint8(pred_xstart)))
         if self.conf.paste_known:
             x = condition(x, gt, mask)
-        samples = to_uint8(x.nan_to_num())
+        samples = x.nan_to_num()
+        made = [
+            to_levels(samples[i : i + 1], pixels.dtype)[0] for i, (pixels, _) in enumerate(pictures)
+        ]
         return [
-            Sample(samples[i], lost, [ProcessFrame(t, now[i], x0[i]) for t, now, x0 in frames])
+            Sample(made[i], lost, [ProcessFrame(t, now[i], x0[i]) for t, now, x0 in frames])
             for i, lost in enumerate(nonfinite_at.tolist())
         ]
 

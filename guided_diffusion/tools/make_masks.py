@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,11 +15,13 @@ if __name__ == "__main__":  # as a script its own folder comes first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.files import remove_leftovers
-from guided_diffusion.io.results import write_image
+from guided_diffusion.io.files import open_regular, remove_leftovers
+from guided_diffusion.io.images import open_image
+from guided_diffusion.io.results import read_mark, write_image
 from guided_diffusion.masks import FAMILIES, MAX_SIZE, MIN_SIZE, generated_share, make_mask
 
 MAX_COUNT = 1_000_000  # file names have six digits
+_PREVIEW_MARK = "preview of masks"  # by which a later run knows its own contact sheet
 PREVIEW_TILES, PREVIEW_COLUMNS, PREVIEW_SIDE, PREVIEW_GAP = 64, 8, 128, 4
 
 
@@ -80,17 +83,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _is_mask(path: Path) -> bool:
-    """Return whether a file may be an earlier mask: a square of black and white alone."""
+    """Return whether a file may be an earlier mask: a square PNG of black and white alone."""
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            is_alike = image.mode in ("L", "RGB") and image.width == image.height
-            return is_alike and bool(np.isin(np.asarray(image), (0, 255)).all())
+        with open_regular(path) as stream, open_image(stream) as image:
+            is_alike = image.format == "PNG" and image.mode in ("L", "RGB")
+            is_square = image.width == image.height
+            return is_alike and is_square and bool(np.isin(np.asarray(image), (0, 255)).all())
     except Exception:  # Pillow's decoders raise anything at all over a damaged file
         return False
 
 
 def _prepare_folder(folder: Path, written: set[str]) -> None:
-    """Make the folder, and warn of pictures in it that a run over the folder would also take.
+    """Make the folder; warn of other pictures in it, which a run would take for masks.
 
     Raises UserError where it cannot be made, or a file that is no mask would be overwritten.
     """
@@ -112,10 +116,20 @@ def _prepare_folder(folder: Path, written: set[str]) -> None:
     ]
     if others:
         warnings.warn(
-            f"{folder} holds {len(others)} other pictures, such as {min(others)}, "
-            "which a run over this folder takes for masks too",
+            f"{folder} holds {len(others)} other pictures, such as {min(others)}, which a run over "
+            "this folder takes for masks too",
             stacklevel=2,
         )
+
+
+def _preview_path(folder: Path) -> Path:
+    """Return the contact sheet's path; raises UserError where another picture has it."""
+    # Beside the folder: a later run would take a sheet inside of it for a mask.
+    path = folder.resolve().with_name(f"{folder.resolve().name}_preview.png")
+    if os.path.lexists(path) and read_mark(path) != _PREVIEW_MARK:
+        problem = "is no contact sheet and would be overwritten: move or remove it"
+        raise UserError(problem, path=path, key="--preview")
+    return path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,24 +141,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     folder = Path(options.out)
     shares, tiles = [], []
+    sheet = _preview_path(folder) if options.preview else None
     _prepare_folder(folder, {f"{index:06d}.png" for index in range(options.count)})
     for index in range(options.count):
         rng = np.random.default_rng([options.seed, index])
         mask = make_mask(options.kind, options.size, rng)
         write_image(folder / f"{index:06d}.png", Image.fromarray(mask))
         shares.append(100 * generated_share(mask))
-        if options.preview and index < PREVIEW_TILES:
+        if sheet and index < PREVIEW_TILES:
             tiles.append(mask)
-    if options.preview:
-        # Beside the folder: inside it a later run would take the sheet for a mask.
-        sheet = folder.resolve().with_name(f"{folder.resolve().name}_preview.png")
-        write_image(sheet, Image.fromarray(_contact_sheet(tiles)))
+    if sheet:
+        write_image(sheet, Image.fromarray(_contact_sheet(tiles)), mark=_PREVIEW_MARK)
     print(
         f"{options.count} {options.kind} masks of {options.size}x{options.size} in {folder}, "
         f"generated pixels: mean {np.mean(shares):.1f} %, min {min(shares):.1f} %, "
         f"max {max(shares):.1f} %"
     )
-    if options.preview:
+    if sheet:
         print(f"contact sheet: {sheet}")
     return 0
 

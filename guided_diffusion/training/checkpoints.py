@@ -25,14 +25,9 @@ from guided_diffusion.dist_util import is_main, is_out_of_memory, world_size
 from guided_diffusion.errors import UserError, printable
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.io.checkpoints import load_state_dict, write_weights
-from guided_diffusion.io.files import (
-    check_folder,
-    refuse_inside,
-    remove_leftovers,
-    write_checkpoint,
-    write_text_atomic,
-)
+from guided_diffusion.io.files import remove_leftovers, write_checkpoint, write_text_atomic
 from guided_diffusion.io.listing import list_images
+from guided_diffusion.io.paths import check_folder, refuse_inside
 from guided_diffusion.io.weights import check_fits, foreign_form
 from guided_diffusion.models.follow import is_folder
 from guided_diffusion.training.pictures import TrainingImages, classes_of, names_below
@@ -318,8 +313,9 @@ def _check_settings(conf: TrainConf, step: int) -> None:
     state = load_opt(conf, step)
     paths = list_images(conf.data_dir, key="data_dir", all_formats=conf.all_formats)
     names = names_below(conf.data_dir, paths)
-    then, now = state["settings"], run_settings(conf, names)
-    changed = [name for name in now if name in then and then[name] != now[name]]
+    defaults = {field.name: field.default for field in dataclasses.fields(conf)}  # of newer keys
+    then, now = defaults | state["settings"], run_settings(conf, names)
+    changed = [name for name in now if then[name] != now[name]]
     if changed:
         pictures = _difference(state.get("pictures", names), names)
         raise UserError(

@@ -21,17 +21,20 @@ from PIL import Image
 from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.dist_util import is_main, local_world_size, rank, world_size
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.colours import to_gray, to_srgb
 from guided_diffusion.io.images import (
     WARNING_FILTERS,
     Header,
     crop_of,
     read_header,
     read_rgb,
+    read_upright,
     scale_short_side,
 )
-from guided_diffusion.io.limits import in_threads
+from guided_diffusion.io.limits import in_threads, threads_within
 from guided_diffusion.io.listing import list_images
 from guided_diffusion.io.notes import notes_on_picture, warn_of_kinds
+from guided_diffusion.io.results import as_image
 from guided_diffusion.training.timesteps import CUT, batch_indices, generator
 from guided_diffusion.training.trainer import share
 
@@ -46,29 +49,39 @@ _NAMED = 5  # bad files that a message names; it counts the others
 class TrainingImages:
     """The pictures of a training, cut anew for every batch.
 
-    ``paths`` are the files in sorted order and ``names`` the same relative to ``data_dir``. With
+    ``names`` are the files relative to ``data_dir``, in sorted order. ``paths`` has the file of
+    each picture: with ``all_frames`` a file gives as many pictures as it has frames. With
     ``class_cond`` ``labels`` are int64 (N,) into ``class_names``, else None; ``recorded_classes``
-    are those of a training that goes on. ``train`` and ``held_out`` are the indices of
-    ``split_by_name``.
+    are those of a training that goes on. ``train`` and ``held_out`` are the indices of the pictures
+    whose files ``split_by_name`` puts there.
 
     At the start this process reads the headers of its share of the pictures, and decodes those for
     which ``cache_gb`` has room. Raises UserError naming the bad ones. A picture that becomes
-    unreadable later is noted in ``bad``, and the next one takes its place.
+    unreadable later is noted in ``bad``, and the next one takes its place. Decoding a picture
+    takes up to ``memory`` bytes.
     """
 
     def __init__(self, conf: TrainConf, recorded_classes: Sequence[str] = ()) -> None:
         self.conf = conf
-        self.paths = list_images(conf.data_dir, key="data_dir", all_formats=conf.all_formats)
-        self.names = names_below(conf.data_dir, self.paths)
+        files = list_images(conf.data_dir, key="data_dir", all_formats=conf.all_formats)
+        self.names = names_below(conf.data_dir, files)
         self.class_names, self.labels = list(recorded_classes), None
+        headers = self._headers(files)
+        self.memory = max((h.memory for h in headers if isinstance(h, Header)), default=0)
+        frames = [h.frames if isinstance(h, Header) and conf.all_frames else [0] for h in headers]
+        file_of = np.repeat(np.arange(len(files)), [len(numbers) for numbers in frames])
+        self.paths = [files[number] for number in file_of]
+        self.frames = [frame for numbers in frames for frame in numbers]
         if conf.class_cond:
-            self._label()
-        self.train, self.held_out = split_by_name(self.names, conf.holdout)
+            self.labels = self._labels(files)[file_of]
+        train, held_out = split_by_name(self.names, conf.holdout)
+        self.train = np.flatnonzero(np.isin(file_of, train))
+        self.held_out = np.flatnonzero(np.isin(file_of, held_out))
         self.bad: dict[int, UserError] = {}
         self._cache: dict[int, np.ndarray] = {}
         self._free_bytes = int(conf.cache_gb * 2**30 / local_world_size())
         self._lock = threading.Lock()
-        self._check(range(len(self.paths))[rank() :: world_size()])
+        self._check([headers[number] for number in file_of])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -76,20 +89,26 @@ class TrainingImages:
     def batch(
         self, indices: Sequence[int], rng: np.random.Generator
     ) -> tuple[Tensor, Tensor | None]:
-        """Cut the pictures ``indices``: uint8 (N, 3, S, S), with int64 labels (N,) or None.
+        """Cut the pictures ``indices``: levels (N, C, S, S), with int64 labels (N,) or None.
 
-        Every picture takes four numbers from ``rng`` whatever the settings, so that the cut depends
-        on the generator alone. Raises UserError where too many pictures have become unreadable.
+        Levels are uint8, or float32 in [0, 255] where a gray picture has 16 bits. Every picture
+        takes four numbers from ``rng`` whatever the settings, so that the cut depends on the
+        generator alone. Raises UserError where too many pictures have become unreadable.
         """
         draws = rng.random((len(indices), 4))
         found = [self._readable(int(index)) for index in indices]
         crops = [
             self._augment(pixels, draw) for (_, pixels), draw in zip(found, draws, strict=True)
         ]
-        images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+        levels = [crop if crop.dtype == np.uint8 else np.float32(crop / 257) for crop in crops]
+        images = torch.from_numpy(np.stack(levels)).permute(0, 3, 1, 2).contiguous()
         used = [index for index, _ in found]
         labels = None if self.labels is None else torch.from_numpy(self.labels[used])
         return images, labels
+
+    def middle(self, index: int) -> np.ndarray:
+        """Return the middle crop of a picture, uint8 or uint16 (S, S, C)."""
+        return crop_of(self.paths[index], self._read(index), self.conf.image_size)
 
     def _readable(self, index: int) -> tuple[int, np.ndarray]:
         """Return picture ``index``, or the next of the same side of the split that can be read."""
@@ -98,7 +117,7 @@ class TrainingImages:
                 return index, self._cache[index]
             if index not in self.bad:
                 try:
-                    pixels, _ = self._decode(index)
+                    pixels = self._scale(index, self._read(index))
                 except UserError as error:
                     self.bad[index] = error
                     self._limit_bad()
@@ -119,9 +138,9 @@ class TrainingImages:
                 got=len(self.bad),
             )
 
-    def _label(self) -> None:
-        """Label each picture with its first-level subfolder, whose order a record determines."""
-        for path, name in zip(self.paths, self.names, strict=True):
+    def _labels(self, files: Sequence[str]) -> np.ndarray:
+        """Return each file's label, its first-level subfolder, and determine the order of these."""
+        for path, name in zip(files, self.names, strict=True):
             if "/" not in name:
                 raise UserError(
                     "with class_cond every picture must lie in a subfolder, one for each class",
@@ -140,26 +159,30 @@ class TrainingImages:
             self.class_names = sorted(folders, key=int) if are_numbers else folders
         numbers = {name: number for number, name in enumerate(self.class_names)}
         labels = [numbers[name.split("/", 1)[0]] for name in self.names]
-        self.labels = np.array(labels, dtype=np.int64)
+        return np.array(labels, dtype=np.int64)
 
-    def _check(self, indices: Sequence[int]) -> None:
-        """Raise UserError naming the bad pictures; warn of small and of dark ones."""
-        found = list(in_threads(self._header, indices, "looking at pictures", is_main()))
-        memory = max((each.memory for each in found if isinstance(each, Header)), default=0)
+    def _headers(self, files: Sequence[str]) -> list[Header | UserError | None]:
+        """Read the headers of this process's share, or of all where frames have to be counted."""
+        share = slice(None) if self.conf.all_frames else slice(rank(), None, world_size())
+        headers: list[Header | UserError | None] = [None] * len(files)
+        headers[share] = in_threads(_header, files[share], "looking at pictures", is_main())
+        return headers
+
+    def _check(self, headers: Sequence[Header | UserError | None]) -> None:
+        """Raise UserError naming the bad pictures of this process's share; warn of odd ones.
+
+        ``headers`` are those of all pictures.
+        """
+        chosen = range(len(headers))[rank() :: world_size()]
+        items = [(index, headers[index]) for index in chosen]
         looks = list(
-            in_threads(
-                self._look,
-                zip(indices, found, strict=True),
-                "reading pictures",
-                is_main(),
-                memory=memory,
-            )
+            in_threads(self._look, items, "reading pictures", is_main(), memory=self.memory)
         )
         bad = [look for look in looks if isinstance(look, UserError)]
         if bad:
             counted = UserError(f"{len(bad)} of {len(looks)} pictures are bad: {_list_of(bad)}")
             raise bad[0] if len(bad) == 1 else counted
-        small = sum(side < self.conf.image_size for side, _ in looks)
+        small = sum(min(headers[index].size) < self.conf.image_size for index in chosen)
         if small:
             warnings.warn(
                 f"{small} of {len(looks)} pictures are smaller than {self.conf.image_size} pixels"
@@ -168,35 +191,35 @@ class TrainingImages:
             )
         warn_of_kinds(
             (self.paths[index], note)
-            for index, (_, notes) in zip(indices, looks, strict=True)
+            for index, notes in zip(chosen, looks, strict=True)
             for note in notes
         )
 
-    def _header(self, index: int) -> Header | UserError:
-        try:
-            return read_header(self.paths[index])
-        except UserError as error:
-            return error
-
-    def _look(self, item: tuple[int, Header | UserError]) -> tuple[int, list[str]] | UserError:
-        """Return a picture's short side, and what is odd about it; decode it if there is room."""
+    def _look(self, item: tuple[int, Header | UserError]) -> list[str] | UserError:
+        """Return what is odd about a picture; decode it if there is room."""
         index, header = item
         if isinstance(header, UserError):
             return header
+        notes: list[str] = []
+        if len(header.frames) > 1 and not self.conf.all_frames:
+            count = len(header.frames)
+            notes.append(f"has {count} frames, and the first is taken; all_frames: true takes all")
         try:
-            notes: list[str] = []
             if self._reserve(self._bytes(header.size)):
-                self._cache[index], notes = self._decode(index)
-            return min(header.size), notes
+                image = self._read(index)
+                notes += notes_on_picture(image, self.conf.depth, frames=False)
+                self._cache[index] = self._scale(index, image)
         except UserError as error:
             return error
+        return notes
 
     def _bytes(self, size: tuple[int, int]) -> int:
         """Return about how much memory a decoded picture of this width and height takes."""
+        depth = 3 if self.conf.in_channels == 3 else 2  # gray may have 16 bits
         if not self.conf.random_crop:
-            return 3 * self.conf.image_size**2
+            return depth * self.conf.image_size**2
         side = self._side(min(size))
-        return 3 * side * round(max(size) / min(size) * side)
+        return depth * side * round(max(size) / min(size) * side)
 
     def _side(self, short: int) -> int:
         """Return the length to which random crops scale a short side before they are drawn."""
@@ -210,28 +233,45 @@ class TrainingImages:
             self._free_bytes -= count * fits
             return fits
 
-    def _decode(self, index: int) -> tuple[np.ndarray, list[str]]:
-        """Read a picture, and what is odd about it: the middle crop, or all for random crops."""
-        path, depth = self.paths[index], self.conf.depth
-        image = read_rgb(path) if depth is None else read_rgb(path, depth)
-        notes = notes_on_picture(image, depth)
+    def _read(self, index: int) -> Image.Image:
+        """Read a picture as RGB, or as gray of 8 or 16 bits where the network has one channel."""
+        path, frame, depth = self.paths[index], self.frames[index], self.conf.depth
+        if self.conf.in_channels == 3:
+            return read_rgb(path, depth, frame=frame)
+        return to_gray(to_srgb(read_upright(path, frame=frame)), depth)
+
+    def _scale(self, index: int, image: Image.Image) -> np.ndarray:
+        """Return the middle crop (S, S, C), or for random crops all that they are cut from."""
         if not self.conf.random_crop:
-            return crop_of(path, image, self.conf.image_size), notes
+            return crop_of(self.paths[index], image, self.conf.image_size)
         try:
-            return np.asarray(scale_short_side(image, self._side(min(image.size)))), notes
+            return _pixels_of(scale_short_side(image, self._side(min(image.size))))
         except ValueError as error:
-            raise UserError(str(error), path=path) from error
+            raise UserError(str(error), path=self.paths[index]) from error
 
     def _augment(self, pixels: np.ndarray, draw: np.ndarray) -> np.ndarray:
         """Cut by four numbers in [0, 1): the short side's length, down, across, mirror."""
         size = self.conf.image_size
         if self.conf.random_crop:
             side = size + int(draw[0] * (min(pixels.shape[:2]) - size + 1))
-            pixels = np.asarray(scale_short_side(Image.fromarray(pixels), side))
+            pixels = _pixels_of(scale_short_side(as_image(pixels), side))
             top = int(draw[1] * (pixels.shape[0] - size + 1))
             left = int(draw[2] * (pixels.shape[1] - size + 1))
             pixels = pixels[top : top + size, left : left + size]
         return pixels[:, ::-1] if self.conf.random_flip and draw[3] < 0.5 else pixels
+
+
+def _header(path: str) -> Header | UserError:
+    try:
+        return read_header(path)
+    except UserError as error:
+        return error
+
+
+def _pixels_of(image: Image.Image) -> np.ndarray:
+    """Return an image as (H, W, C)."""
+    pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
 def names_below(folder: str, paths: Sequence[str]) -> list[str]:
@@ -272,13 +312,14 @@ def _list_of(errors: Sequence[UserError]) -> str:
 
 
 def batches(
-    images: TrainingImages, steps: range, threads: int = THREADS
+    images: TrainingImages, steps: range, threads: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield this process's part of each step's batch, as ``TrainingImages.batch`` gives it.
 
     ``threads`` cut the batches of the next steps meanwhile. Warns of each picture that has become
     unreadable; raises UserError where there are too many.
     """
+    threads = threads or threads_within(images.memory, THREADS)
     pool, todo, warned = ThreadPoolExecutor(threads), iter(steps), set()
     ahead = collections.deque(pool.submit(_cut, images, n) for n in islice(todo, 2 * threads))
     try:

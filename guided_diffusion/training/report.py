@@ -14,11 +14,10 @@ from guided_diffusion.errors import StoppedError, UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.io.files import atomic_path, write_text_atomic
 from guided_diffusion.io.images import (
-    load_crop,
     mask_to_tensor,
     masked_u8,
+    to_levels,
     to_model_range,
-    to_uint8,
 )
 from guided_diffusion.io.results import write_image
 from guided_diffusion.io.sheets import OverviewRow, montage, write_overview
@@ -177,10 +176,7 @@ class Evaluator:
         self.held_out = _spread(images.held_out, HELD_OUT_PICTURES)
         inpainted = images.held_out if len(images.held_out) else images.train
         self.shown = _spread(inpainted, self.conf.sample_count)
-        self.crops = {
-            i: load_crop(images.paths[i], self.conf.image_size, self.conf.depth)
-            for i in {*self.held_out, *self.shown}
-        }
+        self.crops = {i: images.middle(i) for i in {*self.held_out, *self.shown}}
 
     @torch.no_grad()
     def held_out_losses(self) -> Row:
@@ -204,7 +200,8 @@ class Evaluator:
     def write_samples(self, path: Path) -> None:
         """Write a grid of pictures drawn from fixed noise."""
         conf, count = self.conf, self.conf.sample_count
-        gt = torch.zeros(count, 3, conf.image_size, conf.image_size, device=self.device)
+        shape = (count, conf.in_channels, conf.image_size, conf.image_size)
+        gt = torch.zeros(shape, device=self.device)
         labels = torch.arange(count, device=self.device) % conf.num_classes
         labels = labels if conf.class_cond else None
         samples = self._repaint(gt, torch.zeros_like(gt), labels, jump_n_sample=1)
@@ -218,18 +215,18 @@ class Evaluator:
         for number in range(len(self.shown)):
             rng = generator(conf.seed, SHOW, number)
             mask = make_mask(conf.sample_mask, conf.image_size, rng)
-            masks.append(np.repeat(mask[:, :, None], 3, axis=2))
+            masks.append(np.repeat(mask[:, :, None], conf.in_channels, axis=2))
         keep = torch.stack([mask_to_tensor(mask) for mask in masks]).to(self.device)
         gt, labels = self._inputs(self.shown)
         results = self._repaint(gt, keep, labels, jump_n_sample=5)
         rows = []
         for i, mask, result in zip(self.shown, masks, results, strict=True):
-            name, crop = Path(self.images.paths[i]).stem, self.crops[i]
+            name, crop = Path(self.images.paths[i]).stem, _eight_bits(self.crops[i])
             rows.append(OverviewRow(name, masked_u8(crop, mask), [result], crop))
         write_overview(path, rows)
 
     def _inputs(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        """Return pictures (N, 3, S, S) in [-1, 1] with their labels (N,), if they have any."""
+        """Return pictures (N, C, S, S) in [-1, 1] with their labels (N,), if they have any."""
         x, labels = torch.stack([to_model_range(self.crops[i]) for i in indices]), None
         if self.images.labels is not None:
             labels = torch.from_numpy(self.images.labels[indices]).to(self.device)
@@ -239,7 +236,7 @@ class Evaluator:
     def _repaint(
         self, gt: Tensor, keep: Tensor, labels: Tensor | None, jump_n_sample: int
     ) -> np.ndarray:
-        """Run RePaint on (N, 3, S, S), with jumps of a fifth of the steps; uint8 (N, S, S, 3)."""
+        """Run RePaint on (N, C, S, S), with jumps of a fifth of the steps; uint8 (N, S, S, C)."""
         steps, seed, results = self.sample_diffusion.num_timesteps, self.conf.seed, []
         times = get_schedule_jump(
             steps, jump_length=max(1, steps // 5), jump_n_sample=jump_n_sample
@@ -250,12 +247,17 @@ class Evaluator:
             x = self.sample_diffusion.inpaint(
                 predict, gt[part], keep[part], times, sampler=Repaint(), generators=sources[part]
             )
-            results.append(to_uint8(x))
+            results.append(to_levels(x))
         return np.concatenate(results)
 
 
 def _parts(count: int, size: int) -> list[slice]:
     return [slice(i, i + size) for i in range(0, count, size)]
+
+
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+    """Return pixels of 8 or 16 bits as uint8."""
+    return pixels if pixels.dtype == np.uint8 else np.rint(pixels / 257).astype(np.uint8)
 
 
 def _spread(indices: np.ndarray, count: int) -> np.ndarray:

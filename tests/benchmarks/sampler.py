@@ -60,7 +60,8 @@ from guided_diffusion.config.keys import DataConf, InpaintConf
 from guided_diffusion.config.reading import load_conf
 from guided_diffusion.dist_util import get_device
 from guided_diffusion.gaussian_diffusion import noise_source
-from guided_diffusion.io.files import check_folder, write_text_atomic
+from guided_diffusion.io.files import write_text_atomic
+from guided_diffusion.io.paths import check_folder
 from guided_diffusion.run.inpainter import Inpainter
 from guided_diffusion.samplers import Repaint
 from guided_diffusion.scheduler import count_steps

@@ -1,27 +1,27 @@
-"""Reading pictures: what files hold besides pixels, and what memory they take meanwhile."""
+"""Reading pictures as a person sees them, and cutting them."""
 
+import os
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, features
+import torch
+from picture_cases import picture, save
+from PIL import Image, ImageOps, features
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io import colours, images
+from guided_diffusion.io.listing import list_images
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
-def photo(width=40, height=30):
-    y, x = np.mgrid[0:height, 0:width]
-    return np.stack([x * 6, y * 8, (x + y) * 3], -1).astype(np.uint8)
-
-
-def saved(path, array, **options):
-    path.parent.mkdir(exist_ok=True)
-    image = array if isinstance(array, Image.Image) else Image.fromarray(array)
-    image.save(path, **options)
-    return str(path)
+def pixels(path):
+    return np.asarray(images.read_rgb(str(path)))
 
 
 def chunk(kind, content):
@@ -48,24 +48,22 @@ CHUNKS = {
 
 @pytest.mark.parametrize("name", CHUNKS)
 def test_text_and_profile_of_a_png_are_not_looked_at(tmp_path, name):
-    saved(tmp_path / "p.png", photo())
+    save(tmp_path / "p.png", picture())
     path = with_chunk(tmp_path / "p.png", CHUNKS[name])
-    assert np.array_equal(np.asarray(images.read_rgb(path)), photo())
+    assert np.array_equal(np.asarray(images.read_rgb(path)), picture())
 
 
 def test_the_cameras_rotation_is_applied_beside_long_text(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    saved(tmp_path / "p.png", np.ascontiguousarray(np.rot90(photo())), exif=exif)
+    save(tmp_path / "p.png", np.ascontiguousarray(np.rot90(picture())), turned=6)
     path = with_chunk(tmp_path / "p.png", CHUNKS["compressed text"])
     image = images.read_rgb(path)
-    assert np.array_equal(np.asarray(image), photo())
+    assert np.array_equal(np.asarray(image), picture())
     origin = images.origin_of(image)
     assert (origin.size, origin.stored, origin.orientation) == ((40, 30), (30, 40), 6)
 
 
 def test_damaged_pixels_beside_text_are_still_refused(tmp_path):
-    saved(tmp_path / "p.png", np.random.default_rng(0).integers(0, 256, (99, 99), dtype=np.uint8))
+    save(tmp_path / "p.png", np.random.default_rng(0).integers(0, 256, (99, 99), dtype=np.uint8))
     with_chunk(tmp_path / "p.png", CHUNKS["profile"])
     (tmp_path / "p.png").write_bytes((tmp_path / "p.png").read_bytes()[:-5000])
     with pytest.raises(UserError, match=r"p\.png: cannot be read"):
@@ -77,8 +75,8 @@ def test_damaged_pixels_beside_text_are_still_refused(tmp_path):
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
 def test_avif_is_read(tmp_path):
-    path = saved(tmp_path / "p.avif", photo(), quality=95)
-    assert np.abs(np.asarray(images.read_rgb(path)).astype(int) - photo()).mean() < 5
+    path = save(tmp_path / "p.avif", picture(), quality=95)
+    assert np.abs(np.asarray(images.read_rgb(path)).astype(int) - picture()).mean() < 5
 
 
 @pytest.mark.parametrize("name", ["p.heic", "p.jpg"])
@@ -90,7 +88,7 @@ def test_heic_is_refused_by_name_whatever_the_suffix(tmp_path, name):
 
 def test_a_damaged_tiff_is_told_in_our_line_alone(tmp_path, capfd):
     noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
-    path = Path(saved(tmp_path / "p.tif", noise, compression="tiff_deflate"))
+    path = Path(save(tmp_path / "p.tif", noise, compression="tiff_deflate"))
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 3 : len(raw) // 3 + 200] = b"\x55" * 200
     path.write_bytes(raw)
@@ -106,10 +104,10 @@ def test_a_damaged_tiff_is_told_in_our_line_alone(tmp_path, capfd):
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("limit", [9000, 2500])
 def test_a_jpeg_too_large_to_read_is_read_smaller(tmp_path, monkeypatch, limit, progressive):
-    blocks = np.kron(photo(10, 10)[:, :, :3] * 4, np.ones((10, 10, 1), np.uint8))
+    blocks = np.kron(picture(10, 10), np.ones((10, 10, 1), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 3
-    path = saved(
+    path = save(
         tmp_path / "p.jpg", blocks, quality=95, exif=exif, progressive=progressive, subsampling=0
     )
     whole = np.asarray(images.read_rgb(path)).astype(int)
@@ -122,7 +120,7 @@ def test_a_jpeg_too_large_to_read_is_read_smaller(tmp_path, monkeypatch, limit, 
 
 
 def test_far_too_large_a_jpeg_says_what_to_do(tmp_path, monkeypatch):
-    path = saved(tmp_path / "p.jpg", photo(100, 100))
+    path = save(tmp_path / "p.jpg", picture(100, 100))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     with pytest.raises(UserError, match=r"100 x 100 pixels are too many.*picture smaller"):
         images.read_rgb(path)
@@ -130,7 +128,7 @@ def test_far_too_large_a_jpeg_says_what_to_do(tmp_path, monkeypatch):
 
 def test_deep_gray_is_scaled_some_rows_at_a_time(tmp_path, monkeypatch):
     values = np.random.default_rng(0).integers(0, 65536, (50, 30), dtype=np.uint16)
-    path = saved(tmp_path / "p.png", values)
+    path = save(tmp_path / "p.png", values)
     whole = np.asarray(images.read_rgb(path))
     monkeypatch.setattr(colours, "_BLOCK", 100)
     assert np.array_equal(np.asarray(images.read_rgb(path)), whole)
@@ -148,7 +146,7 @@ def test_deep_gray_is_scaled_some_rows_at_a_time(tmp_path, monkeypatch):
     ],
 )
 def test_depth_says_what_is_black_and_white(tmp_path, values, depth, expected):
-    image = images.read_rgb(saved(tmp_path / "p.tif", values), depth)
+    image = images.read_rgb(save(tmp_path / "p.tif", values), depth)
     assert np.asarray(image)[0, :, 0].tolist() == expected
     finite = np.nan_to_num(values)
     assert images.origin_of(image).levels == colours.Levels(
@@ -157,8 +155,8 @@ def test_depth_says_what_is_black_and_white(tmp_path, values, depth, expected):
 
 
 def test_eight_bits_have_no_depth(tmp_path):
-    path = saved(tmp_path / "p.png", photo())
-    assert np.array_equal(np.asarray(images.read_rgb(path, (0, 9))), photo())
+    path = save(tmp_path / "p.png", picture())
+    assert np.array_equal(np.asarray(images.read_rgb(path, (0, 9))), picture())
     assert images.origin_of(images.read_rgb(path)).levels is None
 
 
@@ -175,4 +173,251 @@ def test_deep_colour_is_noted(tmp_path):
     values = np.full((4, 5, 3), 4095, np.uint16)
     origin = images.origin_of(images.read_rgb(write_deep_colour(tmp_path / "p.png", values)))
     assert origin.is_deep_colour
-    assert not images.origin_of(images.read_rgb(saved(tmp_path / "q.png", photo()))).is_deep_colour
+    assert not images.origin_of(images.read_rgb(save(tmp_path / "q.png", picture()))).is_deep_colour
+
+
+# ---- what a person sees ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    # What each value says about the stored picture, by EXIF 2.3: where row 0 and column 0 lie.
+    undo = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.swapaxes(0, 1),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+        8: lambda a: np.rot90(a, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(undo(picture()))
+    assert np.array_equal(pixels(save(tmp_path / "p.png", stored, exif=exif)), picture())
+    jpeg = pixels(save(tmp_path / "p.jpg", stored, exif=exif, quality=98)).astype(int)
+    assert np.abs(jpeg - picture()).mean() < 3
+
+
+def test_damaged_exif_does_not_spoil_a_picture(tmp_path, monkeypatch):
+    def fail(image):
+        raise struct.error("unpack requires a buffer of 2 bytes")
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    assert np.array_equal(pixels(save(tmp_path / "p.png")), picture())
+
+
+def test_cmyk_is_not_inverted(tmp_path):
+    image = Image.fromarray(picture()).convert("CMYK")
+    path = save(tmp_path / "p.jpg", image, quality=98)
+    assert b"Adobe" in Path(path).read_bytes()  # stored inverted, as Photoshop does
+    assert np.abs(pixels(path).astype(int) - picture()).mean() < 3
+
+
+def test_transparent_parts_are_black(tmp_path):
+    array = np.full((4, 4, 4), 200, np.uint8)
+    array[:, :, 3] = [0, 51, 102, 255]
+    expected = np.round(array[0, :, 3] / 255 * 200)
+    seen = pixels(save(tmp_path / "rgba.png", array))
+    assert np.abs(seen[0, :, 0] - expected).max() <= 1
+    seen = pixels(save(tmp_path / "la.png", Image.fromarray(array).convert("LA")))
+    assert np.abs(seen[0, :, 1] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["p.png", "p.gif"])
+def test_palette_and_its_transparency(tmp_path, name):
+    image = Image.new("P", (3, 2))
+    image.putpalette([*RED, *GREEN, *BLUE])
+    image.putdata([0, 1, 2, 2, 1, 0])
+    plain = pixels(save(tmp_path / name, image))
+    assert plain[0].tolist() == [list(RED), list(GREEN), list(BLUE)]
+    assert plain[1].tolist() == [list(BLUE), list(GREEN), list(RED)]
+    clear = pixels(save(tmp_path / f"t{name}", image, transparency=1))
+    assert clear[0].tolist() == [list(RED), [0, 0, 0], list(BLUE)]
+
+
+def test_colour_key_and_gray_key_are_transparent(tmp_path):
+    array = np.full((2, 2, 3), 90, np.uint8)
+    array[0, 0] = RED
+    seen = pixels(save(tmp_path / "rgb.png", array, transparency=RED))
+    assert seen[0, 0].tolist() == [0, 0, 0]
+    assert seen[1, 1].tolist() == [90, 90, 90]
+    seen = pixels(save(tmp_path / "l.png", array[:, :, 0], transparency=90))
+    assert seen[:, :, 0].tolist() == [[255, 0], [0, 0]]
+
+
+def test_the_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (5, 5), colour) for colour in (RED, GREEN)]
+    for name in ("p.gif", "p.png"):
+        path = save(tmp_path / name, frames[0], save_all=True, append_images=frames[1:])
+        assert pixels(path)[2, 2].tolist() == list(RED)
+
+
+def test_gray_and_one_bit(tmp_path):
+    gray = picture()[:, :, 0]
+    seen = pixels(save(tmp_path / "l.png", gray))
+    assert np.array_equal(seen, np.repeat(gray[:, :, None], 3, 2))
+    bits = Image.fromarray(gray > 99)
+    assert np.array_equal(pixels(save(tmp_path / "1.png", bits))[:, :, 0], (gray > 99) * 255)
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    deep = np.array([[0, 128, 257, 30000, 65535]], np.uint16)
+    expected = [[0, 0, 1, 117, 255]]
+    assert pixels(save(tmp_path / "p.png", deep))[:, :, 0].tolist() == expected
+    dark = np.array([[0, 128, 200]], np.uint16)  # a dark picture stays dark
+    assert pixels(save(tmp_path / "dark.png", dark))[:, :, 2].tolist() == [[0, 0, 1]]
+    whole = save(tmp_path / "i.png", Image.fromarray(deep.astype(np.int32)), format="TIFF")
+    assert pixels(whole)[:, :, 0].tolist() == expected
+    whole = save(tmp_path / "d.png", Image.fromarray(dark.astype(np.int32)), format="TIFF")
+    assert pixels(whole)[:, :, 0].tolist() == [[0, 0, 1]]
+    wide = Image.fromarray(np.array([[0, 2**30, 2**31 - 1]], np.int32))
+    assert pixels(save(tmp_path / "w.png", wide, format="TIFF"))[:, :, 0].tolist() == [
+        [0, 128, 255]
+    ]
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_float_gray_is_scaled(tmp_path, white):
+    floats = np.array([[0, 0.5, 1, np.nan]], np.float32) * white
+    path = save(tmp_path / "f.png", Image.fromarray(floats), format="TIFF")
+    assert pixels(path)[:, :, 0].tolist() == [[0, 128, 255, 0]]
+
+
+def test_content_counts_not_the_suffix(tmp_path):
+    path = save(tmp_path / "really.webp.jpg", format="WEBP", lossless=True)
+    assert np.array_equal(pixels(path), picture())
+
+
+def test_odd_names_are_read(tmp_path):
+    for name in ("two.dots.name.png", "名前 with space.PNG", "quote'\"$(x).png", "new\nline.png"):
+        assert np.array_equal(pixels(save(tmp_path / name, format="PNG")), picture())
+
+
+def make_truncated(path, **options):
+    save(path, picture(200, 200), **options)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "problem"),
+    [
+        ("half.jpg", make_truncated, "truncated"),
+        ("half.png", make_truncated, "cannot be read"),
+        ("half.gif", make_truncated, "cannot be read"),
+        ("empty.png", lambda path: path.touch(), "is empty"),
+        ("text.png", lambda path: path.write_text("hello\n"), "not a picture"),
+        ("post.png", lambda path: save(path, format="EPS"), "not a picture"),
+        ("folder.png", lambda path: path.mkdir(), "is a folder"),
+        ("pipe.png", os.mkfifo, "no regular file"),
+        ("dangling.png", lambda path: path.symlink_to("nowhere"), "link to a file"),
+        ("looped.png", lambda path: path.symlink_to(path.name), "cannot be read"),
+        ("absent.png", lambda path: None, "no such file"),
+    ],
+)
+def test_what_is_no_whole_picture_is_refused_by_name(tmp_path, name, make, problem):
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=problem) as caught:
+        images.read_rgb(str(tmp_path / name))
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if name != "absent.png":
+        assert list_images(str(tmp_path)) == [str(tmp_path / name)]  # listed, so that it is found
+
+
+def test_no_permission_is_refused_by_name(tmp_path, monkeypatch):
+    path = save(tmp_path / "secret.png")
+
+    def refuse(self, *_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"secret\.png: cannot be read: Permission denied"):
+        images.read_rgb(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
+def test_unlistable_folder_is_refused_by_name(tmp_path):
+    inner = tmp_path / "inner"
+    inner.mkdir(mode=0)
+    with pytest.raises(UserError, match=r"inner.*Permission denied"):
+        list_images(str(tmp_path))
+    inner.chmod(0o700)
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_decompression_bombs_are_an_error_not_a_warning(tmp_path, monkeypatch, factor):
+    path = save(tmp_path / "bomb.png", Image.new("1", (100, factor * 10)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)  # Pillow itself warns at 900, errs at 1800
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserError, match=r"bomb\.png.*too many"):
+            images.read_rgb(path)
+    assert Image.MAX_IMAGE_PIXELS == 900
+
+
+def test_a_narrow_strip_is_refused_before_it_is_enlarged(tmp_path):
+    path = save(tmp_path / "strip.png", Image.new("1", (100_000, 1)))
+    with pytest.raises(UserError, match=r"strip\.png.*narrow"):
+        images.load_crop(path, 256)
+
+
+def test_damaged_bytes_never_escape_as_anything_but_a_user_error(tmp_path):
+    rng = np.random.default_rng(0)
+    refused = 0
+    for name in ("p.png", "p.jpg", "p.gif", "p.webp"):
+        whole = bytearray(Path(save(tmp_path / name)).read_bytes())
+        for _ in range(60):
+            damaged = bytearray(whole)
+            for place in rng.integers(0, len(damaged), 4):
+                damaged[place] = rng.integers(256)
+            (tmp_path / "damaged.png").write_bytes(damaged)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    assert images.load_crop(str(tmp_path / "damaged.png"), 16).shape == (
+                        16,
+                        16,
+                        3,
+                    )
+                except UserError:
+                    refused += 1
+    assert refused > 20
+
+
+# ---- cutting -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_crops_equal_the_published_programs(number):
+    expected = np.load(GOLDEN / "crop" / "expect.npz")[str(number)]
+    crop = images.center_crop(images.read_rgb(str(GOLDEN / "crop" / f"{number}.png")), 64)
+    assert crop.dtype == np.uint8
+    assert np.array_equal(crop, expected)
+
+
+@pytest.mark.parametrize(("width", "height"), [(7, 5), (64, 64), (65, 64), (500, 70), (31, 999)])
+def test_a_crop_has_its_size_and_the_middle(width, height):
+    array = np.zeros((height, width, 3), np.uint8)
+    array[height // 2 - 1 : height // 2 + 2, width // 2 - 1 : width // 2 + 2] = 255
+    crop = images.center_crop(Image.fromarray(array), 64)
+    assert crop.shape == (64, 64, 3)
+    assert crop[29:35, 29:35].max() == crop.max() > 20
+
+
+def test_sides_are_rounded_not_cut():
+    image = Image.fromarray(picture(100, 67))  # 100 * 64 / 67 = 95.5
+    expected = np.asarray(image.resize((96, 64), Image.Resampling.BICUBIC))[:, 16:80]
+    assert np.array_equal(images.center_crop(image, 64), expected)
+
+
+def test_tensors_are_exact():
+    levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    image, mask = images.to_model_range(levels), images.mask_to_tensor(levels)
+    assert image.dtype == mask.dtype == torch.float32
+    assert image.shape == mask.shape == (3, 16, 16)
+    expected = levels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+    assert np.array_equal(mask.permute(1, 2, 0).numpy(), levels.astype(np.float32) / 255)
+    assert (mask.max(), image.min(), image.max()) == (1, -1, 1)

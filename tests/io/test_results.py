@@ -1,5 +1,6 @@
 """Pictures written, results, and their marks."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -132,3 +133,15 @@ def test_results_are_read_back_whatever_their_size_and_profile(folders, monkeypa
     assert np.array_equal(results.read_result(Path(folders["srs"], "a.png")), gt)
     assert results.is_written(folders, "a.png", gt, mask, mark="m")
     assert not recwarn.list
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes")
+def test_a_pipe_or_a_device_in_place_of_a_result_is_none(folders):
+    gt, mask = noise(8, 8, 3), noise(8, 8, 3, seed=1)
+    *_, written = results.write_result(folders, "x.png", gt, gt, mask, mark="m")
+    assert results.is_written(folders, "x.png", gt, mask, mark="m")
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        written.unlink()
+        make(written)
+        assert not results.is_written(folders, "x.png", gt, mask, mark="m")
+        assert results.read_result(written) is results.read_mark(written) is None

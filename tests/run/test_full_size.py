@@ -343,6 +343,19 @@ def test_a_png_that_is_called_a_jpeg_comes_back_as_one(here, tmp_path, mode, kep
     assert "1 finished earlier" in here(*options, "--resume").out
 
 
+@pytest.mark.parametrize("format", ["same", "png"])
+def test_what_is_too_long_for_a_jpeg_is_told_before_any_work(here, tmp_path, format):
+    data = {"mask_path": "m.png"}
+    options = write_photo(tmp_path, suffix=".jpg", output_format=format, data=data)
+    Image.new("RGB", (65_501, 1)).save("gt/00.jpg", format="PNG")
+    Image.fromarray(mask_of(1, 65_501, (3, 0, 6, 1))).save("m.png")
+    ended = here(*options)
+    told = "gt/00.jpg: .*output_format: png.* at most 65500 .* found 65501 x 1"
+    assert bool(re.search(told, ended.err)) == (format == "same")
+    assert ended.status == (2 if format == "same" else 0)
+    assert Path("log").exists() == (format == "png")
+
+
 def test_results_depend_on_no_batch_and_resume_goes_on(here, tmp_path):
     options = write_photo(tmp_path, images=3, samples_per_image=2, save_process=2)
     assert here(*options).status == 0

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import threading
 from pathlib import Path
@@ -642,12 +641,13 @@ def test_out_of_memory_is_recognised(error, expected):
     assert dist_util.is_out_of_memory(error) is expected
 
 
-def test_a_second_run_into_the_same_log_folder_is_refused(here, tmp_path):
+def test_a_second_run_into_any_of_the_same_folders_is_refused(here, tmp_path):
     options = write_run(tmp_path, 1)
-    with files.locked(LOG):
-        ended = here(*options)
-    assert ended.status == 2
-    assert re.search(rf"{LOG}: process {os.getpid()} on .* is at work there", ended.err)
+    for folder in (LOG, f"{LOG}/inpainted"):
+        with files.locked(folder):
+            ended = here(*options)
+        assert ended.status == 2
+        assert f"{folder}: another run is at work there" in ended.err
     assert here(*options).status == 0
 
 

@@ -42,7 +42,9 @@ def classes(tmp_path, **changes):
 def decoded(monkeypatch):
     """Return the list of what is decoded from here on."""
     paths, read = [], pictures.read_rgb
-    monkeypatch.setattr(pictures, "read_rgb", lambda path: (paths.append(path), read(path))[1])
+    monkeypatch.setattr(
+        pictures, "read_rgb", lambda path, *_, **__: (paths.append(path), read(path))[1]
+    )
     return paths
 
 
@@ -178,6 +180,71 @@ def test_processes_together_see_what_one_sees(tmp_path, monkeypatch):
         monkeypatch.setenv("RANK", number)
         parts += batches(classes(tmp_path), range(1))
     assert same([whole], [[torch.cat(values) for values in zip(*parts, strict=True)]])
+
+
+# ---- frames, profiles and gray -------------------------------------------------------------------
+
+
+def save_frames(path, count=6):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = [Image.new("RGB", (16, 16), (40 * number, 99, 9)) for number in range(count)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def test_of_several_frames_the_first_is_taken_with_a_warning(tmp_path):
+    for name in ("a.gif", "b.png"):
+        save_frames(tmp_path / "pictures" / name)
+    with pytest.warns(UserWarning, match=r"a\.gif: has 6 frames.*all_frames.*and 1 more") as caught:
+        images = training(tmp_path, cache_gb=0)
+    assert len(caught) == 1
+    assert len(images) == 2
+
+
+@pytest.mark.parametrize(
+    ("suffix", "cache_gb"), [("gif", 0), ("gif", 1), ("png", 0), ("webp", 1), ("tif", 0)]
+)
+def test_all_frames_are_pictures_on_one_side_of_the_split(tmp_path, suffix, cache_gb):
+    for name in ("a", "b", "c"):
+        save_frames(tmp_path / "pictures" / name / f"x.{suffix}")
+    changes = {"class_cond": True, "num_classes": 3, "all_frames": True, "all_formats": True}
+    changes["holdout"] = 0.01
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = training(tmp_path, cache_gb=cache_gb, **changes)
+    assert (len(images.names), len(images)) == (3, 18)
+    assert len(images.held_out) == 6
+    assert len({images.paths[index] for index in images.held_out}) == 1
+    levels, labels = images.batch(range(18), rng())
+    assert labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    expected = torch.arange(0, 240, 40).repeat(3)
+    assert (levels[:, 0, 4, 4].int() - expected).abs().max() <= 2
+    assert abs(int(images.middle(9)[4, 4, 0]) - 120) <= 2
+
+
+@pytest.mark.parametrize(("random_crop", "cache_gb"), [(False, 1), (True, 0)])
+def test_gray_pictures_keep_16_bits_for_a_network_of_one_channel(tmp_path, random_crop, cache_gb):
+    ramp = (1000 + np.mgrid[0:12, 0:12].sum(0)).astype(np.uint16)  # 23 of 65,536 levels
+    save(tmp_path / "pictures" / "deep.png", ramp)
+    save(tmp_path / "pictures" / "eight.png", (ramp // 8).astype(np.uint8))
+    changes = {"in_channels": 1, "random_crop": random_crop, "cache_gb": cache_gb, "holdout": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the ramp is dark
+        images = training(tmp_path, image_size=12, attention_resolutions="", **changes)
+    levels, _ = images.batch([0, 1], rng())
+    assert (levels.shape, levels.dtype) == ((2, 1, 12, 12), torch.float32)
+    deep = levels[0, 0] * 257
+    assert len(deep.unique()) > 15
+    assert 1000 <= deep.min() < deep.max() <= 1022
+    assert torch.equal(levels[1], levels[1].round())
+    assert images.batch([1], rng())[0].dtype == torch.uint8
+    assert (images.middle(0).dtype, images.middle(0).shape) == (np.uint16, (12, 12, 1))
+
+
+def test_coloured_pictures_for_a_gray_network_are_told_once(tmp_path):
+    with pytest.warns(UserWarning, match="is coloured, and becomes gray.*and 11 more") as caught:
+        images = training(tmp_path, in_channels=1)
+    assert len(caught) == 1
+    assert images.batch([0], rng())[0].shape == (1, 1, 8, 8)
 
 
 # ---- memory --------------------------------------------------------------------------------------

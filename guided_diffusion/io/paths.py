@@ -1,0 +1,78 @@
+"""Where results may go: into folders of this machine, away from inputs."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from guided_diffusion.errors import UserError
+
+_REMOTE = re.compile(r"[A-Za-z][\w+.-]+:[/\\]")  # one letter alone is a drive of Windows
+
+
+def refuse_remote(path: str | os.PathLike) -> None:
+    """Raise ``UserError`` for an address such as gs://bucket/x, or what ``Path`` makes of it."""
+    if _REMOTE.match(os.fspath(path)):
+        problem = "results are written to folders of this machine only: copy them from there"
+        raise UserError(problem, path=path)
+
+
+def check_folder(folder: str | os.PathLike) -> Path:
+    """Return the part of ``folder`` that exists; UserError where results could not go there."""
+    refuse_remote(folder)
+    parts = (Path(folder), *Path(folder).absolute().parents)
+    existing = next(part for part in parts if os.path.lexists(part))
+    problem = ""
+    if max(len(os.fsencode(part.name)) for part in parts) > 255:
+        problem, existing = "the name is too long", Path(folder)
+    elif not existing.is_dir():
+        problem = "not a folder"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        problem = "no permission"
+    if problem:
+        raise UserError(f"results cannot be written there: {problem}", path=existing)
+    return existing
+
+
+def refuse_inside(folder: str | os.PathLike, inputs: str | os.PathLike, *, key: str) -> None:
+    """Raise ``UserError`` where a folder of results is the folder of inputs, or lies in it.
+
+    The next run would take results for inputs. Links are followed, and letters compared as the file
+    system does. ``inputs`` may be a file; ``key`` is theirs.
+    """
+    if _lies_in(folder, inputs):
+        raise UserError(
+            f"results would go into the folder of inputs {inputs}, and the next run would take "
+            "them for inputs; choose a folder elsewhere",
+            path=folder,
+            key=key,
+        )
+
+
+def _lies_in(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+    try:
+        real = Path(os.path.realpath(path))
+        parts = (real, *real.parents) if Path(folder).is_dir() else ()
+        return any(part.exists() and part.samefile(folder) for part in parts)
+    except (OSError, ValueError):  # other checks tell what is wrong with the path
+        return False
+
+
+def refuse_overwriting(
+    targets: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike]
+) -> None:
+    """Raise ``UserError`` where a file to write is one to read, under any of its names."""
+
+    def identity(path: str | os.PathLike) -> tuple[int, int] | None:
+        try:
+            status = Path(path).stat()
+        except (OSError, ValueError):  # it does not exist yet, or is not on this machine
+            return None
+        return status.st_dev, status.st_ino
+
+    owners = {identity(path): path for path in inputs}
+    for target in targets:
+        found = identity(target)
+        if found is not None and found in owners:
+            problem = f"a result would overwrite the input {owners[found]}; choose another folder"
+            raise UserError(problem, path=target)

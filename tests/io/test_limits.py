@@ -1,0 +1,70 @@
+"""Free memory, and how many threads it allows."""
+
+import threading
+import time
+
+import pytest
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.io import limits
+
+GIB = 1 << 30
+
+
+def group(folder, version, limit, used, stat):
+    names = limits._CGROUP_FILES[version]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip((*names, "memory.stat"), (limit, used, stat), strict=True):
+        (folder / name).write_text(f"{value}\n")
+
+
+@pytest.mark.parametrize(
+    ("version", "line", "where", "stat"),
+    [
+        (2, "0::/a/b", "a", "inactive_file 100"),  # a group around this one
+        (2, "0::/host/path", ".", "inactive_file 100"),  # of a container, which sees its own group
+        (1, "4:cpu,memory:/a", "memory/a", "inactive_file 1\ntotal_inactive_file 100"),
+    ],
+)
+def test_limits_of_containers_count(tmp_path, version, line, where, stat):
+    (tmp_path / "cgroup").write_text(f"{line}\n9:pids:/x\n")
+    group(tmp_path / where, version, 1000, 700, stat)
+    assert limits._free_of_cgroups(tmp_path, tmp_path / "cgroup") == [1000 - 700 + 100]
+    group(tmp_path / where, version, "max", 700, stat)
+    assert limits._free_of_cgroups(tmp_path, tmp_path / "cgroup") == []
+
+
+def test_free_memory_is_the_least_that_anything_leaves(monkeypatch):
+    assert limits.free_memory() > 1 << 20
+    monkeypatch.setattr(limits, "_free_of_system", lambda: 5)
+    monkeypatch.setattr(limits, "_free_of_cgroups", lambda: [3, 4])
+    assert limits.free_memory() == 3
+    with pytest.raises(UserError, match=r"p\.png: the cut does not fit into the memory"):
+        limits.check_memory(4, "p.png", "the cut")
+    limits.check_memory(3, "p.png")
+    monkeypatch.setattr(limits, "_free_of_system", lambda: None)
+    monkeypatch.setattr(limits, "_free_of_cgroups", list)
+    assert limits.free_memory() is None
+    limits.check_memory(1 << 60, "p.png")
+
+
+@pytest.mark.parametrize(
+    ("free", "memory", "threads"),
+    [(None, 0, 8), (8 * GIB, GIB // 3, 3), (GIB, GIB // 4, 2), (GIB, 5 * GIB, 1)],
+)
+def test_threads_are_as_many_as_memory_allows(monkeypatch, free, memory, threads):
+    monkeypatch.setattr(limits, "free_memory", lambda: free)
+    monkeypatch.setattr(limits.os, "cpu_count", lambda: 16)
+    now, most, lock = [0], [0], threading.Lock()
+
+    def work(item):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.02)
+        with lock:
+            now[0] -= 1
+        return item
+
+    assert list(limits.in_threads(work, range(24), "t", False, memory=memory)) == [*range(24)]
+    assert most[0] == threads
