@@ -4,7 +4,6 @@ import errno
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -320,44 +319,20 @@ def test_a_full_disk_ends_the_run_in_one_line_and_the_rest_is_resumed(here, tmp_
     assert known.items() <= finished(tmp_path).items()
 
 
-def test_a_limit_of_the_system_on_files_is_told_in_one_line(tmp_path):
-    options = write_run(tmp_path, 2, save_process=3)
-    ended = subprocess.run(
-        command(*options), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)),
-    )  # fmt: skip
-    assert ended.returncode == 2
-    line = ended.stderr.splitlines()[-1]
-    assert line.startswith("error: log/run/process/00.gif: cannot be written: File too large; 0 of")
-    assert "Traceback" not in ended.stderr
-    assert leftovers(tmp_path) == []
-    assert finished(tmp_path) == {}
-
-
-@pytest.mark.parametrize(
-    ("code", "reason"),
-    [
-        (errno.EROFS, "Read-only file system"),
-        (errno.EACCES, "Permission denied"),
-        (errno.EIO, "Input/output error"),
-        (errno.ESTALE, "Stale file handle"),
-    ],
-)
-def test_a_disk_that_fails_under_the_run(here, tmp_path, monkeypatch, code, reason):
+def test_a_disk_that_fails_under_the_run(here, tmp_path, monkeypatch):
     options = write_run(tmp_path, 3)
     replace = Path.replace
 
     def failing(self, target):
         if Path(target).name == "01.png":
-            raise OSError(code, reason, str(self))
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", failing)
     ended = here(*options, "--set", "data.batch_size=3")
     assert ended.status == 2
     [line] = ended.lines
-    assert line.startswith("error: log/run/gt_keep_mask/01.png: cannot be written: ")
-    assert reason in line
+    assert line.startswith("error: log/run/gt_keep_mask/01.png: cannot be written: Read-only")
     assert leftovers(tmp_path) == []
     # What was computed with it in a batch is not thrown away.
     assert sorted(finished(tmp_path)) == ["00.png", "02.png"]
