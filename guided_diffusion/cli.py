@@ -58,10 +58,10 @@ def place() -> Place:
 
 
 def leave_stray_team() -> str | None:
-    """Take torchrun's variables out of the environment unless all are there, and possible.
+    """Remove torchrun's variables from the environment unless they are complete and consistent.
 
-    A shell or a cluster that sets some of them would make the others wait for processes that
-    nobody starts, or leave pictures to them. Returns a warning, or None where nothing changes.
+    With some of them, set by a shell or a cluster, this process would wait for others that nobody
+    starts, or leave pictures to them. Returns a warning, or None where nothing changes.
     """
     found = {name: os.environ[name] for name in _PLACE if name in os.environ}
     try:
@@ -86,7 +86,7 @@ def leave_stray_team() -> str | None:
 
 
 class OptionParser(argparse.ArgumentParser):
-    """A parser whose complaint is one line like every other of these programs."""
+    """A parser that reports a mistake in one line, as a UserError."""
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing how the program is used."""
@@ -113,9 +113,9 @@ def _as_utf8(text: str) -> str:
 
 
 class BreakableStream:
-    """A stream that may break while the program goes on: a closed terminal ends no night's work.
+    """A stream whose errors do not end the program, such as those of a terminal that was closed.
 
-    What its encoding does not have is written as an escape sequence.
+    A character that its encoding lacks is written as an escape sequence.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -144,8 +144,8 @@ class BreakableStream:
 def _open_closed_streams() -> None:
     """Give the streams that were closed at the start (``>&-``) to the null device.
 
-    Otherwise the next file that is opened, such as a result, gets the number that libraries take
-    for the stream, and write to.
+    Otherwise the next file that is opened, such as a result, gets the stream's number, and
+    libraries write their messages into it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:

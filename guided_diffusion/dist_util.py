@@ -1,4 +1,4 @@
-"""Device, processes, and what they tell each other."""
+"""The device, and the messages between processes."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def local_world_size() -> int:
 
 
 def is_main() -> bool:
-    """Return whether this process speaks for all."""
+    """Return whether this is the main process, which prints and writes for all."""
     return rank() == 0
 
 
@@ -76,19 +76,19 @@ def use_device(device: torch.device) -> None:
 
 
 class Team:
-    """The processes that torchrun started, or this one alone, and the few words they exchange.
+    """The processes that torchrun started, or this one alone, and their messages.
 
-    Words go through torchrun's key-value store and not through collectives: nobody is ever stuck
-    in a call that a signal cannot end, and a process that is done need not wait for the others.
-    Values are what JSON can hold. Raises UserError where torchrun's addresses are missing, and
-    when the store is gone, because torchrun or the main process is.
+    Messages go through torchrun's key-value store. Collectives would not do: a signal cannot end
+    them, and a process that has finished would have to wait for the others. A value is what JSON
+    can hold. Raises UserError where torchrun's addresses are missing, and where the connection to
+    the store is lost because torchrun or the main process has ended.
     """
 
     def __init__(self) -> None:
         self.rank, self.size, self._counts = rank(), world_size(), {}
         self.is_main = is_main()
         self._store = self._join() if self.size > 1 else None
-        # After a restart by torchrun the store still holds the words of the attempt before.
+        # After a restart by torchrun the store still holds the messages of the last attempt.
         self._prefix = f"repaint/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/"
 
     def _join(self) -> dist.TCPStore:
@@ -111,7 +111,7 @@ class Team:
             return dist.TCPStore(host, int(port), is_master=is_host, wait_for_workers=False)
 
     def store(self, timeout: timedelta) -> dist.Store:
-        """Return the store of the words, for torch's own use, with other names than theirs."""
+        """Return the store for use by torch.distributed, under a prefix of its own."""
         store = dist.PrefixStore(f"{self._prefix}torch", self._store)
         store.set_timeout(timeout)
         return store
@@ -128,12 +128,12 @@ class Team:
         return self._read(name)
 
     def publish(self, name: str, value: Any) -> None:
-        """Leave ``value`` for the others."""
+        """Publish ``value`` for the other processes."""
         with _explain_lost_store():
             self._store.set(self._prefix + name, json.dumps(value))
 
     def from_all(self, name: str, value: Value) -> list[Value] | None:
-        """Leave ``value``, and return every process's by rank, or None while some are missing."""
+        """Publish ``value``; return all processes' values by rank, None while some lack."""
         if self._store is None:
             return [value]
         self.publish(f"{name}/{self.rank}", value)
@@ -169,7 +169,7 @@ def _explain_lost_store() -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether this is how torch, on any device, or Python says that memory is full."""
+    """Return whether an error of torch or Python means that memory is full."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
     text = str(error).lower()

@@ -1,11 +1,11 @@
-"""The one exception for mistakes a user can mend."""
+"""The one exception for mistakes that a user can correct."""
 
 import os
 from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake the user can mend, told in one line: where, what was expected, what was found.
+    """A mistake that the user can correct, in one line: where, what was expected, what was found.
 
     ``path`` is the file at fault, ``key`` the YAML key or option; ``str()`` is a single line
     whatever the parts contain. Command lines print it and exit with ``status``, 2.

@@ -237,12 +237,12 @@ class Conf:
 
     @classmethod
     def completed(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return a tree with the keys that something else than the YAML decides."""
+        """Return a tree completed with the keys that are decided elsewhere than in the YAML."""
         return tree
 
     @property
     def without_effect(self) -> Sequence[str]:
-        """Keys that mean nothing here, and stay out of the tree where they are as by default."""
+        """Keys that have no effect here; those at their defaults are not written."""
         return ()
 
     def __post_init__(self) -> None:

@@ -189,11 +189,11 @@ class _Share:
         self.team.count("written", 1)
 
     def _find_vanished(self, jobs: Sequence[Job]) -> None:
-        """Count as failed what was written but is there no more."""
+        """Count results as failed whose files were written but have disappeared."""
         folders = result_folders(self.plan.conf)
         for job in jobs:
             names = {key: job.name if key == "srs" else job.pair.name for key in folders}
             paths = [result_path(folder, names[key]) for key, folder in folders.items()]
             if job.name not in self.summary.failures and not all(p.exists() for p in paths):
                 self.summary.finished -= 1
-                self._fail(job, "was written, but somebody removed it")
+                self._fail(job, "was written, but its file has been removed")

@@ -106,7 +106,7 @@ def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -
 
 
 def _task(values: dict[str, Any]) -> Task:
-    """Return a task from what the main process said of it."""
+    """Return a task from the JSON values that the main process published."""
     cut = values["cut"]
     if cut is not None:
         cut = Cut(**{**cut, "hole": tuple(cut["hole"]), "fade": tuple(cut["fade"])})
@@ -131,7 +131,7 @@ def _announcement(
 def refuse_changed(plan: Plan) -> None:
     """Raise ``StoppedError`` where a checkpoint is another file than when the run was planned.
 
-    One that was only removed is no matter: what is in memory is what was checked.
+    One that was only removed does no harm: the checked weights are in memory.
     """
     for path, stamp in plan.stamps.items():
         if stamp_of(path) not in (None, stamp):

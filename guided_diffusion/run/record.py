@@ -122,7 +122,7 @@ def write_record(
     summary: Summary,
     earlier: Mapping[str, Any],
 ) -> None:
-    """Write ``run.yml``: settings that repeat the run as they are, and notes about it.
+    """Write ``run.yml``: a configuration that repeats the run, and notes about it.
 
     ``steps`` is how often one walk calls the network, ``earlier`` holds the notes of the run that
     is resumed.

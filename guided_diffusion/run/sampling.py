@@ -51,7 +51,7 @@ class Made:
 
     job: Job
     parts: list[tuple[Task, Sample]] = field(default_factory=list)
-    picture: Picture | None = None  # None: it is read again, so that a batch of photos needs none
+    picture: Picture | None = None  # None: read again, so that a batch holds no photos
     problem: str = ""
 
     def result(self, conf: InpaintConf) -> tuple[np.ndarray | Image.Image, Picture]:
@@ -104,7 +104,7 @@ class Sampling:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            if made is None:  # the handler has ended, and with it the exception, which held tensors
+            if made is None:  # outside the handler: the exception held the tensors
                 tried = self.batch_size if self.conf.full_size else len(batch)
                 too_large = too_large or tried
                 self.batch_size = halve(self.inpainter.device, tried)

@@ -748,7 +748,7 @@ def test_a_worker_counts_results_that_somebody_removed(here, tmp_path, monkeypat
     monkeypatch.setattr(inpaint, "write_result", write_and_remove)
     ended = here(*options)
     assert ended.status == 1
-    removed = "was written, but somebody removed it"
+    removed = "was written, but its file has been removed"
     assert ended.lines == [f"failed: {name}: {removed}" for name in ("00.png", "01.png")]
     monkeypatch.undo()
     os.chdir(tmp_path)
