@@ -32,7 +32,13 @@ from guided_diffusion.io.checkpoints import check_checkpoint, fingerprint, load_
 from guided_diffusion.io.weights import is_plain
 from guided_diffusion.models.diffusers import DiffusersUNet, check_folder, load_network
 from guided_diffusion.models.folders import read_folder
-from guided_diffusion.models.follow import is_folder
+from guided_diffusion.models.follow import is_folder, is_lucidrains, read_model
+from guided_diffusion.models.lucidrains import (
+    LucidrainsUNet,
+    check_lucidrains,
+    load_lucidrains,
+    read_checkpoint,
+)
 from guided_diffusion.respace import respaced_betas, space_timesteps
 from guided_diffusion.samplers import Ddim, Ddnm, Repaint
 from guided_diffusion.scheduler import get_schedule_jump
@@ -101,18 +107,21 @@ def create_gaussian_diffusion(
 
 def _chain(conf: ModelConf) -> dict[str, Any]:
     """Return the betas of all steps, and what the network's output means."""
-    if conf.follows_folder:
-        folder = read_folder(conf.model_path)
-        if folder.scheduler_path:
-            return dict(vars(folder.chain))
-    own = {
+    model = read_model(conf.model_path) if conf.follows_model else None
+    if model and model.has_chain:
+        return {
+            **vars(model.chain),
+            "predict_xstart": conf.predict_xstart,
+            "predict_v": conf.predict_v,
+        }
+    return {
         "betas": get_named_beta_schedule(conf.noise_schedule, conf.diffusion_steps),
         "learn_sigma": conf.learn_sigma,
+        "fixed_small": conf.follows_model,
         "predict_xstart": conf.predict_xstart,
         "predict_v": conf.predict_v,
         "clip_denoised": conf.clip_denoised,
     }
-    return {**own, "fixed_small": True} if conf.follows_folder else own
 
 
 def create_schedule(conf: InpaintConf, diffusion: GaussianDiffusion) -> list[int]:
@@ -171,18 +180,24 @@ def check_network(path: str) -> str:
     """Find what is wrong with a checkpoint or folder; return its fingerprint; raises UserError."""
     if is_folder(path):
         return check_folder(read_folder(path))
+    if is_lucidrains(path):
+        return check_lucidrains(read_checkpoint(path))
     check_checkpoint(path)
     return fingerprint(path)
 
 
-def load_model(conf: InpaintConf, device: torch.device) -> UNetModel | DiffusersUNet:
+def load_model(
+    conf: InpaintConf, device: torch.device
+) -> UNetModel | DiffusersUNet | LucidrainsUNet:
     """Return the network with the weights of ``model_path`` on ``device``, ready to be called.
 
     Raises UserError as ``load_state_dict``, and where the weights do not fit.
     """
     path = conf.model_path
-    if conf.follows_folder:
+    if is_folder(path):
         return load_network(read_folder(path), device)
+    if is_lucidrains(path):
+        return load_lucidrains(read_checkpoint(path), conf.num_heads, device)
     state = load_state_dict(path)
     shapes = shapes_of(state)
     model = _without_weights(create_model, conf, "num_channels")

@@ -131,9 +131,11 @@ def test_what_the_plain_port_cannot_walk_is_refused(tmp_path, changes, message):
         end_to_end.main(write_tiny(tmp_path, **changes))
 
 
-def test_the_plain_port_takes_no_folder():
-    conf = SimpleNamespace(follows_folder=True, model_path="folder")
-    with pytest.raises(UserError, match=r"model_path: the plain port reads no folder; .*folder$"):
+def test_the_plain_port_takes_no_other_programs_network():
+    conf = SimpleNamespace(follows_model=True, model_path="folder")
+    with pytest.raises(
+        UserError, match=r"model_path: the plain port reads guided-diffusion's .*folder$"
+    ):
         end_to_end.refuse_other_ways(conf)
 
 

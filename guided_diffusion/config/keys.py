@@ -20,7 +20,7 @@ from guided_diffusion.config.network_keys import (
     widths_with_attention,
 )
 from guided_diffusion.config.schema import SIDES, Conf, Pattern, key, keys_of, numbers, require
-from guided_diffusion.models.follow import NETWORK_KEYS, follow_model, is_folder
+from guided_diffusion.models.follow import NETWORK_KEYS, follow_model, is_folder, is_lucidrains
 
 CLASSIFIER_CLASSES = 1000
 CLASSIFIER_HEAD_CHANNELS = 64
@@ -146,7 +146,8 @@ class InpaintConf(ModelConf):
     ignored: ClassVar[dict[str, str]] = IGNORED_KEYS
 
     name: str = key(text="Name of the run, for its folder ./log/<name>/.", affects_results=False)
-    model_path: str = key(text="The network: a checkpoint (.pt, .safetensors), a folder of "
+    model_path: str = key(text="The network: a checkpoint (.pt, .safetensors) of "
+                          "guided-diffusion or denoising-diffusion-pytorch, a folder of "
                           "diffusers, or hf://owner/name.", path=True)
     cond_y: int | None = key(None, "Class label of all pictures; absent: drawn for each at random.",
                              low=0)
@@ -227,18 +228,18 @@ class InpaintConf(ModelConf):
 
     @classmethod
     def completed(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the tree with the keys that the folder at ``model_path`` decides."""
+        """Return the tree with the keys that the network at ``model_path`` decides."""
         return follow_model(tree)
 
     @property
-    def follows_folder(self) -> bool:
-        """Whether ``model_path`` is a folder, which describes its network itself."""
-        return is_folder(self.model_path)
+    def follows_model(self) -> bool:
+        """Whether ``model_path`` is of another program and describes its network itself."""
+        return is_folder(self.model_path) or is_lucidrains(self.model_path)
 
     @property
     def without_effect(self) -> Sequence[str]:
-        """Keys of a network that is described by a folder."""
-        return NETWORK_KEYS if self.follows_folder else ()
+        """Keys of guided-diffusion's network where ``model_path`` describes another one."""
+        return NETWORK_KEYS if self.follows_model else ()
 
     def __post_init__(self) -> None:
         """Check the keys one by one, then those that have to fit each other."""

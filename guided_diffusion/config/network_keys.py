@@ -117,12 +117,12 @@ class ModelConf(Conf):
             "depth_min and depth_max",
             "the first has to be below the second, which has to be stated and not 0",
         )
-        if not self.follows_folder:
+        if not self.follows_model:
             self._check_network()
 
     @property
-    def follows_folder(self) -> bool:
-        """Whether the network is described by a folder, and not by these keys."""
+    def follows_model(self) -> bool:
+        """Whether the network is another program's, and not described by these keys."""
         return False
 
     def _check_network(self) -> None:

@@ -60,7 +60,8 @@ class TrainConf(ModelConf):
     sample_count: int = key(8, "Process pictures to make each time; 0: none.", low=0)
     sample_respacing: str = key("50", "As timestep_respacing, for the process pictures: fewer "
                                 "steps are faster and less good.", pattern=STEPS)
-    init_from: str | None = key(None, "Checkpoint to start from; absent: random weights.",
+    init_from: str | None = key(None, "Checkpoint in guided-diffusion's layout to start from; "
+                                "absent: random weights.",
                                 path=True)
     # fmt: on
 

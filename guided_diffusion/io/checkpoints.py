@@ -117,7 +117,7 @@ def check_checkpoint(path: str | os.PathLike) -> None:
     path = Path(path)
     with once_a_file(path, "finite") as is_new:
         if is_new:
-            _check_finite(path, find_weights(path, _read(path)).tensors)
+            _check_finite(path, find_weights(path, read_tree(path)).tensors)
 
 
 def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -136,12 +136,12 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
 
 def read_weights(path: Path) -> Weights:
     """Return a checkpoint's weights and their place; their numbers are not checked."""
-    return find_weights(path, _read(path))
+    return find_weights(path, read_tree(path))
 
 
 def state_dict_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """Return each tensor's shape without reading the weights; raises as ``load_state_dict``."""
-    weights = find_weights(Path(path), _read(Path(path), "meta"))
+    weights = find_weights(Path(path), read_tree(Path(path), "meta"))
     return {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
 
 
@@ -161,8 +161,11 @@ def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor]) -> None:
 # ---- Reading -------------------------------------------------------------------------------------
 
 
-def _read(path: Path, map_location: str = "cpu") -> Any:
-    """Return the tensors of a file with whatever is around them."""
+def read_tree(path: Path, map_location: str = "cpu") -> Any:
+    """Return the tensors of a file with whatever is around them; raises as ``load_state_dict``.
+
+    Their numbers are not checked. ``map_location`` is "cpu", or "meta" for shapes alone.
+    """
     form = check_beginning(path)
     if form == "safetensors":
         return _read_safetensors(path)

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from guided_diffusion.errors import UserError, printable
 
-_LANDMARKS = ("time_embed.0.weight", "input_blocks.0.0.weight", "time_embedding.linear_1.weight")
+_LANDMARKS = (
+    *("time_embed.0.weight", "input_blocks.0.0.weight"),  # guided-diffusion
+    *("time_embedding.linear_1.weight", "init_conv.weight"),  # diffusers, lucidrains
+)
 _WEIGHTS = ("weight", "bias", "positional_embedding")  # how the names of weights end
 _COUNTERS = re.compile(
     r"num_updates|decay|n_averaged|initted|(global_|optimization_)?steps?|epoch|iteration|betas"

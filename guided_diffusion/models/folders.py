@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.models.foreign import ALLOWED_CHANNELS, Chain
 from guided_diffusion.models.hub import NEEDS, how_to_fetch, local_folder
 
 _MAX_JSON_BYTES = 1 << 24
@@ -25,19 +26,6 @@ _MAX_STEPS = 1_000_000
 _PREDICTIONS = ("epsilon", "sample", "v_prediction")
 _IS_FIXED_SMALL = {"fixed_small": True, "fixed_small_log": True,
                    "fixed_large": False, "fixed_large_log": False}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Chain:
-    """The diffusion that a network was trained on, as ``GaussianDiffusion`` takes it."""
-
-    betas: np.ndarray  # float64, of all steps
-    learn_sigma: bool
-    fixed_small: bool
-    predict_xstart: bool
-    predict_v: bool
-    clip_denoised: bool
-    clip_range: float
 
 
 @dataclass(frozen=True)
@@ -50,6 +38,11 @@ class ModelFolder:
     scheduler_path: Path | None  # None: the folder has no scheduler
     scheduler: Mapping[str, Any]
 
+    @property
+    def has_chain(self) -> bool:
+        """Whether the folder has a scheduler."""
+        return self.scheduler_path is not None
+
     @cached_property
     def chain(self) -> Chain:
         """The diffusion; raises UserError for one that this program does not have."""
@@ -59,12 +52,13 @@ class ModelFolder:
         """Return the YAML keys that the folder decides."""
         chain, classes = self.chain, self.unet["num_class_embeds"]
         keys = {"rescale_timesteps": False, "learn_sigma": chain.learn_sigma}
+        keys["in_channels"] = self.unet["in_channels"]
         keys["class_cond"] = classes is not None or self.unet["class_embed_type"] is not None
         if (size := _sample_size(self)) is not None:
             keys["image_size"] = size
         if classes is not None:
             keys["num_classes"] = classes
-        if self.scheduler_path:
+        if self.has_chain:
             keys |= {
                 "diffusion_steps": len(chain.betas),
                 "predict_xstart": chain.predict_xstart,
@@ -72,6 +66,12 @@ class ModelFolder:
                 "clip_denoised": chain.clip_denoised,
             }
         return keys
+
+    def check_stated(self, tree: Mapping[str, Any]) -> None:
+        """Raise UserError for an ``image_size`` that the network cannot have."""
+        side = tree.get("image_size")
+        if self.unet["sample_size"] is None and isinstance(side, int):
+            _check_side(self, side)
 
 
 def read_folder(name: str) -> ModelFolder:
@@ -188,8 +188,10 @@ def _check_unet(folder: ModelFolder) -> None:
         if not is_right:
             raise wrong(folder.unet_path, key, expected, unet[key])
 
-    need("in_channels", "3: only 3-channel networks work on pictures", unet["in_channels"] in (3,))
-    need("out_channels", "3 or 6", unet["out_channels"] in (3, 6))
+    channels = unet["in_channels"]
+    need("in_channels", ALLOWED_CHANNELS, channels in (1, 3) and not isinstance(channels, bool))
+    outputs = [channels, 2 * channels]
+    need("out_channels", " or ".join(map(str, outputs)), unet["out_channels"] in outputs)
     need("layers_per_block", "a number from 1 to 100", _is_count(unet["layers_per_block"], 100))
     is_right = 0 < levels <= 16 and all(_is_count(width, 1 << 20) for width in widths)
     need("block_out_channels", "the width of each level, of 16 levels at most", is_right)
@@ -216,11 +218,11 @@ def _sample_size(folder: ModelFolder) -> int | None:
     if size is not None and not _is_count(size, 8192):
         raise wrong(folder.unet_path, "sample_size", "the side of a square in pixels", size)
     if size is not None:
-        check_side(folder, size)
+        _check_side(folder, size)
     return size
 
 
-def check_side(folder: ModelFolder, side: int) -> None:
+def _check_side(folder: ModelFolder, side: int) -> None:
     """Raise UserError for a side that the network cannot halve at each level but the last."""
     levels = len(folder.unet["block_out_channels"])
     if side % 2 ** (levels - 1):

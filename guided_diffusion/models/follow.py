@@ -4,17 +4,21 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.models.foreign import ForeignModel
 from guided_diffusion.models.hub import HUB, local_folder
 
-# Keys of guided-diffusion's own network and chain, without effect on those of a folder.
+# Keys of guided-diffusion's own network and chain, without effect on those of another program.
 NETWORK_KEYS = (
     "num_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "num_head_channels",
     "use_scale_shift_norm", "resblock_updown", "norm_groups", "noise_schedule",
 )  # fmt: skip
 USUAL_STEPS = 250  # of a walk, where the YAML states none
+# A name that networks of denoising-diffusion-pytorch have, near the beginning of a checkpoint.
+_LUCIDRAINS = b"downs.0.0.block1.proj"
 
 
 def is_folder(path: object) -> bool:
@@ -22,55 +26,77 @@ def is_folder(path: object) -> bool:
     return isinstance(path, str) and (path.startswith(HUB) or os.path.isdir(path))  # noqa: PTH112
 
 
+def is_lucidrains(path: object) -> bool:
+    """Whether a ``model_path`` names a checkpoint of denoising-diffusion-pytorch."""
+    if not isinstance(path, str) or not os.path.isfile(path):  # noqa: PTH113 - not of a pipe
+        return False
+    try:
+        with Path(path).open("rb") as file:
+            return _LUCIDRAINS in file.read(1 << 20)
+    except OSError:
+        return False
+
+
+def read_model(path: object) -> ForeignModel | None:
+    """Return the network of another program at a ``model_path``; uses no network.
+
+    None for a checkpoint in guided-diffusion's layout, and for a folder of the hub that is not on
+    this machine. Raises UserError as ``read_folder`` and ``read_checkpoint``.
+    """
+    if is_folder(path) and local_folder(path):
+        from guided_diffusion.models.folders import read_folder
+
+        return read_folder(path)
+    if is_lucidrains(path):
+        from guided_diffusion.models.lucidrains import read_checkpoint
+
+        return read_checkpoint(path)
+    return None
+
+
 def follow_model(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a configuration's tree with the keys that its ``model_path`` decides.
 
-    A tree is returned as it is if ``model_path`` is a checkpoint in guided-diffusion's layout, or a
-    folder of the hub that is not on this machine. Uses no network. Raises UserError as
-    ``read_folder``, and for a stated key that contradicts the model, naming both values.
+    Uses no network. Raises UserError as ``read_model``, and for a stated key that contradicts the
+    model, naming both values.
     """
     path = tree.get("model_path")
-    path = os.path.expanduser(path) if isinstance(path, str) else path  # noqa: PTH111 - text
-    if not is_folder(path) or not local_folder(path):
+    model = read_model(os.path.expanduser(path) if isinstance(path, str) else path)  # noqa: PTH111
+    if model is None:
         return tree
-    from guided_diffusion.models.folders import check_side, read_folder
-
-    folder = read_folder(path)
-    keys = folder.keys()
+    keys = model.keys()
     for key, value in keys.items():
         stated = tree.get(key)
         if stated not in (None, "") and _comparable(stated) != _comparable(value):
             raise UserError(
-                f"contradicts the folder {path}; leave the key out and it follows the folder",
+                f"contradicts {model.name}, which decides it; leave the key out",
                 key=key,
                 expected=json.dumps(value).strip('"'),
                 got=json.dumps(stated, default=str)[:80].strip('"'),
             )
-    side = tree.get("image_size")
-    if "image_size" not in keys and isinstance(side, int):
-        check_side(folder, side)
-    unused = [key for key in NETWORK_KEYS if key != "noise_schedule" or folder.scheduler_path]
+    model.check_stated(tree)
+    unused = [key for key in NETWORK_KEYS if key != "noise_schedule" or model.has_chain]
     if names := [key for key in unused if tree.get(key) is not None]:
-        problem = "no effect on the network of a folder, which describes it"
+        problem = f"no effect, because {model.name} describes its network"
         warnings.warn(f"{', '.join(names)}: {problem}", stacklevel=2)
-    tree = {key: value for key, value in tree.items() if key not in unused}
-    return {**tree, **keys, **short_walk(tree, len(folder.chain.betas))}
+    tree = {**{key: value for key, value in tree.items() if key not in unused}, **keys}
+    return {**tree, **short_walk(tree, tree.get("diffusion_steps"))}
 
 
-def short_walk(tree: Mapping[str, Any], steps: int) -> dict[str, Any]:
+def short_walk(tree: Mapping[str, Any], steps: object) -> dict[str, Any]:
     """Return the keys of a walk over all of a short chain, unless the YAML states a walk."""
     walk = tree.get("schedule_jump_params") or {}
-    is_stated = tree.get("timestep_respacing") is not None
-    if steps >= USUAL_STEPS or is_stated or not isinstance(walk, Mapping) or "t_T" in walk:
+    is_stated = tree.get("timestep_respacing") is not None or "t_T" in walk
+    is_short = isinstance(steps, int) and steps < USUAL_STEPS
+    if not is_short or is_stated or not isinstance(walk, Mapping):
         return {}
     return {"timestep_respacing": str(steps), "schedule_jump_params": {**walk, "t_T": steps}}
 
 
 def _comparable(value: object) -> object:
-    """Make values equal that YAML may write in several ways, such as '1,2' and [1, 2]."""
-    items = value if isinstance(value, list | tuple) else str(value).split(",")
-    texts = [str(item).strip().lower() for item in items]
+    """Make values equal that YAML may write in several ways, such as 1 and '1'."""
+    text = str(value).strip().lower()
     try:
-        return sorted(float(text) for text in texts if text)
+        return float(text)
     except ValueError:
-        return texts
+        return text

@@ -82,8 +82,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def refuse_other_ways(conf: InpaintConf) -> None:
     """Raise UserError for a configuration that the plain port cannot walk."""
-    if conf.follows_folder:
-        problem = "the plain port reads no folder; give a checkpoint"
+    if conf.follows_model:
+        problem = "the plain port reads guided-diffusion's checkpoints alone"
         raise UserError(problem, key="model_path", got=conf.model_path)
     for key, value in PLAIN_KEYS.items():
         expected, got = (str(one).lower() for one in (value, getattr(conf, key)))

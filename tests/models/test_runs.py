@@ -47,9 +47,15 @@ def test_keys_follow_the_folder(here):
     assert not conf.predict_v
 
 
-def test_a_velocity_follows_the_folder(here):
-    write_foreign(here, tiny_unet(), scheduler(prediction_type="v_prediction"))
-    assert load_conf("c.yml").predict_v
+def test_velocity_and_channels_follow_the_folder(here):
+    unet = tiny_unet(in_channels=1, out_channels=2)
+    write_foreign(
+        here, unet, scheduler(prediction_type="v_prediction", variance_type="learned_range")
+    )
+    conf = load_conf("c.yml")
+    assert (conf.predict_v, conf.in_channels, conf.learn_sigma) == (True, 1, True)
+    with pytest.raises(UserError, match=r"in_channels: contradicts unet8.*expected 1, found 3"):
+        load_conf("c.yml", InpaintConf, ["in_channels=3"])
 
 
 @pytest.mark.parametrize(
@@ -72,7 +78,7 @@ def test_keys_that_contradict_the_folder_are_refused_with_both_values(here, stat
         load_conf("c.yml")
     line = str(caught.value)
     assert line.endswith(expected)
-    assert f"{next(iter(stated))}: contradicts the folder unet8" in line
+    assert f"{next(iter(stated))}: contradicts unet8" in line
     with pytest.raises(UserError, match="--set"):
         write_foreign(here / "set")
         (here / "set" / "c.yml").replace("c.yml")
