@@ -131,7 +131,7 @@ def read_upright(source: Source, *, whole: bool = False, frame: int = 0) -> Imag
     """
     with _errors_of(source):
         if is_in_memory(source):
-            return _upright(source, source.size, whole)
+            return _upright(source, source.size, whole, copy=True)
         with open_bytes(source) as stream, open_image(stream) as image:
             stored = image.size
             if whole:
@@ -254,34 +254,32 @@ def _limit_pixels(image: Image.Image, path: str) -> None:
 
 
 def _upright(
-    image: Image.Image, stored: tuple[int, int], whole: bool, frames: int = 1
+    image: Image.Image, stored: tuple[int, int], whole: bool, frames: int = 1, *, copy: bool = False
 ) -> Image.Image:
-    """Decode a picture, and turn it as its EXIF orientation says; ``image`` stays as it is."""
-    is_deep_colour = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(
-        getattr(image, "tile", "")
-    )
+    """Decode a picture, and turn it, or a ``copy`` of it, as its EXIF orientation says."""
+    is_deep_colour = ";16" in str(getattr(image, "tile", "")) and not is_deep(image)
     image.load()
-    metadata = metadata_of(image) if whole else {}  # turning removes some of it
-    try:
+    metadata = metadata_of(image) if whole else {}  # copying and turning remove some of it
+    image = image.copy() if copy else image
+    orientation = 1
+    with contextlib.suppress(Exception):  # the pixels are there: only EXIF data can be at fault
         orientation = image.getexif().get(0x0112, 1)
-        turned = ImageOps.exif_transpose(image)
-    except Exception:  # the pixels are decoded already, so only EXIF data can be at fault
-        orientation, turned = 1, image.copy()
+        ImageOps.exif_transpose(image, in_place=True)
     orientation = orientation if orientation in range(1, 9) else 1
-    hidden, pixels = _transparent_pixels(turned), turned.width * turned.height
-    turned.info["metadata"] = metadata
-    turned.info["origin"] = Origin(
+    hidden, pixels = _transparent_pixels(image), image.width * image.height
+    image.info["metadata"] = metadata
+    image.info["origin"] = Origin(
         size=stored[::-1] if orientation >= 5 else stored,
         stored=stored,
         orientation=orientation,
-        mode=turned.mode,
+        mode=image.mode,
         frames=frames,
-        has_profile="icc_profile" in turned.info,
+        has_profile="icc_profile" in image.info,
         is_deep_colour=is_deep_colour,
         is_transparent=hidden[0] > 0,
         is_mostly_transparent=hidden[1] > pixels / 2,
     )
-    return turned
+    return image
 
 
 def _transparent_pixels(image: Image.Image) -> tuple[int, int]:

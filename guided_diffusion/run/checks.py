@@ -11,12 +11,18 @@ from tqdm import tqdm
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import Pair
+from guided_diffusion.io.images import name_of
+from guided_diffusion.io.limits import check_memory
 from guided_diffusion.io.notes import warn_of_kinds
 from guided_diffusion.io.paths import check_folder, refuse_inside, refuse_overwriting
 from guided_diffusion.io.results import refuse_long_jpeg
 from guided_diffusion.run.picture_checks import check_pairs, warn_of_extremes
 from guided_diffusion.run.record import refuse_replacing_a_configuration
 from guided_diffusion.run.task import Job, Task, load_picture, read_options, tasks_of
+
+# Bytes that a pixel takes of a photo while it is worked on, and of the cut that is worked on:
+# measured with 50 megapixels.
+_PHOTO_BYTES, _CUT_BYTES = 20, 17
 
 
 def result_folders(conf: InpaintConf) -> dict[str, str]:
@@ -90,6 +96,9 @@ def check_pictures(
             refuse_long_jpeg(pair.gt_path, photo.pixels.shape[1::-1])
         shares.append(1 - float(photo.known.mean()) / 255)
         tasks.append(tasks_of(conf, photo))
+        largest = max((task.cut.side for task in tasks[-1] if task.cut), default=0)
+        needed = _PHOTO_BYTES * photo.known.size + _CUT_BYTES * largest**2
+        check_memory(needed, name_of(pair.gt_path), "the photo with its largest cut")
         notes += [(pair.gt_path, note) for note in photo.notes]
         notes += [(pair.mask_path, note) for note in photo.mask_notes]
     warn_of_extremes(pairs, shares)

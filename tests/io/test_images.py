@@ -201,7 +201,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
 
 
 def test_damaged_exif_does_not_spoil_a_picture(tmp_path, monkeypatch):
-    def fail(image):
+    def fail(image, in_place):
         raise struct.error("unpack requires a buffer of 2 bytes")
 
     monkeypatch.setattr(ImageOps, "exif_transpose", fail)

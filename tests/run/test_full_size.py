@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from run_cases import load_yaml, run_here, write_run
 
+from guided_diffusion.io import limits
 from guided_diffusion.run.full_size import blend, cut_out, find_cuts, merge_boxes, paste
 from guided_diffusion.run.inpainter import Inpainter
 
@@ -393,6 +394,15 @@ def test_a_scan_that_will_be_dark_is_told(here, tmp_path):
     assert "gt/00.png: uses 3900 of 65535 and will be dark; depth_max: 4095" in ended.err
     ended = here(*options, "--set", "depth_max=4095")
     assert "will be dark" not in ended.err
+
+
+def test_a_cut_that_does_not_fit_into_memory_is_told(here, tmp_path, monkeypatch):
+    options = write_photo(tmp_path)
+    Image.fromarray(mask_of(30, 40, (2, 2, 38, 28))).save("mask/00.png")
+    monkeypatch.setattr(limits, "free_memory", lambda: 30_000)  # enough to read the photo
+    ended = here(*options)
+    assert ended.status == 2
+    assert "gt/00.png: the photo with its largest cut does not fit into the memory" in ended.err
 
 
 def test_a_mask_of_another_shape_names_both_sizes(here, tmp_path):
