@@ -25,6 +25,7 @@ ZIP_ERRORS = (
     zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, LookupError, EOFError,
     OSError, OverflowError, struct.error, zlib.error,
 )  # fmt: skip
+_PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _CHUNK = 1 << 22  # bytes
 _MAX_RATIO = 20  # of unpacked to packed bytes: weights hardly shrink
 _ALIGNMENT = 8  # bytes
@@ -39,6 +40,8 @@ def check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             # torch can be told to leave checksums out, and then writes 0.
             entries = [entry for entry in archive.infolist() if entry.CRC]
+            if any(entry.compress_type not in _PACKED for entry in entries):
+                raise zipfile.BadZipFile("packed by another method")
             _check_ratio(path, entries)
             with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
                 for _ in pool.map(lambda entry: _check_entry(path, archive, entry), entries):

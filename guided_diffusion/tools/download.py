@@ -33,11 +33,11 @@ from guided_diffusion.tools.catalogue import CATALOGUE, DEFAULT, DRIVE, Publishe
 ROOT = Path(__file__).resolve().parents[2]
 QUOTA = """Google Drive sent a page in place of the file; usually its daily limit for this file is
 used up (quota): try again in a day, or set REPAINT_MIRROR"""
-BLOCK, JSON_LIMIT = 1 << 18, 1 << 20  # bytes
-MARGIN = 16 << 20  # bytes that stay free on the disk
+BLOCK, JSON_LIMIT, MARGIN = 1 << 18, 1 << 20, 16 << 20  # bytes; MARGIN stays free on the disk
 TRIES = 5  # in a row without a new byte
 PASSING = (408, 425, 429)  # HTTP statuses from 400 to 499 after which another try may help
-PLAIN = (0, stat.S_IFREG, stat.S_IFDIR)  # kinds of an archive's entries; 0: not stated
+PLAIN = {0, stat.S_IFREG, stat.S_IFDIR}  # kinds of an archive's entries; 0: not stated
+PACKED = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
 
 class NotFetchedError(Exception):
@@ -123,7 +123,7 @@ def fetch_http(target: Target, url: str, timeout: int) -> None:
             elif 400 <= error.code < 500 and error.code not in PASSING:
                 break
         except (OSError, http.client.HTTPException, ValueError) as error:
-            problem = str(getattr(error, "reason", None) or error)
+            problem = str(getattr(error, "reason", None) or error)[:200]
         failures += 1
         if size_of(target.part) > most:
             failures, tries = 0, TRIES
@@ -234,11 +234,11 @@ def unpack(archive: Path, target: Target) -> str:
         if unpacked > target.limit:
             problem = f"holds {human(unpacked)}, expected at most {human(target.limit)}"
             raise UserError(problem, path=archive)
-        if any(stat.S_IFMT(entry.external_attr >> 16) not in PLAIN for entry in entries):
-            raise UserError("holds a link or a device: nothing is unpacked", path=archive)
+        kinds = {stat.S_IFMT(entry.external_attr >> 16) for entry in entries}
+        if not kinds <= PLAIN or not {entry.compress_type for entry in entries} <= PACKED:
+            raise UserError("holds a link, a device or unusual packing", path=archive)
         check_room(target, unpacked, unpacked)
-        # zipfile removes drives, leading slashes and ".." from the names. All that it unpacks is
-        # whole before the first file is renamed.
+        # All is unpacked before the first file is renamed. zipfile removes drives and ".." itself.
         paths = [Path(opened.extract(entry, folder)) for entry in entries if not entry.is_dir()]
         names = [path.relative_to(folder).as_posix().removeprefix("data/") for path in paths]
         wanted = {n: p for n, p in zip(names, paths, strict=True) if n.startswith("datasets/")}

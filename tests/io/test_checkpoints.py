@@ -266,6 +266,15 @@ def test_an_archive_that_was_packed_anew_is_read(tmp_path, compression):
     assert "damaged" in refusal(path)
 
 
+def test_damage_in_an_archive_packed_by_another_method_is_no_traceback(tmp_path):
+    with zipfile.ZipFile(tmp_path / "model.pt", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a/data/0", bytes(10_000))
+    content = bytearray((tmp_path / "model.pt").read_bytes())
+    content[50:70] = bytes(20)
+    (tmp_path / "model.pt").write_bytes(content)
+    assert "damaged" in refusal(tmp_path / "model.pt")
+
+
 def test_an_archive_packed_anew_into_another_folder_says_how_to_save_it(tmp_path):
     torch.save(LARGE, tmp_path / "old.pt")
     path = tmp_path / "model.pt"

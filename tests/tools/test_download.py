@@ -392,8 +392,16 @@ def test_link_device_and_pipe_in_an_archive_are_refused(house, server, kind):
     special.create_system, special.external_attr = 3, kind << 16
     serve(server, **{"data.zip": archive({f"data/{PICTURE}": b"", special: b"/etc"})})
     assert house.run("data", mirror=server.url) == 1
-    assert "holds a link or a device: nothing is unpacked" in house.err
+    assert "holds a link, a device or unusual packing" in house.err
     assert house.files() == set()
+
+
+def test_archive_packed_by_another_method_is_refused(house, server):
+    content = bytearray(archive({f"data/{PICTURE}": bytes(10_000)}, zipfile.ZIP_LZMA))
+    content[60:80] = bytes(20)  # lzma has an exception of its own for that
+    serve(server, **{"data.zip": bytes(content)})
+    assert house.run("data", mirror=server.url) == 1
+    assert "unusual packing" in house.err
 
 
 def test_archive_that_unpacks_to_more_than_published_is_refused(house, server, monkeypatch):
