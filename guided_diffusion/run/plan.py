@@ -125,7 +125,8 @@ def _announcement(
         return text
     cuts = sum(len(job.tasks) for job in jobs)
     calls = network_calls(jobs, conf.data.batch_size, steps)
-    return f"{text}, {cuts} cuts, at most {calls:,} network calls"
+    noun = "cut" if cuts == 1 else "cuts"
+    return f"{text}, {cuts} {noun}, at most {calls:,} network calls"
 
 
 def refuse_changed(plan: Plan) -> None:
