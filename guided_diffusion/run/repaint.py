@@ -19,7 +19,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import ALPHA, Pair, sample_names
 from guided_diffusion.io.checkpoints import state_dict_shapes
 from guided_diffusion.masks import FAMILIES
-from guided_diffusion.models.follow import is_folder
+from guided_diffusion.models.follow import is_folder, is_lucidrains
 from guided_diffusion.models.hub import fetch_configuration
 from guided_diffusion.run import inpaint
 from guided_diffusion.run.checks import check_pictures
@@ -206,7 +206,7 @@ def _read_conf(source: str | os.PathLike | InpaintConf, keys: Mapping[str, Any])
     if Path(path).suffix.lower() in (".yml", ".yaml"):
         return _with_keys(read_yaml(path), keys, path)
     tree: dict[str, Any] = {"name": "python", "model_path": path}
-    if not is_folder(path):
+    if not is_folder(path) and not is_lucidrains(path):  # those say it themselves
         flags = model_flags(state_dict_shapes(path), keys.get("image_size", 256))
         tree |= {key: sorted(v)[::-1] if isinstance(v, set) else v for key, v in flags.items()}
     return _with_keys(tree, keys, path)
