@@ -13,19 +13,23 @@ While it runs, programs can ask it too:
 """
 
 import os
+import secrets
+import tempfile
 
 if __name__ == "__main__":  # before the other imports, which take seconds
     from guided_diffusion import end_at_once_on_ctrl_c
 
     end_at_once_on_ctrl_c()
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch, as guided_diffusion/cli.py says
+    # All files of the page, uploads included; Gradio reads this when it is imported, too.
+    os.environ["GRADIO_TEMP_DIR"] = f"{tempfile.gettempdir()}/repaint-page-{secrets.token_hex(8)}"
 
 import argparse
 import errno
 import inspect
+import shutil
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,9 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     worker = Worker(args.conf_path, args.overrides)
     raise_on_ctrl_c()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that files are deleted then too
-    with tempfile.TemporaryDirectory(prefix="repaint-page-", ignore_cleanup_errors=True) as name:
-        folder = Path(name).resolve()
-        os.environ["GRADIO_TEMP_DIR"] = str(folder)  # uploads too, and nothing else may be read
+    folder = Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
+    folder.mkdir(mode=0o700)
+    try:
         page = Page(worker, folder)
         demo, words = build_page(page)
         demo.queue(max_size=None)
@@ -187,12 +191,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
         addresses = f"http://{args.host}:{args.port}", demo.share_url  # None: there is no such
         print(" and ".join(filter(None, addresses)), flush=True)
-        try:
-            while True:
-                time.sleep(SWEEP_SECONDS)
-                page.sweep()
-        finally:
-            demo.close(verbose=False)
+        while True:
+            time.sleep(SWEEP_SECONDS)
+            page.sweep()
+    finally:
+        gr.close_all(verbose=False)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -93,19 +93,16 @@ class Request:
     def __post_init__(self) -> None:
         """Check types and ranges: programs may send anything."""
         self.seed = secrets.randbelow(2**31) if self.seed is None else self.seed
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (is_number and value == value // 1 and low <= value <= high):
-                expected = f"a whole number from {low} to {high}"
-                raise UserError(key=name, expected=expected, got=repr(value))
-            setattr(self, name, int(value))
-        if not isinstance(self.full_size, bool):
-            raise UserError(key="full_size", expected="true or false", got=repr(self.full_size))
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                got = repr(getattr(self, name))
-                raise UserError(key=name, expected=", ".join(known), got=got)
+            if (got := getattr(self, name)) not in known:
+                raise UserError(key=name, expected=", ".join(known), got=repr(got))
+        for name, (low, high) in RANGES.items():
+            got = getattr(self, name)
+            if type(got) is not int or not low <= got <= high:
+                expected = f"a whole number from {low} to {high}"
+                raise UserError(key=name, expected=expected, got=repr(got))
+        if type(self.full_size) is not bool:
+            raise UserError(key="full_size", expected="true or false", got=repr(self.full_size))
 
 
 @dataclass(eq=False)
@@ -204,8 +201,9 @@ class Worker:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("default")
                 self._make(job, picture, mask)
-            found = [warning for warning in caught if warning.category is UserWarning]
-            job.notes = [str(warning.message) for warning in found]
+            job.notes = [str(each.message) for each in caught if each.category is UserWarning]
+            if job.request.hole == PAINTED:  # as the picture is seen, however its file is turned
+                job.notes = [note for note in job.notes if f"{mask}: " not in note]
         except Exception as error:
             if not isinstance(error, UserError | Cancelled):
                 traceback.print_exc()
@@ -248,23 +246,22 @@ def write_inputs(job: Job) -> tuple[str, str]:
 
     Raises UserError where the mask is missing or cannot be read.
     """
-    request, path = job.request, job.request.picture.path
+    request, path, mask = job.request, job.request.picture.path, f"mask{job.suffix}.png"
+    if request.hole in FAMILIES:
+        mask = request.hole
+    elif request.hole == PAINTED:
+        painted_mask(request.strokes, request.picture.size).save(job.folder / mask)
+    elif not request.mask:
+        raise UserError("no mask")
+    else:
+        read(request.mask)
+        if request.mask_hole == "auto":
+            is_layer = origin_of(read_upright(request.mask)).is_mostly_transparent
+            request.mask_hole = "layer" if is_layer else "black"
+        mask = Path(mask).stem + Path(request.mask).suffix.lower()
+        shutil.copyfile(request.mask, job.folder / mask)
     picture = path.name if request.picture.earlier else f"picture{path.suffix.lower()}"
     shutil.copyfile(path, job.folder / picture)
-    if request.hole in FAMILIES:
-        return picture, request.hole
-    mask = f"mask{job.suffix}.png"
-    if request.hole == PAINTED:
-        painted_mask(request.strokes, request.picture.size).save(job.folder / mask)
-        return picture, mask
-    if not request.mask:
-        raise UserError("no mask")
-    read(request.mask)
-    if request.mask_hole == "auto":
-        is_layer = origin_of(read_upright(request.mask)).is_mostly_transparent
-        request.mask_hole = "layer" if is_layer else "black"
-    mask = Path(mask).stem + Path(request.mask).suffix.lower()
-    shutil.copyfile(request.mask, job.folder / mask)
     return picture, mask
 
 
@@ -287,10 +284,10 @@ def keys_of(job: Job) -> dict[str, Any]:
     request = job.request
     is_layer = request.hole == UPLOADED and request.mask_hole == "layer"
     rule = {"layer": "alpha", "auto": "black"}.get(request.mask_hole, request.mask_hole)
-    whole = {"output_format": "same"} if request.full_size else {"output_format": "png"}
     return {
-        **(FAST if request.method == "fast" else {}), **whole,
+        **(FAST if request.method == "fast" else {}),
         **({} if request.full_size else {"windows": False}),
+        "output_format": "same" if request.full_size else "png",
         **{name: getattr(request, name) for name in ("seed", "full_size", "mask_grow")},
         "name": f"page{job.suffix}", "samples_per_image": request.samples,
         "mask_hole": rule if request.hole == UPLOADED else "black", "invert_mask": is_layer,

@@ -25,6 +25,8 @@ from page.words import MESSAGES
 
 PREVIEW_SIZE = 1600  # longest side in pixels of what the browser shows and paints on
 MAX_EXAMPLES = 6
+# The settings of the page, in the order of its controls.
+SETTINGS = (*("hole", "mask", "mask_hole", "method", "samples", "seed", "full_size", "mask_grow"),)
 # After so long files are deleted: of visitors who leave (a telephone that sleeps leaves, too), of
 # those who neither ask nor leave, and uploads, which are copied when they are used.
 LEFT_SECONDS, SILENT_SECONDS, UPLOAD_SECONDS = 60.0, 24 * 3600.0, 300.0
@@ -141,7 +143,9 @@ class Page:
         visitor, say = self.visitor(request), speaker(request)
         visitor.cancel()
         try:
-            job = self.start(visitor, visitor.chosen, (value or {}).get("strokes"), *settings)
+            strokes = (value or {}).get("strokes")
+            job = self.start(visitor, picture=visitor.chosen, strokes=strokes,
+                             **dict(zip(SETTINGS, settings, strict=True)))  # fmt: skip
             for state in self.follow(job, visitor, say):
                 yield status(state, job), gr.skip(), gr.skip()
         except Cancelled:
@@ -180,13 +184,14 @@ class Page:
         """
         visitor, say = self.visitor(request), speaker(request)
         try:
-            known = CHOICES["hole"][1:]  # nothing is painted
-            if hole not in known:
-                raise UserError(key="hole", expected=", ".join(known), got=repr(hole))
+            if hole == PAINTED:
+                raise UserError(key="hole", expected=", ".join(CHOICES["hole"][1:]), got=hole)
             path = Path(self.upload(picture))
-            mask = mask and self.upload(mask, "mask")
-            settings = hole, mask, mask_hole, method, samples, seed, full_size, mask_grow
-            job = self.start(visitor, Chosen(path, read(path).size), None, *settings)
+            job = self.start(
+                visitor, picture=Chosen(path, read(path).size), strokes=None, hole=hole,
+                mask=mask and self.upload(mask, "mask"), mask_hole=mask_hole, method=method,
+                samples=samples, seed=seed, full_size=full_size, mask_grow=mask_grow,
+            )  # fmt: skip
             for state in self.follow(job, visitor, say):
                 yield state, [], [], []
         except Exception as error:
@@ -196,14 +201,11 @@ class Page:
 
     # ---- Jobs ----
 
-    def start(
-        self, visitor: Visitor, chosen: Chosen | None, strokes: str | None, *settings: Any
-    ) -> Job:
+    def start(self, visitor: Visitor, **values: Any) -> Job:
         """Put a job into the queue; raises UserError for what cannot be done."""
-        if chosen is None:
+        if values["picture"] is None:
             raise UserError("no picture")
-        wish = Request(chosen, strokes, *settings)
-        job = Job(wish, Path(tempfile.mkdtemp(prefix="job-", dir=visitor.folder)))
+        job = Job(Request(**values), Path(tempfile.mkdtemp(prefix="job-", dir=visitor.folder)))
         self.worker.submit(job)
         visitor.jobs.append(job)
         return job

@@ -506,7 +506,7 @@ def test_programs_learn_in_one_sentence_what_is_wrong(page_server):
         ({"seed": 1.7}, "seed: expected a whole number from 0 to 2147483647, found 1.7"),
         ({"full_size": "no"}, "full_size: expected true or false, found 'no'"),
         ({"hole": "painted"}, "hole: expected uploaded, thin, thick"),
-        ({"hole": {"a": 1}}, "hole: expected uploaded, thin, thick"),
+        ({"hole": {"a": 1}}, "hole: expected painted, uploaded, thin"),
         ({"picture": "photo.png"}, "picture: expected a file"),
         ({"mask": 3}, "mask: expected a file"),
         ({}, "Choose a mask file first"),
