@@ -234,6 +234,7 @@ architectures = st.fixed_dictionaries(
         "attention_resolutions": st.sets(st.sampled_from([8, 16, 24, 32, 64])).map(
             lambda sides: ",".join(map(str, sorted(sides, reverse=True)))
         ),
+        "in_channels": st.sampled_from([1, 3]),
         "learn_sigma": st.booleans(),
         "class_cond": st.booleans(),
         "num_classes": st.integers(1, 1000),

@@ -15,6 +15,7 @@ from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.network_keys import CHANNEL_MULT_BY_SIZE, ModelConf
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.weights import foreign_form, short
+from guided_diffusion.models.foreign import ALLOWED_CHANNELS
 
 _LISTS = ("channel_mult", "attention_resolutions", "classifier_attention_resolutions")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -62,6 +63,7 @@ def model_flags(
         width = shapes["time_embed.0.weight"][1]
         widths = [shapes[f"{name}.0.out_layers.3.weight"][0] for name in first]
         out_channels = shapes["out.2.weight"][0]
+        in_channels = shapes["input_blocks.0.0.weight"][1]
         num_classes = shapes.get("label_emb.weight", (None,))[0]
         has_scale_shift = _has_scale_shift(shapes)
         mult = tuple(_multiplier(level_width, width) for level_width in widths)
@@ -83,7 +85,8 @@ def model_flags(
         "attention_resolutions": {
             image_size >> i for i, attending in enumerate(attends) if attending
         },
-        "learn_sigma": out_channels == 6,
+        "in_channels": in_channels,
+        "learn_sigma": out_channels == 2 * in_channels,
         "class_cond": num_classes is not None,
         "use_scale_shift_norm": has_scale_shift,
     }
@@ -239,11 +242,10 @@ def yaml_text(key: str, value: Any) -> str:
 
 
 def check_channels(path: str, shapes: Shapes) -> None:
-    """Refuse a network of other than three channels; raises UserError."""
+    """Raise UserError for a network of other than one or three channels."""
     channels = shapes.get("input_blocks.0.0.weight", (0, 3))[1:2]
-    if channels and channels != (3,):
-        problem = "only 3-channel networks work on pictures"
-        raise UserError(problem, path=path, got=f"{channels[0]} input channels")
+    if channels and channels[0] not in (1, 3):
+        raise UserError(path=path, key="in_channels", expected=ALLOWED_CHANNELS, got=channels[0])
 
 
 def _quoted(flags: Mapping[str, Any]) -> str:

@@ -25,8 +25,9 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.io.checkpoints import read_weights
 from guided_diffusion.io.weights import Weights, foreign_form, listed
 from guided_diffusion.models.folders import read_folder
-from guided_diffusion.models.follow import is_folder, short_walk
+from guided_diffusion.models.follow import is_folder, is_lucidrains, short_walk
 from guided_diffusion.models.hub import fetch_configuration
+from guided_diffusion.models.lucidrains import read_checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: argparse.Namespace = parser.parse_args(argv)
     if is_folder(args.path):
         lines = _of_folder(args.path)
+    elif is_lucidrains(args.path):
+        lines = _of_lucidrains(args.path, args.image_size)
     else:
         lines = _of_checkpoint(args.path, args.image_size)
     print("\n".join(lines))
@@ -86,6 +89,27 @@ def _of_folder(path: str) -> list[str]:
     follow = ", ".join(_yaml(folder.keys()))
     lines.append(f"# These follow the folder and may be left out: {follow}")
     return [*lines, *_yaml({**keys, **short_walk({}, len(chain.betas))})]
+
+
+def _of_lucidrains(path: str, side: int | None) -> list[str]:
+    checkpoint = read_checkpoint(path)
+    decided = checkpoint.keys()
+    version = f" {checkpoint.version[:20]}" if checkpoint.version else ""
+    keys: dict[str, Any] = {"model_path": path, "image_size": side or 64}
+    if "predict_v" not in decided:
+        keys["predict_v"] = True
+    if not checkpoint.has_chain:
+        keys |= {"diffusion_steps": 1000, "noise_schedule": "cosine"}
+    if not checkpoint.heads:
+        keys["num_heads"] = 4
+    guesses = [key for key in list(keys)[1:] if not (side and key == "image_size")]
+    lines = [f"# {path}: a network of denoising-diffusion-pytorch{version}, "
+             f"{_count(checkpoint.shapes)}"]  # fmt: skip
+    if guesses:
+        lines.append(f"# warning: the file does not tell {', '.join(guesses)}; below are guesses")
+    lines.append(f"# These follow the file and may be left out: {', '.join(_yaml(decided))}")
+    steps = decided.get("diffusion_steps")
+    return [*lines, *_yaml({**keys, **short_walk({}, steps)})]
 
 
 # ---- A checkpoint --------------------------------------------------------------------------------
@@ -139,6 +163,8 @@ def _of_network(
     kind = "improved-diffusion or guided-diffusion" if is_improved else "guided-diffusion"
     lines = [f"# {path}: a network of {kind}, {_about(weights, shapes)}", *_note(weights)]
     mult, size = flags["channel_mult"], flags["image_size"]
+    if flags["in_channels"] == 3:  # as by default
+        del flags["in_channels"]
     if side is not None:
         flags["image_size"] = size = side
     elif CHANNEL_MULT_BY_SIZE.get(size) != mult:
