@@ -88,7 +88,7 @@ class ReadOptions:
 
     @property
     def keeps_mask(self) -> bool:
-        """Whether the levels of a mask's file are used as they are, three channels apart."""
+        """Whether a mask keeps the levels that its file has in each of three channels."""
         is_plain = self.mask_hole is None and not self.mask_grow and not self.mask_hard
         return is_plain and self.channels == 3
 

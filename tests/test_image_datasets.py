@@ -118,7 +118,7 @@ def test_missing_mask_path_tells_the_families(tmp_path):
     [
         (["a.jpg", "a.png"], 1, "a.png"),
         (["one/a.png", "two/a.png"], 1, "a.png"),
-        (["a.png", "a_1.png"], 2, "a_1.png"),
+        (["a.png", "a_1.png", "a.b.png"], 2, "a_1.png"),
     ],
 )
 def test_colliding_results_name_both_inputs(tmp_path, names, samples, clash):
@@ -126,13 +126,10 @@ def test_colliding_results_name_both_inputs(tmp_path, names, samples, clash):
     mask = save(tmp_path / "m.png")
     with pytest.raises(UserError) as caught:
         pair_images(gt, mask, samples_per_image=samples)
-    for part in (*names, clash):
+    for part in (*names[:2], clash):
         assert part in str(caught.value)
-
-
-def test_names_that_only_look_alike_do_not_collide(tmp_path):
-    gt = folder_of(tmp_path / "gt", ["a.png", "a_1.png", "a.b.png"])
-    assert len(pair_images(gt, save(tmp_path / "m.png"))) == 3
+    if samples > 1:  # names that only look alike
+        assert len(pair_images(gt, mask)) == 3
 
 
 def test_too_long_a_sample_name_is_found_before_the_run(tmp_path):
@@ -146,19 +143,6 @@ def test_too_long_a_sample_name_is_found_before_the_run(tmp_path):
 def test_sample_names():
     assert sample_names("a.b.png", 1) == ["a.b.png"]
     assert sample_names("a.b.png", 3) == ["a.b_1.png", "a.b_2.png", "a.b_3.png"]
-
-
-def test_shifted_names_warn_once(tmp_path):
-    gt = folder_of(tmp_path / "gt", ["a.png", "b.png", "c.png"])
-    mask = folder_of(tmp_path / "mask", ["b.png", "c.png", "d.png"])
-    with pytest.warns(UserWarning, match="by sorted position") as caught:
-        pair_images(gt, mask)
-    assert len(caught) == 1
-    other = folder_of(tmp_path / "other", ["1.png", "2.png", "3.png"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pair_images(gt, other)
-        pair_images(gt, folder_of(tmp_path / "same", ["a.png", "b.png", "c.png"]))
 
 
 NAMES = ["photo1", "photo10", "photo11", "photo2"]
@@ -204,6 +188,7 @@ def test_an_accent_is_one_however_a_system_writes_it(tmp_path):
 @pytest.mark.parametrize(
     ("names", "mask_names"),
     [
+        (["a", "b", "c"], ["b", "c", "d"]),
         (["a", "b", "c"], ["b_mask", "c_mask", "d_mask"]),
         (["img_1", "img_10", "img_2"], ["mask_01", "mask_02", "mask_10"]),
         (["0", "1", "10", "2"], ["000000", "000001", "000002", "000010"]),
@@ -223,7 +208,7 @@ def test_names_that_contradict_positions_warn_with_an_example(tmp_path, names, m
     ("names", "mask_names"),
     [
         (["0", "1", "2"], ["000000", "000001", "000002"]),
-        (["cat", "dog", "owl"], ["000000", "000001", "000002"]),
+        (["cat", "dog", "owl"], ["cat", "dog", "owl"]),
         (["img_1", "img_10", "img_2"], ["mask_1", "mask_10", "mask_2"]),
         (["00012", "00345"], ["000000", "000001"]),
     ],

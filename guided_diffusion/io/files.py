@@ -28,7 +28,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """Open a file to read; raises ``UserError`` for a folder, and for a pipe or a device.
 
-    Pipes and devices may have no end, or keep who opens them waiting.
+    Opening a pipe waits for its other end, and reading a device may never end.
     """
     mode = Path(path).stat().st_mode
     if not stat.S_ISREG(mode):

@@ -34,7 +34,7 @@ _KNOWN_FORMATS = "JPEG, PNG, GIF, WebP, BMP, TIFF" + ", AVIF" * _HAS_AVIF
 # Times PIL.Image.MAX_IMAGE_PIXELS. A progressive JPEG has 3 bytes a pixel in memory at any scale.
 _LARGEST_JPEG = 4
 # Opening silences Pillow's warnings, and the list of warning filters belongs to the whole process:
-# who warns while other threads read pictures has to hold this lock, or the warning may be lost.
+# a warning from another thread is lost meanwhile, unless that thread holds this lock.
 WARNING_FILTERS = threading.Lock()
 # The first bytes after "ftyp" of the pictures that telephones take.
 _HEIC_BRANDS = (
@@ -191,7 +191,7 @@ def origin_of(image: Image.Image) -> Origin:
 
 @contextlib.contextmanager
 def _errors_of(source: Source) -> Iterator[None]:
-    """Turn whatever goes wrong with a picture into a ``UserError`` that names it."""
+    """Turn any exception of reading a picture into a ``UserError`` that names it."""
     path = name_of(source)
     try:
         yield
@@ -230,7 +230,7 @@ def open_image(stream: io.BufferedIOBase) -> Image.Image:
 
 
 def _foreign_format(start: bytes) -> str:
-    """Say in brackets what a file may be that no reader here knows, by its first bytes."""
+    """Return in brackets what an unknown file may be, by its first bytes."""
     if start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS:
         return "(HEIC has to be converted to JPEG or PNG first)"
     if start[4:11] == b"ftypavi" and not _HAS_AVIF:

@@ -52,7 +52,7 @@ def _with_suffix(paths: Iterable[str], suffixes: tuple[str, ...]) -> list[str]:
 
 def _tell_left_out(path: str, key: str | None, found: list[str], chosen: list[str]) -> None:
     """Warn of pictures in a folder that are not among the chosen; refuse where none is."""
-    stems = {stem_of(file) for file in chosen}  # nobody misses a raw picture beside its JPEG
+    stems = {stem_of(file) for file in chosen}  # a raw picture beside its JPEG is not missed
     omitted = [file for file in found if stem_of(file) not in stems]
     suffixes = {"." + file.lower().rpartition(".")[2] for file in omitted}
     readable = suffixes & set(OTHER_SUFFIXES)

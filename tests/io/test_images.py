@@ -101,15 +101,11 @@ def test_a_damaged_tiff_is_told_in_our_line_alone(tmp_path, capfd):
 # ---- size ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("progressive", [False, True])
-@pytest.mark.parametrize("limit", [9000, 2500])
+@pytest.mark.parametrize(("limit", "progressive"), [(9000, False), (2500, True)])
 def test_a_jpeg_too_large_to_read_is_read_smaller(tmp_path, monkeypatch, limit, progressive):
     blocks = np.kron(picture(10, 10), np.ones((10, 10, 1), np.uint8))
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    path = save(
-        tmp_path / "p.jpg", blocks, quality=95, exif=exif, progressive=progressive, subsampling=0
-    )
+    options = {"quality": 95, "progressive": progressive, "subsampling": 0}
+    path = save(tmp_path / "p.jpg", blocks, turned=3, **options)
     whole = np.asarray(images.read_rgb(path)).astype(int)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     image = images.read_rgb(path)
@@ -192,11 +188,9 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
         7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
         8: lambda a: np.rot90(a, -1),
     }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
     stored = np.ascontiguousarray(undo(picture()))
-    assert np.array_equal(pixels(save(tmp_path / "p.png", stored, exif=exif)), picture())
-    jpeg = pixels(save(tmp_path / "p.jpg", stored, exif=exif, quality=98)).astype(int)
+    assert np.array_equal(pixels(save(tmp_path / "p.png", stored, turned=orientation)), picture())
+    jpeg = pixels(save(tmp_path / "p.jpg", stored, turned=orientation, quality=98)).astype(int)
     assert np.abs(jpeg - picture()).mean() < 3
 
 
@@ -262,27 +256,20 @@ def test_gray_and_one_bit(tmp_path):
     assert np.array_equal(pixels(save(tmp_path / "1.png", bits))[:, :, 0], (gray > 99) * 255)
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    deep = np.array([[0, 128, 257, 30000, 65535]], np.uint16)
-    expected = [[0, 0, 1, 117, 255]]
-    assert pixels(save(tmp_path / "p.png", deep))[:, :, 0].tolist() == expected
-    dark = np.array([[0, 128, 200]], np.uint16)  # a dark picture stays dark
-    assert pixels(save(tmp_path / "dark.png", dark))[:, :, 2].tolist() == [[0, 0, 1]]
-    whole = save(tmp_path / "i.png", Image.fromarray(deep.astype(np.int32)), format="TIFF")
-    assert pixels(whole)[:, :, 0].tolist() == expected
-    whole = save(tmp_path / "d.png", Image.fromarray(dark.astype(np.int32)), format="TIFF")
-    assert pixels(whole)[:, :, 0].tolist() == [[0, 0, 1]]
-    wide = Image.fromarray(np.array([[0, 2**30, 2**31 - 1]], np.int32))
-    assert pixels(save(tmp_path / "w.png", wide, format="TIFF"))[:, :, 0].tolist() == [
-        [0, 128, 255]
-    ]
-
-
-@pytest.mark.parametrize("white", [1, 255, 65535])
-def test_float_gray_is_scaled(tmp_path, white):
-    floats = np.array([[0, 0.5, 1, np.nan]], np.float32) * white
-    path = save(tmp_path / "f.png", Image.fromarray(floats), format="TIFF")
-    assert pixels(path)[:, :, 0].tolist() == [[0, 128, 255, 0]]
+@pytest.mark.parametrize(
+    ("dtype", "values", "expected"),
+    [
+        (np.uint16, [0, 128, 257, 30000, 65535], [0, 0, 1, 117, 255]),
+        (np.uint16, [0, 128, 200], [0, 0, 1]),  # a dark picture stays dark
+        (np.int32, [0, 128, 257, 30000, 65535], [0, 0, 1, 117, 255]),
+        (np.int32, [0, 2**30, 2**31 - 1], [0, 128, 255]),
+        *((np.float32, [0, 0.5 * white, white, np.nan], [0, 128, 255, 0]) for white in (1, 255)),
+        (np.float32, [0, 32767.5, 65535], [0, 128, 255]),
+    ],
+)
+def test_deep_gray_is_scaled_not_clipped(tmp_path, dtype, values, expected):
+    path = save(tmp_path / "p.tif", np.array([values], dtype))
+    assert pixels(path)[:, :, 2].tolist() == [expected]
 
 
 def test_content_counts_not_the_suffix(tmp_path):
@@ -337,15 +324,6 @@ def test_no_permission_is_refused_by_name(tmp_path, monkeypatch):
         images.read_rgb(path)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
-def test_unlistable_folder_is_refused_by_name(tmp_path):
-    inner = tmp_path / "inner"
-    inner.mkdir(mode=0)
-    with pytest.raises(UserError, match=r"inner.*Permission denied"):
-        list_images(str(tmp_path))
-    inner.chmod(0o700)
-
-
 @pytest.mark.parametrize("factor", [1, 3])
 def test_decompression_bombs_are_an_error_not_a_warning(tmp_path, monkeypatch, factor):
     path = save(tmp_path / "bomb.png", Image.new("1", (100, factor * 10)))
@@ -376,11 +354,8 @@ def test_damaged_bytes_never_escape_as_anything_but_a_user_error(tmp_path):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
-                    assert images.load_crop(str(tmp_path / "damaged.png"), 16).shape == (
-                        16,
-                        16,
-                        3,
-                    )
+                    crop = images.load_crop(str(tmp_path / "damaged.png"), 16)
+                    assert crop.shape == (16, 16, 3)
                 except UserError:
                     refused += 1
     assert refused > 20
