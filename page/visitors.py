@@ -279,9 +279,8 @@ def status(text: str, job: Job | None = None, *, is_error: bool = False) -> str:
 
 def data_url(image: Image.Image, size: int = PREVIEW_SIZE) -> str:
     """Return a picture of at most ``size`` pixels a side as a URL: JPEG, and PNG if it is small."""
-    profile, stream = image.info.get("icc_profile"), io.BytesIO()
+    stream = io.BytesIO()
     image.thumbnail((size, size))
     kind = "PNG" if max(image.size) <= 512 else "JPEG"
-    known = {"icc_profile": profile} if profile and profile[16:20] == b"RGB " else {}
-    image.save(stream, kind, quality=90, **known)
+    image.save(stream, kind, quality=90)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
