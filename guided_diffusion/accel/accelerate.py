@@ -20,7 +20,7 @@ from guided_diffusion.accel.layout import arithmetic, lay_out, precision_on, tru
 from guided_diffusion.accel.memory import keep_freed_memory
 from guided_diffusion.dist_util import use_device
 from guided_diffusion.io.cache import cache_folder
-from guided_diffusion.unet import EncoderUNetModel, UNetEncoder
+from guided_diffusion.unet import EncoderUNetModel, UNetEncoder, UNetModel
 
 __all__ = [
     "accelerate",
@@ -81,14 +81,16 @@ def _cpu_kernels(
     network: nn.Module, device: torch.device, compile: bool | str
 ) -> cpu_kernels.Kernels | None:
     """Return the CPU's kernels where they are wanted; None, with a warning, if there are none."""
-    has_kernels = isinstance(network, UNetEncoder) and network.dtype == torch.float32
-    if device.type != "cpu" or compile is False or not has_kernels:
+    if device.type != "cpu" or compile is False or not isinstance(network, UNetEncoder):
         return None
     try:
-        return cpu_kernels.load()
+        kernels = cpu_kernels.load()
     except KernelError as error:
         warnings.warn(f"compile: no C++ kernels, going on without: {error}", stacklevel=4)
         return None
+    has_bfloat16 = kernels.has_bfloat16 and isinstance(network, UNetModel)
+    is_known = network.dtype == torch.float32 or (network.dtype == torch.bfloat16 and has_bfloat16)
+    return kernels if is_known else None
 
 
 def _verdicts(kernels: cpu_kernels.Kernels, network: UNetEncoder, check: str) -> Verdicts | None:

@@ -1,4 +1,4 @@
-"""Building the C++ kernels on the machine that runs them, and the cache of what was built."""
+"""Building the C++ kernels on the machine that runs them; built libraries are kept."""
 
 import contextlib
 import ctypes
@@ -10,53 +10,49 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from guided_diffusion.io.cache import cache_folder, is_own_path
-from guided_diffusion.io.files import is_running
 
-Library = TypeVar("Library")
 _FOLDER = Path(__file__).parent
-_SOURCES = ("cpu_kernels.cpp", "cpu_kernels.h")  # the last is a part of the others
+_SOURCE, _HEADER = "cpu_kernels.cpp", "cpu_kernels.h"
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-math-errno"]
 _COMPILERS = ("g++", "clang++", "c++")
-_TIMEOUT = 300  # s; it takes about one
-_BUILDING = "building"  # what names of folders begin with in which a build is under way
+_TIMEOUT = 300  # s; a build takes a few
 
 
 class KernelError(Exception):
-    """The kernels cannot be built, or not be loaded, on this machine."""
+    """The kernels cannot be built or loaded on this machine."""
 
 
-def load_library(opened: Callable[[ctypes.CDLL], Library]) -> Library:
-    """Return what ``opened`` makes of the library, built at the first use; raises KernelError.
+def load_library() -> ctypes.CDLL:
+    """Return the library of kernels, built at the first use; raises KernelError.
 
-    Built libraries are kept where Inductor's code is, in TORCHINDUCTOR_CACHE_DIR or
-    ~/.cache/repaint, unless others may write there. ``opened`` raises AttributeError where a
-    library is another one.
+    It is kept in the cache folder.
     """
-    problem = None
-    for compiler in _compilers():
+    first_error = None
+    for compiler in compilers():
         try:
-            return _built(compiler, opened)
-        except (OSError, AttributeError, KernelError) as error:  # noqa: PERF203 - two or three
-            problem = problem or error
-    raise KernelError(str(problem)) from problem
+            return _kept_or_built(compiler)
+        except (OSError, KernelError) as error:  # noqa: PERF203 - two or three
+            first_error = first_error or error
+    raise KernelError(str(first_error)) from first_error
 
 
-def _compilers() -> list[list[str]]:
-    """Return the command lines to try; raises KernelError where there is no compiler at all."""
+def compilers() -> list[list[str]]:
+    """Return the compilers to try, each with its options: CXX alone, or those that are found.
+
+    Raises KernelError if there is none.
+    """
     if sys.platform == "win32":  # g++ does not align AVX registers on the stack there (GCC 54412)
         raise KernelError("kernels are not built on Windows")
-    own = os.environ.get("CXX", "").strip()
+    chosen = os.environ.get("CXX", "").strip()
     try:
-        commands = [shlex.split(own)] if own else [[name] for name in _COMPILERS]
+        commands = [shlex.split(chosen)] if chosen else [[name] for name in _COMPILERS]
     except ValueError as error:  # an open quotation
-        raise KernelError(f"CXX={own}: {error}") from error
+        raise KernelError(f"CXX={chosen}: {error}") from error
     found = [[path, *options] for name, *options in commands if (path := shutil.which(name))]
     if not found:
         names = ", ".join(name for name, *_ in commands)
@@ -64,22 +60,21 @@ def _compilers() -> list[list[str]]:
     return found
 
 
-def _built(compiler: list[str], opened: Callable[[ctypes.CDLL], Library]) -> Library:
+def _kept_or_built(compiler: list[str]) -> ctypes.CDLL:
+    """Load the library that this compiler made or makes; raises OSError and KernelError."""
     name = f"kernels-{_fingerprint(compiler)}"
-    # A folder that is full or allows no programs leaves the temporary one.
     if (folder := cache_folder()) is not None:
-        with contextlib.suppress(OSError, AttributeError, KernelError):
-            _remove_leftovers(folder)
-            whole = [path for path in folder.glob(f"{name}-*.so") if _is_whole(path)]
-            return opened(ctypes.CDLL(str(whole[0] if whole else _build(compiler, folder, name))))
+        with contextlib.suppress(OSError, KernelError):  # a full disk, or no programs allowed there
+            intact = [path for path in folder.glob(f"{name}-*.so") if _is_intact(path)]
+            return ctypes.CDLL(str(intact[0] if intact else _build(compiler, folder, name)))
     with tempfile.TemporaryDirectory() as private:
-        return opened(ctypes.CDLL(str(_build(compiler, Path(private), name))))
+        return ctypes.CDLL(str(_build(compiler, Path(private), name)))
 
 
-def _is_whole(library: Path) -> bool:
-    """Whether a file is as it was built, and nobody else can change it.
+def _is_intact(library: Path) -> bool:
+    """Whether a library has the content that its name states, and nobody else may write to it.
 
-    One that was cut short would crash the process; one from somebody else could do anything.
+    Loading a truncated library would crash the process.
     """
     try:
         is_same = library.stem.endswith(f"-{_digest(library.read_bytes())}")
@@ -92,38 +87,28 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove the folders of builds on this machine whose process was killed."""
-    for path in folder.glob(f"{_BUILDING}-{platform.node()}-*-*"):
-        number = path.name.split("-")[-2]
-        if number.isdecimal() and not is_running(int(number)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _fingerprint(compiler: list[str]) -> str:
-    """Return what the built library depends on, as some hexadecimal digits."""
+    """Return a digest of what a built library depends on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.exists() else []
     processor = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
     version = _run([*compiler, "--version"])
     parts = [*compiler, version, *_FLAGS, str(torch.__version__), platform.machine()]
     text = "\n".join([*parts, *sorted(processor)])
-    sources = b"".join((_FOLDER / name).read_bytes() for name in _SOURCES)
+    sources = b"".join((_FOLDER / name).read_bytes() for name in (_SOURCE, _HEADER))
     return _digest(text.encode(errors="surrogateescape") + sources)
 
 
 def _build(compiler: list[str], folder: Path, name: str) -> Path:
-    """Compile to a temporary name and rename: other processes may do the same at this moment."""
-    prefix = f"{_BUILDING}-{platform.node()}-{os.getpid()}-"
-    with tempfile.TemporaryDirectory(dir=folder, prefix=prefix) as private:
-        linked, compiled = f"{private}/kernels.so", []
-        for source in (_FOLDER / name for name in _SOURCES if name.endswith(".cpp")):
-            compiled.append(f"{private}/{source.stem}.o")
-            _run([*compiler, *_FLAGS, "-fopenmp", "-c", str(source), "-o", compiled[-1]])
-        # First without OpenMP's own library, so that it is the one that torch has loaded already:
-        # the threads of two would keep each other from the cores.
+    """Compile into a temporary folder and rename, as other processes may build at the same time."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as private:
+        compiled, linked = f"{private}/kernels.o", f"{private}/kernels.so"
+        source = str(_FOLDER / _SOURCE)
+        _run([*compiler, *_FLAGS, "-fopenmp", "-c", source, "-o", compiled])
+        # First without OpenMP's library, to use the one that torch has loaded already: the threads
+        # of two would keep each other from the cores.
         for options in ([], ["-fopenmp"]):
-            _run([*compiler, "-shared", *options, *compiled, "-o", linked])
+            _run([*compiler, "-shared", *options, compiled, "-o", linked])
             try:
                 ctypes.CDLL(linked)
                 break
@@ -136,6 +121,7 @@ def _build(compiler: list[str], folder: Path, name: str) -> Path:
 
 
 def _run(command: list[str]) -> str:
+    """Return what a command writes to stdout; raises KernelError if it fails."""
     try:
         run = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT

@@ -9,6 +9,9 @@
 // read, what comes after (bias, residual) as they are written, so that a map passes memory once,
 // and once before for its moments. Every output is computed in the same order whatever the batch
 // and the number of threads: results do not depend on either.
+//
+// Convolutions multiply floats, or bfloat16 where the processor has instructions for it. Then what
+// goes into a product is rounded, and sums, maps and transforms stay float32.
 
 #include <stdlib.h>
 #include <string.h>
@@ -30,6 +33,33 @@ enum { QUERIES = 32 };  // of attention's block, at most
 static inline vec silu(vec x) { return x / (1.0f + exponential(-x)); }
 
 static const float A = 0.70710678118654752f, B = 1.41421356237309505f;
+
+// What is multiplied: float, or bfloat16, the upper half of one. A product takes bfloat16 in pairs of
+// neighbouring channels: two of a pixel lie side by side, and so do an output's two weights.
+struct bfloat16 {
+  uint16_t bits;
+};
+template <typename Number>
+static constexpr int PAIR = sizeof(Number) == 4 ? 1 : 2;  // channels that a product takes at once
+
+// The nearest bfloat16 in the upper half, the rest zero; of finite numbers.
+static inline ivec rounded(vec x) {
+  ivec bits = (ivec)x;
+  return (bits + 0x7fff + ((bits >> 16) & 1)) & (int32_t)0xffff0000;
+}
+
+// LANES outputs' weights of one channel, or of the two channels of a pair.
+static inline void store_weights(float *p, vec first, vec) { store(p, first); }
+static inline void store_weights(bfloat16 *p, vec first, vec second) {
+  ivec pairs = ((rounded(first) >> 16) & 0xffff) | rounded(second);
+  memcpy(p, &pairs, sizeof(pairs));
+}
+
+#if defined(__AVX512BF16__)
+static inline void store(bfloat16 *p, vec v) {
+  _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+#endif
 
 // G g: a row of three weights at the points, over the products of a point's distances.
 static inline void weight_transform(const vec g[3], vec t[6]) {
@@ -65,24 +95,29 @@ static inline void output_transform(const vec m[6], vec y[4]) {
 }
 
 // G g G^T of ``channels`` input channels: (channels, 9, width) -> values ``step`` apart, each
-// (channels, width).
-static void transform_weights(const float *taps, int64_t channels, int64_t width, float *values,
+// (channels, width), or (channels / 2, width, 2) in pairs.
+template <typename Number>
+static void transform_weights(const float *taps, int64_t channels, int64_t width, Number *values,
                               int64_t step) {
-  for (int64_t c = 0; c < channels; c++, taps += TAPS * width, values += width)
+  constexpr int pair = PAIR<Number>;
+  for (int64_t c = 0; c < channels; c += pair, taps += pair * TAPS * width, values += pair * width)
     for (int64_t o = 0; o < width; o += LANES) {
-      for (int tap = 0; tap < TAPS; tap++)  // they may come from far, and are needed at once
-        __builtin_prefetch(taps + (AHEAD * TAPS + tap) * width + o);
-      vec half[6][3];
-      for (int j = 0; j < 3; j++) {
-        vec g[3], t[6];
-        for (int i = 0; i < 3; i++) g[i] = load(taps + (i * 3 + j) * width + o);
-        weight_transform(g, t);
-        for (int i = 0; i < 6; i++) half[i][j] = t[i];
+      vec half[pair][6][3];
+      for (int k = 0; k < pair; k++) {
+        for (int tap = 0; tap < TAPS; tap++)  // they may come from far, and are needed at once
+          __builtin_prefetch(taps + ((AHEAD + k) * TAPS + tap) * width + o);
+        for (int j = 0; j < 3; j++) {
+          vec g[3], t[6];
+          for (int i = 0; i < 3; i++) g[i] = load(taps + (k * TAPS + i * 3 + j) * width + o);
+          weight_transform(g, t);
+          for (int i = 0; i < 6; i++) half[k][i][j] = t[i];
+        }
       }
       for (int i = 0; i < 6; i++) {
-        vec t[6];
-        weight_transform(half[i], t);
-        for (int j = 0; j < 6; j++) store(values + (i * 6 + j) * step + o, t[j]);
+        vec t[pair][6];
+        for (int k = 0; k < pair; k++) weight_transform(half[k][i], t[k]);
+        for (int j = 0; j < 6; j++)
+          store_weights(values + (i * 6 + j) * step + pair * o, t[0][j], t[pair - 1][j]);
       }
     }
 }
@@ -106,33 +141,62 @@ struct Scratch {
 
 static thread_local Scratch scratch;
 
-extern "C" {
-
-// Floats of ``pack_weights``'s result.
-int64_t packed_size(int64_t channels, int64_t out_channels, int64_t values) {
-  return values * channels * ceil_div(out_channels, LANES) * LANES;
-}
-
-// weight (out_channels, channels, 1, 1) or (out_channels, channels, 3, 3) -> blocks of output
-// channels, each (channels, width) with ``values`` 1, (channels, 9, width) with 9, or transformed,
-// (36, channels, width), with 36.
-void pack_weights(const float *weight, int64_t channels, int64_t out_channels, int64_t values,
-                  float *packed, int64_t threads) {
+template <typename Number>
+static void pack(const float *weight, int64_t channels, int64_t out_channels, int64_t values,
+                 Number *packed, int64_t threads) {
   int64_t padded = ceil_div(out_channels, LANES) * LANES, each = smaller(values, TAPS);
 #pragma omp parallel for collapse(2) num_threads(threads)
   for (int64_t first = 0; first < padded; first += BLOCK)
     for (int64_t c = 0; c < channels; c += LANES) {
       int64_t width = smaller(BLOCK, padded - first);
-      float *out = packed + first * values * channels, own[LANES * TAPS * BLOCK];
-      float *taps = values == POINTS ? own : out + c * each * width;
+      float block[LANES * TAPS * BLOCK];
       for (int64_t o = 0; o < width; o++) {
         const float *row = weight + ((first + o) * channels + c) * each;
         for (int64_t i = 0; i < LANES * each; i++)
-          taps[i * width + o] = first + o < out_channels ? row[i] : 0.0f;
+          block[i * width + o] = first + o < out_channels ? row[i] : 0.0f;
       }
+      Number *out = packed + first * values * channels + c * width;
       if (values == POINTS)
-        transform_weights(taps, LANES, width, out + c * width, channels * width);
+        transform_weights(block, LANES, width, out, channels * width);
+      else if (values == TAPS)
+        memcpy((float *)packed + (first * channels + c * width) * TAPS, block,
+               LANES * TAPS * width * sizeof(float));
+      else
+        for (int64_t k = 0; k < LANES; k += PAIR<Number>)
+          for (int64_t o = 0; o < width; o += LANES) {
+            const float *pair = block + k * width + o;
+            store_weights(out + k * width + PAIR<Number> * o, load(pair),
+                          load(pair + (PAIR<Number> - 1) * width));
+          }
     }
+}
+
+extern "C" {
+
+// Whether products can be of bfloat16.
+int64_t has_bfloat16() {
+#if defined(__AVX512BF16__)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// Floats of ``pack_weights``'s result, for products of floats or of bfloat16.
+int64_t packed_size(int64_t channels, int64_t out_channels, int64_t values, int64_t reduced) {
+  int64_t numbers = values * channels * ceil_div(out_channels, LANES) * LANES;
+  return reduced && values != TAPS ? numbers / 2 : numbers;
+}
+
+// weight (out_channels, channels, 1, 1) or (out_channels, channels, 3, 3) -> blocks of output
+// channels, each (channels, width) with ``values`` 1, (channels, 9, width) with 9, or transformed,
+// (36, channels, width), with 36; for products of bfloat16 in pairs of channels, but for 9 values.
+void pack_weights(const float *weight, int64_t channels, int64_t out_channels, int64_t values,
+                  int64_t reduced, float *packed, int64_t threads) {
+  if (reduced)
+    pack(weight, channels, out_channels, values, (bfloat16 *)packed, threads);
+  else
+    pack(weight, channels, out_channels, values, packed, threads);
 }
 
 struct Convolution {
@@ -143,6 +207,7 @@ struct Convolution {
   int64_t resize;                // 1: doubled, -1: halved before the convolution
   const float *weight;           // packed
   int64_t values;                // a pair of channels there: 9, or 36 if transformed
+  int64_t reduced;               // whether products are of bfloat16
   const float *bias;             // (out_channels), or NULL
   const float *residual;         // (N, H', W', out_channels) to add, or NULL; may be ``out``
   int64_t residual_doubled;      // whether it is (N, H'/2, W'/2, out_channels)
@@ -203,7 +268,8 @@ static void read_patch(const Convolution &conv, const Shape &shape, int64_t n, i
 }
 
 // One tile's 36 values of every channel, ``step`` apart, from its patch in rows of ``pitch``.
-static void transform_tile(const float *patch, int64_t pitch, int64_t channels, float *values,
+template <typename Number>
+static void transform_tile(const float *patch, int64_t pitch, int64_t channels, Number *values,
                            int64_t step) {
   for (int64_t c = 0; c < channels; c += LANES) {
     vec half[6][6];
@@ -241,8 +307,33 @@ static inline void product(const float *a, int64_t stride, const float *b, int64
     for (int j = 0; j < columns; j++) store(out + (i * columns + j) * LANES, sum[i][j]);
 }
 
-template <int columns>
-static void products(const float *a, int64_t stride, const float *b, int64_t depth, int64_t rows,
+#if defined(__AVX512BF16__)
+// The same of bfloat16: pairs along the depth are multiplied and added.
+template <int rows, int columns>
+static inline void product(const bfloat16 *a, int64_t stride, const bfloat16 *b, int64_t depth,
+                           float *out, bool adds) {
+  __m512 sum[rows][columns] = {};
+  if (adds)
+    for (int i = 0; i < rows; i++)
+      for (int j = 0; j < columns; j++) sum[i][j] = _mm512_loadu_ps(out + (i * columns + j) * LANES);
+  for (int64_t k = 0; k < depth; k += 2, b += columns * LANES * 2) {
+    __m512i weights[columns];
+    for (int j = 0; j < columns; j++) weights[j] = _mm512_loadu_si512(b + j * LANES * 2);
+    for (int i = 0; i < rows; i++) {
+      int32_t pair;
+      memcpy(&pair, a + i * stride + k, sizeof(pair));
+      for (int j = 0; j < columns; j++)
+        sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)_mm512_set1_epi32(pair),
+                                     (__m512bh)weights[j]);
+    }
+  }
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < columns; j++) _mm512_storeu_ps(out + (i * columns + j) * LANES, sum[i][j]);
+}
+#endif
+
+template <int columns, typename Number>
+static void products(const Number *a, int64_t stride, const Number *b, int64_t depth, int64_t rows,
                      float *out, bool adds) {
   for (; rows >= ROWS; rows -= ROWS, a += ROWS * stride, out += ROWS * columns * LANES)
     product<ROWS, columns>(a, stride, b, depth, out, adds);
@@ -307,11 +398,9 @@ static Shape shape_of(const Convolution &conv) {
   return s;
 }
 
-extern "C" {
-
 // Returns 0, or 1 where memory ran out.
-int64_t convolve(const Convolution *given, int64_t threads) {
-  const Convolution conv = *given;
+template <typename Number>
+static int64_t convolve_as(const Convolution &conv, int64_t threads) {
   const Shape s = shape_of(conv);
   int64_t down = ceil_div(s.down, s.tall), across = ceil_div(s.across, s.wide);
   int64_t blocks = ceil_div(conv.count, s.images) * down * across;
@@ -329,8 +418,8 @@ int64_t convolve(const Convolution *given, int64_t threads) {
       failed = 1;
       continue;
     }
-    float *values = patch + ceil_div(patch_size, PAD) * PAD, *m = values + POINTS * step;
-    float *weights = m + POINTS * m_step;
+    float *rest = patch + ceil_div(patch_size, PAD) * PAD, *m = rest + POINTS * step;
+    Number *values = (Number *)rest, *weights = (Number *)(m + POINTS * m_step);
     int64_t part = task / blocks, block = task % blocks;
     int64_t column = block % across * s.wide, row = block / across % down * s.tall;
     int64_t image = block / across / down * s.images;
@@ -347,18 +436,19 @@ int64_t convolve(const Convolution *given, int64_t threads) {
     }
     for (int64_t own = part; own < channel_blocks; own += parts) {
       int64_t channel = own * BLOCK, width = smaller(BLOCK, padded - channel);
-      const float *weight = conv.weight + channel * conv.values * s.channels;
+      const float *taps = conv.weight + channel * TAPS * s.channels;
+      const Number *weight = (const Number *)conv.weight + channel * POINTS * s.channels;
       int64_t most = conv.values == TAPS ? (int64_t)DEPTH : s.channels;
       for (int64_t first = 0; first < s.channels; first += most) {
         int64_t depth = smaller(most, s.channels - first), weight_step = s.channels * width;
-        const float *transformed = weight;
+        const Number *transformed = weight;
         if (conv.values == TAPS) {
           weight_step = own_step;
-          transform_weights(weight + first * TAPS * width, depth, width, weights, weight_step);
+          transform_weights(taps + first * TAPS * width, depth, width, weights, weight_step);
           transformed = weights;
         }
         for (int64_t point = 0; point < POINTS; point++) {
-          const float *a = values + point * step + first, *b = transformed + point * weight_step;
+          const Number *a = values + point * step + first, *b = transformed + point * weight_step;
           float *out = m + point * m_step;
           if (width == BLOCK)
             products<COLUMNS>(a, s.stride, b, depth, tiles, out, first > 0);
@@ -376,6 +466,12 @@ int64_t convolve(const Convolution *given, int64_t threads) {
   }
   return failed;
 }
+
+extern "C" int64_t convolve(const Convolution *conv, int64_t threads) {
+#if defined(__AVX512BF16__)
+  if (conv->reduced) return convolve_as<bfloat16>(*conv, threads);
+#endif
+  return convolve_as<float>(*conv, threads);
 }
 
 // Means of some vectors of channels in a chunk, with ``added``, and sums of squared distances.
@@ -483,6 +579,7 @@ struct Pointwise {
   int64_t count, pixels;
   const float *scale, *shift;  // (N, C) of scale x + shift; NULL: x as it is
   const float *weight;         // packed, one value a pair of channels
+  int64_t reduced;             // whether products are of bfloat16
   const float *bias;           // (out_channels), or NULL
   const float *residual;       // (N, pixels, out_channels) to add, or NULL; may be ``out``
   float *out;                  // (N, pixels, out_channels)
@@ -491,8 +588,9 @@ struct Pointwise {
 }
 
 // Copies ``rows`` pixels of image n from ``first`` on, both maps side by side, ``stride`` apart.
+template <typename Number>
 static void read_pixels(const Pointwise &conv, int64_t n, int64_t first, int64_t rows,
-                        int64_t stride, float *out) {
+                        int64_t stride, Number *out) {
   int64_t total = conv.channels[0] + conv.channels[1], before = 0;
   for (int part = 0; part < 2; part++) {
     int64_t channels = conv.channels[part];
@@ -509,11 +607,9 @@ static void read_pixels(const Pointwise &conv, int64_t n, int64_t first, int64_t
   }
 }
 
-extern "C" {
-
 // Returns 0, or 1 where memory ran out.
-int64_t pointwise(const Pointwise *given, int64_t threads) {
-  const Pointwise conv = *given;
+template <typename Number>
+static int64_t pointwise_as(const Pointwise &conv, int64_t threads) {
   int64_t channels = conv.channels[0] + conv.channels[1], stride = channels + PAD;
   int64_t padded = ceil_div(conv.out_channels, LANES) * LANES;
   int64_t channel_blocks = ceil_div(padded, BLOCK);
@@ -522,18 +618,18 @@ int64_t pointwise(const Pointwise *given, int64_t threads) {
   int64_t failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(| : failed)
   for (int64_t task = 0; task < blocks * parts; task++) {
-    float *x = scratch.floats(PIXELS * (stride + BLOCK));
-    if (!x) {
+    float *m = scratch.floats(PIXELS * (stride + BLOCK));
+    if (!m) {
       failed = 1;
       continue;
     }
-    float *m = x + PIXELS * stride;
+    Number *x = (Number *)(m + PIXELS * BLOCK);
     int64_t part = task / blocks, n = task % blocks / across, first = task % across * PIXELS;
     int64_t rows = smaller(PIXELS, conv.pixels - first);
     read_pixels(conv, n, first, rows, stride, x);
     for (int64_t own = part; own < channel_blocks; own += parts) {
       int64_t channel = own * BLOCK, width = smaller(BLOCK, padded - channel);
-      const float *weight = conv.weight + channel * channels;
+      const Number *weight = (const Number *)conv.weight + channel * channels;
       if (width == BLOCK)
         products<COLUMNS>(x, stride, weight, channels, rows, m, false);
       else
@@ -551,6 +647,15 @@ int64_t pointwise(const Pointwise *given, int64_t threads) {
     }
   }
   return failed;
+}
+
+extern "C" {
+
+int64_t pointwise(const Pointwise *conv, int64_t threads) {
+#if defined(__AVX512BF16__)
+  if (conv->reduced) return pointwise_as<bfloat16>(*conv, threads);
+#endif
+  return pointwise_as<float>(*conv, threads);
 }
 
 struct Attention {

@@ -20,7 +20,8 @@ from guided_diffusion.accel.build import KernelError, load_library
 _TAPS, _POINTS = 9, 36  # values a pair of channels in packed weights, without and with transform
 _FEW_WEIGHTS = 9 * 256 * 512  # at most this many are transformed beforehand
 _VECTOR = 16  # channels, of the widest instructions
-_empty = functools.partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever the defaults
+# Whatever torch's defaults are.
+_empty = functools.partial(torch.empty, dtype=torch.float32, device="cpu")
 Affine = tuple[Tensor, Tensor]  # scale and shift, each (N, C)
 
 
@@ -36,6 +37,7 @@ class _Convolution(ctypes.Structure):
         ("resize", c_int64),
         ("weight", c_void_p),
         ("values", c_int64),
+        ("reduced", c_int64),
         ("bias", c_void_p),
         ("residual", c_void_p),
         ("residual_doubled", c_int64),
@@ -74,6 +76,7 @@ class _Pointwise(ctypes.Structure):
         ("scale", c_void_p),
         ("shift", c_void_p),
         ("weight", c_void_p),
+        ("reduced", c_int64),
         ("bias", c_void_p),
         ("residual", c_void_p),
         ("out", c_void_p),
@@ -97,7 +100,16 @@ class _Attention(ctypes.Structure):
 
 _STRUCTURES = (_Convolution, _Normalisation, _Pointwise, _Attention)  # numbered as in size_of
 _FUNCTIONS = (
-    *("size_of", "packed_size", "pack_weights", "convolve", "pointwise", "chunks_of", "group_norm"),
+    *(
+        "size_of",
+        "has_bfloat16",
+        "packed_size",
+        "pack_weights",
+        "convolve",
+        "pointwise",
+        "chunks_of",
+        "group_norm",
+    ),
     *("attention_size", "attend"),
 )
 
@@ -107,16 +119,13 @@ class Packed(NamedTuple):
 
     weights: Tensor
     values: int  # a pair of channels: 1 of 1×1; of 3×3 9, or 36 if transformed
+    is_reduced: bool  # whether products are of bfloat16
     channels: int
     out_channels: int
 
 
 class Kernels:
-    """The functions of the built library.
-
-    Raises AttributeError where a function is missing, and KernelError where a structure has another
-    size than here.
-    """
+    """The functions of the built library; KernelError if a structure has another size there."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -129,13 +138,22 @@ class Kernels:
                 name = structure.__name__
                 raise KernelError(f"{name}: expected {expected} bytes, found {found} in C++")
 
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether the processor multiplies bfloat16."""
+        return bool(self._library.has_bfloat16())
+
     def pack_weights(self, weight: Tensor) -> Packed:
         """Pack a convolution's ``weight`` (out, C, 3, 3), or (out, C, 1, 1) for ``pointwise``.
 
-        Small ones of 3×3 are transformed, which takes four times their memory; of large ones, which
-        belong to small maps, the transform waits for the call that reads them.
+        Small weights of 3×3 are transformed here, which takes four times their memory. Large ones
+        belong to small maps and are transformed in every call. With bfloat16 weights the products
+        are of bfloat16. Raises ValueError.
         """
-        weight = weight.contiguous()
+        is_reduced = weight.dtype == torch.bfloat16
+        if is_reduced and not self.has_bfloat16:
+            raise ValueError("the processor does not multiply bfloat16")
+        weight = (weight.float() if is_reduced else weight).contiguous()
         out_channels, channels, *sides = weight.shape
         _require_whole_vectors(channels)
         if sides == [3, 3]:
@@ -144,11 +162,11 @@ class Kernels:
             values = 1
         else:
             raise ValueError(f"no kernels for weights {tuple(weight.shape)}")
-        sizes = c_int64(channels), c_int64(out_channels), c_int64(values)
+        sizes = [c_int64(n) for n in (channels, out_channels, values, is_reduced)]
         packed = _empty(self._library.packed_size(*sizes))
         source = c_void_p(_pointer(weight, weight.numel()))
         self._library.pack_weights(source, *sizes, c_void_p(packed.data_ptr()), _threads())
-        return Packed(packed, values, channels, out_channels)
+        return Packed(packed, values, is_reduced, channels, out_channels)
 
     def convolve(
         self,
@@ -167,14 +185,14 @@ class Kernels:
         ``resize``: 1 doubles, -1 halves. ``residual`` is added, doubled if it has half the size.
         The result may be written over it, as ``out``. Raises MemoryError.
         """
-        x = JoinedMaps(maps)
+        x = _JoinedMaps(maps)
         addresses = _addresses(x)
         _require_fit(x, weight, (_TAPS, _POINTS))
-        height, width = resized(x.height, x.width, resize)
+        height, width = (side // 2 if resize < 0 else side << resize for side in x.sides)
         shape = (x.count, height, width, weight.out_channels)
         numbers = math.prod(shape)
         if not numbers:
-            raise ValueError(f"nothing is left of {x.count} maps of {x.height}×{x.width}")
+            raise ValueError(f"the result is empty for maps {tuple(maps[0].shape)}")
         if out is None:
             out = _empty(*shape)
         is_half = residual is not None and residual.shape[1] < height
@@ -186,13 +204,14 @@ class Kernels:
         call = _Convolution(
             **addresses,
             count=x.count,
-            height=x.height,
-            width=x.width,
+            height=x.sides[0],
+            width=x.sides[1],
             scale=_pointer(scale, x.count * x.total),
             shift=_pointer(shift, x.count * x.total),
             resize=resize,
             weight=weight.weights.data_ptr(),
             values=weight.values,
+            reduced=weight.is_reduced,
             bias=_pointer(bias, weight.out_channels),
             residual=_pointer(residual, numbers // 4 if is_half else numbers),
             residual_doubled=is_half,
@@ -217,10 +236,10 @@ class Kernels:
         ``bias`` is (out_channels). Before it, with ``affine``, comes scale · x + shift; after it
         ``residual`` is added. Raises MemoryError.
         """
-        x = JoinedMaps(maps)
+        x = _JoinedMaps(maps)
         addresses = _addresses(x)
         _require_fit(x, weight, (1,))
-        out = _empty(x.count, x.height, x.width, weight.out_channels)
+        out = _empty(x.count, *x.sides, weight.out_channels)
         scale, shift = affine or (None, None)
         call = _Pointwise(
             **addresses,
@@ -229,6 +248,7 @@ class Kernels:
             scale=_pointer(scale, x.count * x.total),
             shift=_pointer(shift, x.count * x.total),
             weight=weight.weights.data_ptr(),
+            reduced=weight.is_reduced,
             bias=_pointer(bias, weight.out_channels),
             residual=_pointer(residual, out.numel()),
             out=out.data_ptr(),
@@ -273,12 +293,12 @@ class Kernels:
         gain: Tensor | None = None,
         offset: Tensor | None = None,
     ) -> Affine:
-        """Return scale and shift, each (N, C), with which the joined maps come out normalised.
+        """Return scale and shift, each (N, C), that normalise the joined maps x.
 
-        All of them: norm(x + added), or (1 + gain) · norm(x + added) + offset. ``added``, ``gain``
-        and ``offset`` are (1 or N, C).
+        scale · x + shift is norm(x + added), or (1 + gain) · norm(x + added) + offset. ``added``,
+        ``gain`` and ``offset`` are (1 or N, C).
         """
-        x = JoinedMaps(maps)
+        x = _JoinedMaps(maps)
         addresses = _addresses(x)
         chunks = self._library.chunks_of(c_int64(x.pixels))
         moments = _empty(x.count, chunks, 2, x.total)
@@ -289,9 +309,9 @@ class Kernels:
         if norm.weight is None or norm.bias is None:
             raise ValueError("a normalisation without weight and bias")
         if (gain is None) != (offset is None):
-            raise ValueError("gain and offset come together")
+            raise ValueError("gain and offset are given together")
         if offset_stride != gain_stride:
-            raise ValueError("gain and offset lie differently in memory")
+            raise ValueError("gain and offset have different strides")
         call = _Normalisation(
             **addresses,
             count=x.count,
@@ -313,49 +333,44 @@ class Kernels:
         return scale, shift
 
 
-def resized(height: int, width: int, resize: int) -> tuple[int, int]:
-    """Return a map's height and width after ``resize``: 1 doubles, -1 halves, 0 does nothing."""
-    return (height // 2, width // 2) if resize < 0 else (height << resize, width << resize)
-
-
 def _threads() -> c_int64:
     return c_int64(torch.get_num_threads())
 
 
-class JoinedMaps:
+class _JoinedMaps:
     """One or two maps (N, H, W, C), side by side along the channels."""
 
     def __init__(self, maps: Sequence[Tensor]) -> None:
         self.maps = maps
-        self.count, self.height, self.width, _ = maps[0].shape
-        self.widths = [part.shape[3] for part in maps]
-        self.pixels, self.total = self.height * self.width, sum(self.widths)
+        self.count, *self.sides, _ = maps[0].shape
+        self.channels = [part.shape[3] for part in maps]
+        self.pixels, self.total = math.prod(self.sides), sum(self.channels)
 
 
-def _addresses(x: JoinedMaps) -> dict[str, ctypes.Array]:
-    """Return where the maps begin and how many channels they have; raises ValueError."""
-    _require_whole_vectors(*x.widths)
+def _addresses(x: _JoinedMaps) -> dict[str, ctypes.Array]:
+    """Return the maps' addresses and numbers of channels; raises ValueError."""
+    _require_whole_vectors(*x.channels)
     if not x.count * x.pixels * x.total:
-        raise ValueError(f"nothing is left of maps {tuple(x.maps[0].shape)}")
-    parts = zip(x.maps, x.widths, strict=True)
-    pointers = [_pointer(part, x.count * x.pixels * width) for part, width in parts]
-    return {"x": (c_void_p * 2)(*pointers), "channels": (c_int64 * 2)(*x.widths)}
+        raise ValueError(f"maps {tuple(x.maps[0].shape)} are empty")
+    parts = zip(x.maps, x.channels, strict=True)
+    pointers = [_pointer(part, x.count * x.pixels * channels) for part, channels in parts]
+    return {"x": (c_void_p * 2)(*pointers), "channels": (c_int64 * 2)(*x.channels)}
 
 
-def _require_fit(x: JoinedMaps, weight: Packed, values: Sequence[int]) -> None:
+def _require_fit(x: _JoinedMaps, weight: Packed, values: Sequence[int]) -> None:
     if x.total != weight.channels or weight.values not in values:
-        own = f"{weight.channels} channels, {weight.values} values a pair"
-        raise ValueError(f"{x.total} channels, and weights for {own}")
+        expected = f"{weight.channels} channels, {weight.values} values a pair"
+        raise ValueError(f"{x.total} channels, and weights for {expected}")
 
 
-def _require_whole_vectors(*widths: int) -> None:
-    for width in widths:
-        if width % _VECTOR:
-            raise ValueError(f"{width} channels are not a multiple of {_VECTOR}")
+def _require_whole_vectors(*channels: int) -> None:
+    for count in channels:
+        if count % _VECTOR:
+            raise ValueError(f"{count} channels are not a multiple of {_VECTOR}")
 
 
 def _pointer(tensor: Tensor | None, numbers: int) -> int | None:
-    """Return where a tensor of so many numbers begins; None of none."""
+    """Return the address of a tensor with so many numbers; raises ValueError."""
     if tensor is None:
         return None
     is_right = tensor.numel() == numbers and tensor.dtype is torch.float32 and tensor.is_cpu
@@ -365,19 +380,19 @@ def _pointer(tensor: Tensor | None, numbers: int) -> int | None:
 
 
 def _rows(tensor: Tensor | None, count: int, width: int) -> tuple[int | None, int]:
-    """Return where rows (1 or N, width) begin, and how far they are apart: 0 if one serves all."""
+    """Return the address of rows (1 or N, width) and their distance, 0 for a single row."""
     if tensor is None:
         return None, 0
-    (rows, own_width), (stride, step) = tensor.shape, tensor.stride()
-    is_right = rows in (1, count) and own_width == width and step == 1
+    (rows, columns), (stride, step) = tensor.shape, tensor.stride()
+    is_right = rows in (1, count) and columns == width and step == 1
     if not (is_right and tensor.dtype is torch.float32 and tensor.is_cpu):
         raise _mismatch(tensor, f"1 or {count} rows of {width} numbers")
     return tensor.data_ptr(), 0 if rows == 1 else stride
 
 
 def _mismatch(tensor: Tensor, expected: str) -> ValueError:
-    got = f"{tuple(tensor.shape)}, {tensor.dtype}, strides {tensor.stride()}"
-    return ValueError(f"expected float32, {expected}; got {got}")
+    found = f"{tuple(tensor.shape)}, {tensor.dtype}, strides {tensor.stride()}"
+    return ValueError(f"expected float32, {expected}; found {found}")
 
 
 # ---- Building ------------------------------------------------------------------------------------
@@ -386,4 +401,4 @@ def _mismatch(tensor: Tensor, expected: str) -> ValueError:
 @functools.cache
 def load() -> Kernels:
     """Return the kernels, built at the first use on a machine; raises KernelError."""
-    return load_library(Kernels)
+    return Kernels(load_library())

@@ -1,7 +1,8 @@
-"""PREDICT in fused kernels, on a CPU in float32.
+"""PREDICT in fused kernels, on a CPU.
 
 Computes what ``UNetModel.forward`` does, to rounding. Feature maps are (N, H, W, C) here; ``emb``
-is SiLU of the embedding, (1 or N, 4·model_channels). No module that is given is changed.
+is SiLU of the embedding, (1 or N, 4·model_channels). Both are float32; where a convolution's
+weights are bfloat16, so is what it multiplies. No module that is given is changed.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ class Conv3x3:
     def __init__(self, kernels: Kernels, conv: nn.Conv2d) -> None:
         self._kernels, self._conv = kernels, conv
         self._weight: Packed | None = None
+        self._bias: Tensor | None = None
         self._transposed: Packed | None = None  # the weights of ``gradient``
 
     def __call__(
@@ -48,8 +50,9 @@ class Conv3x3:
         """As ``Kernels.convolve``."""
         if self._weight is None:
             self._weight = self._kernels.pack_weights(self._conv.weight)
+            self._bias = self._conv.bias.float()
             forget_pages(self._conv.weight)
-        bias = self._conv.bias if has_bias else None
+        bias = self._bias if has_bias else None
         options = {"affine": affine, "resize": resize, "residual": residual, "out": out}
         return self._kernels.convolve(maps, self._weight, bias, **options)
 
@@ -68,6 +71,7 @@ class Conv1x1:
     def __init__(self, kernels: Kernels, conv: nn.Conv1d | nn.Conv2d) -> None:
         self._kernels, self._conv = kernels, conv
         self._weight: Packed | None = None
+        self._bias: Tensor | None = None
 
     def __call__(
         self, *maps: Tensor, affine: Affine | None = None, residual: Tensor | None = None
@@ -76,9 +80,10 @@ class Conv1x1:
         if self._weight is None:
             weight = self._conv.weight
             self._weight = self._kernels.pack_weights(weight.view(*weight.shape[:2], 1, 1))
+            self._bias = self._conv.bias.float()
             forget_pages(weight)
         return self._kernels.pointwise(
-            maps, self._weight, self._conv.bias, affine=affine, residual=residual
+            maps, self._weight, self._bias, affine=affine, residual=residual
         )
 
 
@@ -98,7 +103,9 @@ class FusedResBlock:
         block, group_norm = self._block, self._kernels.group_norm
         affine = group_norm(maps, block.in_layers[0])
         h = self._conv_in(*maps, affine=affine, resize=self._resize, has_bias=False)
-        bias = block.in_layers[2].bias[None]  # added in the normalisation, which saves a pass
+        bias = block.in_layers[2].bias.float()[
+            None
+        ]  # added in the normalisation, which saves a pass
         norm, emb_out = block.out_layers[0], block.emb_layers[1](emb)
         if block.use_scale_shift_norm:
             gain, offset = emb_out.chunk(2, dim=1)
@@ -154,7 +161,8 @@ class FusedUNet:
         if model.label_emb is not None:
             emb = emb + model.label_emb(y)
         emb = F.silu(emb)
-        h = _channels_last(model.input_blocks[0](x.to(memory_format=torch.channels_last), emb))
+        x = x.to(model.dtype, memory_format=torch.channels_last)
+        h = _channels_last(model.input_blocks[0](x, emb)).float()
         skips = [h]
         for block in self._input_blocks:
             h = _run(block, [h], emb)
@@ -183,7 +191,7 @@ class FusedUNet:
 
 
 def _downsampled(layer: Downsample, x: Tensor) -> Tensor:
-    return _channels_last(layer(x.permute(0, 3, 1, 2)))
+    return _channels_last(layer(x.permute(0, 3, 1, 2).type(layer.op.weight.dtype)).float())
 
 
 def _run(layers: list[Layer], maps: list[Tensor], emb: Tensor) -> Tensor:
@@ -201,15 +209,15 @@ def samples(kernels: Kernels, network: UNetEncoder) -> Iterator[tuple[Tensor, Te
     def first(kind: type) -> Any:
         return next(module for module in network.modules() if isinstance(module, kind))
 
-    generator = torch.Generator().manual_seed(0)
+    generator, dtype = torch.Generator().manual_seed(0), network.dtype
     block, attention = first(ResBlock), first(AttentionBlock)
     emb = torch.randn(1, block.emb_layers[1].in_features, generator=generator)
     x = torch.randn(1, block.in_layers[0].num_channels, 8, 8, generator=generator)
     output = FusedResBlock(kernels, block)([_channels_last(x)], F.silu(emb))
-    yield output.permute(0, 3, 1, 2), block(x, emb)
+    yield output.permute(0, 3, 1, 2), block(x.type(dtype), emb)
     x = torch.randn(1, attention.norm.num_channels, 8, 8, generator=generator)
     output = FusedAttention(kernels, attention)(_channels_last(x))
-    yield output.permute(0, 3, 1, 2), attention(x)
+    yield output.permute(0, 3, 1, 2), attention(x.type(dtype))
 
 
 # ---- With a gradient -----------------------------------------------------------------------------

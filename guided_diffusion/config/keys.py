@@ -189,9 +189,10 @@ class InpaintConf(ModelConf):
     samples_per_image: int = key(1, "Different results to make of each picture: number j, from 0, "
                                  "uses seed + k + j * 1000003.", low=1, high=1_000_000,
                                  affects_results=False)
-    precision: str | None = key(None, "Arithmetic: tf32, float16 and bfloat16 are for GPUs, and "
-                                "less exact; absent: float16 with use_fp16, else PyTorch's "
-                                "default, which is float32, and TF32 for convolutions on GPUs.",
+    precision: str | None = key(None, "Arithmetic, less exact than float32: tf32 and float16 are "
+                                "for GPUs, bfloat16 for GPUs and CPUs with AVX512_BF16; absent: "
+                                "float16 with use_fp16, else PyTorch's default, which is float32, "
+                                "and TF32 for convolutions on GPUs.",
                                 choices=("float32", "tf32", "float16", "bfloat16"))
     compile: bool | str = key("auto", "How calls of the network are made fast: auto, on a CPU by "
                               "kernels of its own, built in seconds at the first run, on a GPU "

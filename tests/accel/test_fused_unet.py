@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def _compiler():
     try:
-        build._compilers()
+        build.compilers()
     except build.KernelError as error:
         pytest.skip(str(error))
 
@@ -75,6 +75,22 @@ def test_every_kind_of_network(changes):
     assert output.is_contiguous()
     assert relative(output, reference) < 2e-5
     assert relative(network(x, t), reference) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"resblock_updown": False, "use_scale_shift_norm": False, "in_channels": 1}]
+)
+def test_a_network_in_bfloat16(changes):
+    """Its products are rounded as PyTorch's are, and everything else is not."""
+    if not cpu_kernels.load().has_bfloat16:
+        pytest.skip("needs a processor that multiplies bfloat16 (AVX512_BF16)")
+    network = unet(**changes)
+    x, t = inputs(3, network.cfg.image_size, network.cfg.in_channels)
+    reference = exact(network, x, t)
+    network.convert_trunk(torch.bfloat16)
+    with torch.inference_mode():
+        errors = [(run(x, t) - reference).std() for run in (built(network), network)]
+    assert 0.1 * errors[1] < errors[0] < 2 * errors[1]
 
 
 def test_classes():
@@ -178,7 +194,8 @@ def test_a_run_on_a_cpu_uses_it_unless_told_otherwise():
     for compile in ("auto", True):
         assert is_fused(inpainter(compile=compile).network)
     assert not is_fused(inpainter(compile=False).network)
-    assert not is_fused(inpainter(precision="bfloat16").network)
+    has_bfloat16 = cpu_kernels.load().has_bfloat16
+    assert is_fused(inpainter(precision="bfloat16").network) == has_bfloat16
 
 
 def test_the_shipped_model_is_as_exact_as_the_plain_port():
