@@ -251,7 +251,7 @@ def cond_fn(x, timesteps):
 @pytest.mark.parametrize(
     ("sampler", "cond_fn"),
     [(Repaint(), cond_fn), (Repaint(cumulative_noise=True), None), (Ddim(), None), (Ddnm(), None)],
-    ids=str,
+    ids=["guided", "cumulative", "ddim", "ddnm"],
 )
 def test_the_loop_never_waits_for_the_device_nor_copies_to_it(sampler, cond_fn):
     """On ``meta`` tensors reading a value back is impossible, and copies are seen by name."""
