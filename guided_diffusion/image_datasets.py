@@ -393,6 +393,8 @@ def load_photo(pair: Pair, options: ReadOptions = AS_PUBLISHED) -> Photo:
     if options.channels == 1:
         seen = to_gray(image, options.depth)
         mode = seen.mode
+        if not is_gray:  # the profile describes colours
+            info = {key: value for key, value in info.items() if key != "icc_profile"}
     else:
         seen = to_rgb(image, options.depth)
         mode = "L" if is_gray else "RGB"

@@ -16,7 +16,7 @@ from guided_diffusion.io.metadata import jpeg_options, png_options
 
 JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 _LONGEST_JPEG = 65_500  # pixels a side that libjpeg writes
-_MARK = "repaint"  # the keyword of the PNG text, or the start of the JPEG comment, with the mark
+_MARK = "repaint"  # the keyword of a PNG's text with the mark; a JPEG's comment begins with it
 
 # ---- writing -------------------------------------------------------------------------------------
 
@@ -44,8 +44,7 @@ def write_image(
 
     ``picture`` is an upright image, whose mode and metadata (``metadata_of``, in its ``info``) are
     kept, or an array as ``as_image`` takes it. A JPEG has quality 95, full colour resolution and no
-    transparency.
-    ``mark`` is kept in the file, and ``read_mark`` returns it. Raises ``UserError`` as
+    transparency. ``mark`` is written into the file, for ``read_mark``. Raises ``UserError`` as
     ``atomic_path``.
     """
     image = picture if isinstance(picture, Image.Image) else as_image(picture)
@@ -66,7 +65,7 @@ def write_image(
 
 
 def read_mark(path: str | os.PathLike) -> str | None:
-    """Return the mark of a PNG, or "" where it has none; None where there is no whole PNG."""
+    """Return the mark of a result, "" if it has none; None if the file cannot be read."""
     try:
         with _opened(path) as image:
             image.load()
@@ -78,11 +77,11 @@ def read_mark(path: str | os.PathLike) -> str | None:
 
 
 def read_result(path: str | os.PathLike) -> np.ndarray | None:
-    """Return a picture of a run's folders, uint8 (H, W, 3), or None where there is none."""
+    """Return a picture of a run, uint8 (H, W, 3); None if the file cannot be read."""
     try:
         with _opened(path) as image:
             return np.asarray(to_rgb(image) if is_deep(image) else image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError):  # absent, or somebody else's file under this name
+    except (OSError, SyntaxError, ValueError):  # missing, or another file of this name
         return None
 
 
@@ -94,7 +93,7 @@ def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
 
 
 def result_path(folder: str | os.PathLike, name: str) -> Path:
-    """Join folder and file name; raises ``UserError`` if the name could lead anywhere else."""
+    """Join folder and file name; raises ``UserError`` if the name leads out of the folder."""
     if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
         raise UserError("a result's file name must be a plain name", path=folder, got=repr(name))
     return Path(folder) / name
@@ -112,13 +111,12 @@ def write_result(
 ) -> list[Path]:
     """Write one result into its folders and return the paths, the inpainted picture's last.
 
-    ``folders`` maps srs (inpainted), lrs (ground truth with its hole), gts (ground truth; may be
-    missing or None) and gt_keep_masks. All pictures are uint8 (S, S, 3); ground truth and mask
-    are written as they are. ``sample_name`` is the inpainted picture's name where an image has
-    several, ``mark`` is kept in it. A ``sample`` that is an image keeps its mode and its metadata;
-    the ground truth gets its mode, transparency and profile. The sample comes last: where it
-    exists, the others do.
-    Raises ``UserError`` as ``atomic_path`` and ``result_path``.
+    ``folders`` maps srs (inpainted), lrs (ground truth with its hole black), gts (ground truth, may
+    be missing or None) and gt_keep_masks. Arrays are (H, W, C) as ``as_image`` takes them.
+    ``sample_name`` is the file name of the inpainted picture, if not ``name``; ``mark`` is written
+    into it. If ``sample`` is an image, it keeps its mode and metadata, and the ground truth gets
+    its mode, transparency and profile. The inpainted picture is written last, so that a result that
+    has it is complete. Raises ``UserError`` as ``atomic_path`` and ``result_path``.
     """
     inputs = _input_pictures(folders, name, gt_u8, mask_u8)
     inpainted = result_path(folders["srs"], sample_name or name)
@@ -170,11 +168,12 @@ def _holds(path: Path, pixels: np.ndarray) -> bool:
 
 
 def _has_end(path: Path) -> bool:
-    """Whether a picture has its end, which Pillow does not miss."""
+    """Whether a file ends as its format demands; Pillow reads files without their end, too."""
     end = b"\xff\xd9" if path.suffix.lower() in JPEG_SUFFIXES else b"IEND\xaeB`\x82"
     try:
         with open_regular(path) as stream:
-            return stream.read().endswith(end)
+            stream.seek(-len(end), os.SEEK_END)
+            return stream.read() == end
     except (OSError, UserError):
         return False
 
@@ -182,7 +181,7 @@ def _has_end(path: Path) -> bool:
 def _input_pictures(
     folders: Mapping[str, str | None], name: str, gt_u8: np.ndarray, mask_u8: np.ndarray
 ) -> list[tuple[Path, np.ndarray]]:
-    """List the files beside a result, which are the same for all samples of an image."""
+    """Return the files beside the inpainted picture, the same for all samples of an image."""
     pictures = [
         (folders["gt_keep_masks"], mask_u8),
         (folders.get("gts"), gt_u8),

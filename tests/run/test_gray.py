@@ -28,7 +28,7 @@ def gray_run(tmp_path, monkeypatch, capsys):
     Image.fromarray(levels.astype(np.uint8)).save("gt/eight.png")
     Image.fromarray(levels).save("gt/deep.png")
     Image.fromarray(np.dstack([levels.astype(np.uint8)] * 2 + [levels.astype(np.uint8) // 2])).save(
-        "gt/colour.png"
+        "gt/colour.png", icc_profile=b"of colours"
     )
     mask = np.full((20, 24), 255, np.uint8)
     mask[5:9, 5:10] = 0
@@ -53,6 +53,7 @@ def test_gray_pictures_keep_their_depth(gray_run, size):
         for name, allowed in modes.items():
             with Image.open(f"log/run/{kind}/{name}") as image:
                 assert image.mode in allowed, (kind, name)
+                assert "icc_profile" not in image.info
     with Image.open("log/run/gt_keep_mask/deep.png") as image:
         known = np.asarray(image).reshape(image.height, image.width, -1)[:, :, 0] == 255
     for name in ("deep.png", "eight.png"):
