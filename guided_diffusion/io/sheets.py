@@ -1,4 +1,4 @@
-"""Pictures of pictures: overview, film strip, GIF, grids."""
+"""Sheets of pictures: overview, film strip, GIF and grids."""
 
 import contextlib
 import dataclasses
@@ -16,13 +16,13 @@ from guided_diffusion.io.files import atomic_path
 from guided_diffusion.io.results import as_image, read_result, result_path, write_image
 
 ROWS_PER_PAGE = 100
-_LARGE_PAGE = 8  # from so many images on, the tiles of an overview are small
-_TILE = 256  # pixels of an overview's widest tiles
-_MOST_SAMPLES = 8
-_FRAMES_PER_LINE = 12
+_LARGE_PAGE = 8  # with more images than this, the tiles of an overview are half as wide
+_TILE = 256  # pixels of the widest tile in an overview
+_MAX_SAMPLES = 8
+_FRAMES_PER_ROW = 12
 _GAP, _BORDER = 2, 10
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
-# Pillow's own font has no Chinese, Japanese or Korean; these come with the usual systems.
+# For Chinese, Japanese and Korean names, which Pillow's font lacks: fonts of the usual systems.
 _WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "msyh.ttc", "PingFang.ttc")
 
 
@@ -31,7 +31,7 @@ _WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "msyh.ttc", "PingFan
 
 @dataclasses.dataclass(frozen=True)
 class OverviewRow:
-    """One image of an overview: its name, the masked input, its samples and, if kept, the truth."""
+    """One image of an overview: name, masked input, samples and, if kept, ground truth."""
 
     name: str
     masked: np.ndarray
@@ -42,10 +42,10 @@ class OverviewRow:
 def finished_rows(
     folders: Mapping[str, str | None], results: Iterable[tuple[str, Sequence[str]]]
 ) -> Iterator[OverviewRow]:
-    """Read rows back from the result folders, those of earlier runs included.
+    """Yield the rows of an overview from the result folders.
 
-    ``results`` gives (name, names of its samples); what is not there (yet) is passed over. Pictures
-    that are larger than a tile are scaled down to one: a page of whole photos would fill memory.
+    ``results`` are pairs of an image's file name and those of its samples; missing files are
+    skipped. Pictures larger than a tile are scaled down: a page of photos would fill the memory.
     """
 
     def tile(key: str, file_name: str) -> np.ndarray | None:
@@ -56,7 +56,7 @@ def finished_rows(
 
     for name, names in results:
         masked = tile("lrs", name)
-        samples = [tile("srs", sample) for sample in names[:_MOST_SAMPLES]]
+        samples = [tile("srs", sample) for sample in names[:_MAX_SAMPLES]]
         samples = [sample for sample in samples if sample is not None]
         gt = tile("gts", name) if folders.get("gts") else None
         if masked is not None and samples:
@@ -64,10 +64,10 @@ def finished_rows(
 
 
 def write_overview(path: str | os.PathLike, rows: Iterable[OverviewRow]) -> list[Path]:
-    """Write ``overview`` pages of up to ``ROWS_PER_PAGE`` images: x.png, x_2.png, x_3.png, ….
+    """Write pages of up to ``ROWS_PER_PAGE`` images: x.png, x_2.png, x_3.png, ….
 
-    Rows may come from a generator: one page is held in memory. Pages that an earlier overview has
-    beyond these are removed. Returns the paths.
+    Returns their paths. One page at a time is in memory. Further pages of an earlier overview are
+    removed. Raises ``UserError`` as ``atomic_path``.
     """
     path, rows, written = Path(path), iter(rows), []
     later = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in count(2))
@@ -87,16 +87,17 @@ def write_overview(path: str | os.PathLike, rows: Iterable[OverviewRow]) -> list
 def overview(rows: Sequence[OverviewRow]) -> Image.Image:
     """Draw a contact sheet: for each image the masked input, its samples and the ground truth.
 
-    The name stands below. Rows stand in as many columns as make the sheet about square. Tiles
-    are up to 256 pixels wide, 128 from nine images on; at most eight samples of an image are shown.
+    The name is below. The images are laid out in columns, so that the sheet is about square. Tiles
+    are up to 256 pixels wide, with nine images or more up to 128. Of an image, eight samples at
+    most are shown.
     """
     if not rows:
         raise ValueError("an overview needs at least one image")
-    most = _TILE // 2 if len(rows) > _LARGE_PAGE else _TILE
+    limit = _TILE // 2 if len(rows) > _LARGE_PAGE else _TILE
     tiles = [
         [
-            _fit(tile, most)
-            for tile in (row.masked, *row.samples[:_MOST_SAMPLES], row.gt)
+            _fit(tile, limit)
+            for tile in (row.masked, *row.samples[:_MAX_SAMPLES], row.gt)
             if tile is not None
         ]
         for row in rows
@@ -105,17 +106,16 @@ def overview(rows: Sequence[OverviewRow]) -> Image.Image:
     width = max(map(len, tiles)) * (side + _GAP) - _GAP
     height = side + _label_height(side)
     columns = min(len(rows), max(1, round(math.sqrt(len(rows) * height / width))))
-    lines = math.ceil(len(rows) / columns)
-    sheet = Image.new(
-        "RGB",
-        (columns * (width + _BORDER) + _BORDER, lines * (height + _BORDER) + _BORDER),
-        _PAPER,
+    size = (
+        columns * (width + _BORDER) + _BORDER,
+        math.ceil(len(rows) / columns) * (height + _BORDER) + _BORDER,
     )
+    sheet = Image.new("RGB", size, _PAPER)
     for index, row in enumerate(rows):
         left = _BORDER + index % columns * (width + _BORDER)
         top = _BORDER + index // columns * (height + _BORDER)
-        for place, tile in enumerate(tiles[index]):
-            sheet.paste(tile, (left + place * (side + _GAP), top))
+        for column, tile in enumerate(tiles[index]):
+            sheet.paste(tile, (left + column * (side + _GAP), top))
         _write_label(sheet, row.name, left, top + side, width, side)
     return sheet
 
@@ -125,7 +125,7 @@ def overview(rows: Sequence[OverviewRow]) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessFrame:
-    """One moment of the reverse process: time ``t``, the noisy picture and the predicted x_0."""
+    """A step of the reverse process: time ``t``, x_t and the predicted x_0, uint8 (H, W, C)."""
 
     t: int
     x: np.ndarray
@@ -133,16 +133,16 @@ class ProcessFrame:
 
 
 def film_strip(frames: Sequence[ProcessFrame], *, tile: int = 128) -> Image.Image:
-    """Draw the process from left to right: x_t above, predicted x_0 below, and the time.
+    """Draw the process from left to right: x_t, below it the predicted x_0, and the time.
 
-    All pictures have one shape; the longer side becomes ``tile`` pixels or somewhat less. Twelve
-    frames stand in a line.
+    All pictures have one shape, whose longer side becomes ``tile`` pixels or slightly less. A row
+    has twelve frames.
     """
     cells = [_frame_image(frame, tile) for frame in frames]
-    columns = min(len(cells), _FRAMES_PER_LINE)
-    lines = math.ceil(len(cells) / columns)
+    columns = min(len(cells), _FRAMES_PER_ROW)
+    rows = math.ceil(len(cells) / columns)
     width, height = cells[0].width + _GAP, cells[0].height + _GAP
-    strip = Image.new("RGB", (columns * width - _GAP, lines * height - _GAP), _PAPER)
+    strip = Image.new("RGB", (columns * width - _GAP, rows * height - _GAP), _PAPER)
     for index, cell in enumerate(cells):
         strip.paste(cell, (index % columns * width, index // columns * height))
     return strip
@@ -162,13 +162,14 @@ def write_gif(
     seconds: float = 6.0,
     tile: int = 256,
 ) -> None:
-    """Write the process as a GIF of about ``seconds``, repeated for ever; the last frame stays.
+    """Write the process as a GIF that takes about ``seconds``, holds its last frame, and repeats.
 
-    x_t above, predicted x_0 below, and the time. Raises ``UserError`` as ``atomic_path``.
+    A frame shows x_t, below it the predicted x_0, and the time. Raises ``UserError`` as
+    ``atomic_path``.
     """
     pages = [_frame_image(frame, tile).quantize(256) for frame in frames]
-    each = max(20, round(seconds * 1000 / len(pages)))  # viewers slow down what is below 20 ms
-    durations = [each] * (len(pages) - 1) + [2000]
+    duration = max(20, round(seconds * 1000 / len(pages)))  # ms; viewers play shorter ones slowly
+    durations = [duration] * (len(pages) - 1) + [2000]
     with atomic_path(path) as temporary:
         pages[0].save(
             temporary,
@@ -181,13 +182,13 @@ def write_gif(
 
 
 def montage(pictures: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """Lay (N, H, W, 3) pictures out as one, in rows of ``columns`` (default: one row)."""
+    """Lay pictures, uint8 (N, H, W, C), out as one, in rows of ``columns`` (default: one row)."""
     count, height, width, channels = pictures.shape
     columns = columns or count
-    lines = math.ceil(count / columns)
-    blank = np.full((lines * columns - count, height, width, channels), 255, pictures.dtype)
-    grid = np.concatenate([pictures, blank]).reshape(lines, columns, height, width, channels)
-    return grid.swapaxes(1, 2).reshape(lines * height, columns * width, channels)
+    rows = math.ceil(count / columns)
+    blank = np.full((rows * columns - count, height, width, channels), 255, pictures.dtype)
+    grid = np.concatenate([pictures, blank]).reshape(rows, columns, height, width, channels)
+    return grid.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
 
 
 def _frame_image(frame: ProcessFrame, tile: int) -> Image.Image:
@@ -202,14 +203,14 @@ def _frame_image(frame: ProcessFrame, tile: int) -> Image.Image:
 # ---- drawing -----------------------------------------------------------------------------------
 
 
-def _fit(pixels: np.ndarray, most: int) -> Image.Image:
-    """Scale to a longer side of at most ``most`` pixels; small pictures grow in whole pixels."""
+def _fit(pixels: np.ndarray, limit: int) -> Image.Image:
+    """Scale to a longer side of at most ``limit`` pixels; small pictures grow by a whole factor."""
     image = as_image(pixels)
     longest = max(image.size)
-    if longest <= most:
-        times = most // longest
-        return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-    size = [max(1, round(side * most / longest)) for side in image.size]
+    if longest <= limit:
+        factor = limit // longest
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    size = [max(1, round(side * limit / longest)) for side in image.size]
     return image.resize((size[0], size[1]), Image.Resampling.BOX)
 
 
@@ -230,13 +231,13 @@ def _font(size: int, wide: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def _write_label(sheet: Image.Image, text: str, left: int, top: int, width: int, side: int) -> None:
-    """Write one line in the band below the tiles, its middle left out where it is too long."""
-    text = "".join(sign if sign.isprintable() else "?" for sign in text)
-    font = _font(_font_size(side), any(ord(sign) > 0x2E7F for sign in text))
-    if not isinstance(font, ImageFont.FreeTypeFont):  # without FreeType: Latin-1 only
+    """Write one line of text below the tiles; a text too long loses its middle."""
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    font = _font(_font_size(side), any(ord(character) > 0x2E7F for character in text))
+    if not isinstance(font, ImageFont.FreeTypeFont):  # Pillow's bitmap font has Latin-1 only
         text = text.encode("latin-1", "replace").decode("latin-1")
-    draw, shown, keep = ImageDraw.Draw(sheet), text, len(text)
-    while keep > 2 and draw.textlength(shown, font) > width:
-        keep -= 1
-        shown = f"{text[: (keep + 1) // 2]}..{text[len(text) - keep // 2 :]}"
-    draw.text((left, top + 2), shown, fill=_INK, font=font)
+    draw, label, kept = ImageDraw.Draw(sheet), text, len(text)
+    while kept > 2 and draw.textlength(label, font) > width:
+        kept -= 1
+        label = f"{text[: (kept + 1) // 2]}..{text[len(text) - kept // 2 :]}"
+    draw.text((left, top + 2), label, fill=_INK, font=font)

@@ -1,4 +1,4 @@
-"""Plot schedules and say what they cost: ``python guided_diffusion/scheduler.py``."""
+"""Plot schedules and print what they cost: ``python guided_diffusion/scheduler.py``."""
 
 import argparse
 import math
@@ -36,13 +36,13 @@ _STYLE = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
 }
-_CROWDED = 600  # from so many transitions on, only an inset shows single climbs
-_INSET = (20, 100)  # transitions before and after the first climb
+_CROWDED = 600  # with more transitions than this, an inset shows the first climb
+_INSET = (20, 100)  # transitions before and after the first climb in the inset
 _WARM_UP, _TIMED = 2, 8  # transitions for --measure
 
 
 def plot_schedules(schedules: dict[str, list[int]]) -> "Figure":
-    """Draw the walks by their labels: one with its climbs shaded, several over one another."""
+    """Draw schedules, lists of times by label: one with shaded climbs, several as plain lines."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -53,13 +53,13 @@ def plot_schedules(schedules: dict[str, list[int]]) -> "Figure":
             ((label, times),) = schedules.items()
             title = "{}: {:,} network calls, {:,} undos".format(label, *count_steps(times))
             axes.set_title(title, loc="left", parse_math=False)
-            _draw_walk(axes, times)
+            _draw_schedule(axes, times)
             legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0.2)
         else:
             for number, (label, times) in enumerate(schedules.items()):
                 color = _COMPARED[number % len(_COMPARED)]
                 text = f"{count_steps(times)[0]:,} network calls: {label}"
-                # The first ones are wider, so that they are seen below others that are equal.
+                # Earlier lines are wider, so that a line below an equal one can be seen.
                 width = 0.8 + 0.8 * (len(schedules) - 1 - number)
                 axes.plot(times, color=color, linewidth=width, label=text)
             legend = axes.legend(loc="upper right")
@@ -70,7 +70,7 @@ def plot_schedules(schedules: dict[str, list[int]]) -> "Figure":
     return figure
 
 
-def _draw_walk(axes: "Axes", times: list[int]) -> None:
+def _draw_schedule(axes: "Axes", times: list[int]) -> None:
     crowded = len(times) > _CROWDED
     _draw_panel(axes, times, linewidth=0.4 if crowded else 1.1)
     ups = [i for i, (t, t_next) in enumerate(pairwise(times)) if t_next > t]
@@ -87,7 +87,7 @@ def _draw_walk(axes: "Axes", times: list[int]) -> None:
 
 
 def _draw_panel(axes: "Axes", times: list[int], linewidth: float) -> None:
-    x, y = [], []  # of the climbs alone, each ended by a gap
+    x, y = [], []  # the climbs alone, with NaN between them
     for i, (t, t_next) in enumerate(pairwise(times)):
         if t_next > t:
             x += [i, i + 1]
@@ -100,16 +100,15 @@ def _draw_panel(axes: "Axes", times: list[int], linewidth: float) -> None:
     axes.fill_between(x, y, _floor(times), color=_CLIMB, alpha=0.2, linewidth=0)
 
 
-def _floor(*walks: list[int]) -> float:
-    return -1 - 0.03 * max(map(max, walks))
+def _floor(*schedules: list[int]) -> float:
+    return -1 - 0.03 * max(map(max, schedules))
 
 
 def measure_call(conf: InpaintConf, times: list[int]) -> tuple[float, str]:
     """Return the seconds that a network call takes for one picture, and the device's name.
 
-    The first transitions of the walk ``times`` are run as in a real run, in batches of the
-    configuration's size. Raises UserError for a device or checkpoint that cannot be used, and
-    where memory is too small.
+    Runs the first transitions of the schedule ``times`` with batches of the configured size. Raises
+    UserError for a device or checkpoint that cannot be used, and if memory is too small.
     """
     from guided_diffusion.dist_util import is_out_of_memory
 
@@ -134,7 +133,7 @@ def _time_call(conf: InpaintConf, times: list[int]) -> tuple[float, str]:
     def run(transitions: int) -> int:
         with torch.inference_mode():
             steps = list(islice(inpainter.steps(gt, torch.ones_like(gt), range(n)), transitions))
-            steps[-1].x.sum().item()  # reading a number waits for the device
+            steps[-1].x.sum().item()  # reading a number waits for the GPU
         return sum(step.pred_xstart is not None for step in steps)
 
     run(_WARM_UP)
@@ -148,23 +147,14 @@ def _time_call(conf: InpaintConf, times: list[int]) -> tuple[float, str]:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OptionParser(description="Plot a schedule and print what it costs.")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--conf_path", metavar="YML", help="whose schedule to plot (default: the paper's)"
-    )
-    source.add_argument(
-        "--compare", nargs="+", metavar="YML", help="schedules to plot over one another"
-    )
-    parser.add_argument(
-        "--out",
-        default="schedule.png",
-        metavar="FILE",
-        help="the plot, .png or .pdf (default: schedule.png)",
-    )
-    parser.add_argument(
-        "--measure",
-        action="store_true",
-        help="load the checkpoint, time a few network calls and print the seconds an image takes",
-    )
+    source.add_argument("--conf_path", metavar="YML",
+                        help="whose schedule to plot (default: the paper's)")  # fmt: skip
+    source.add_argument("--compare", nargs="+", metavar="YML",
+                        help="schedules to plot in one figure")  # fmt: skip
+    parser.add_argument("--out", default="schedule.png", metavar="FILE",
+                        help="the plot, .png or .pdf (default: schedule.png)")  # fmt: skip
+    parser.add_argument("--measure", action="store_true", help="load the checkpoint, time a few "
+                        "network calls and print the seconds an image takes")  # fmt: skip
     options = parser.parse_args(argv)
     options.confs = options.compare or [options.conf_path][: options.conf_path is not None]
     if Path(options.out).suffix.lower() not in (".png", ".pdf"):
@@ -184,10 +174,9 @@ def _schedule_of(conf: InpaintConf, path: str) -> list[int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plot the schedules that the command line asks for, and print one line of costs for each.
+    """Plot the schedules of the command line, and print what each costs in one line.
 
-    Raises:
-        UserError: an option or a YAML is wrong, or the plot cannot be written.
+    Raises UserError if an option or a YAML is wrong, or if the plot cannot be written.
     """
     options = _parse(argv)
     confs = {path: load_conf(path) for path in options.confs}
@@ -199,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from guided_diffusion.io.files import atomic_path
 
-    if options.measure:  # all of them, before the first is loaded
+    if options.measure:  # check all of them before the first is loaded
         from guided_diffusion.script_util import check_network
 
         for conf in confs.values():
