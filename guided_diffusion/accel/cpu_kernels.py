@@ -100,17 +100,8 @@ class _Attention(ctypes.Structure):
 
 _STRUCTURES = (_Convolution, _Normalisation, _Pointwise, _Attention)  # numbered as in size_of
 _FUNCTIONS = (
-    *(
-        "size_of",
-        "has_bfloat16",
-        "packed_size",
-        "pack_weights",
-        "convolve",
-        "pointwise",
-        "chunks_of",
-        "group_norm",
-    ),
-    *("attention_size", "attend"),
+    *("size_of", "has_bfloat16", "packed_size", "pack_weights", "convolve", "pointwise"),
+    *("chunks_of", "group_norm", "attention_size", "attend"),
 )
 
 
