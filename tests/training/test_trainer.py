@@ -8,7 +8,6 @@ import pytest
 import torch
 from train_cases import make_trainer, sample_diffusion, tiny_conf, write_pictures
 
-from guided_diffusion.errors import StoppedError
 from guided_diffusion.io.images import load_crop
 from guided_diffusion.training import trainer
 from guided_diffusion.training.checkpoints import checkpoint_path, load, newest_step
@@ -219,39 +218,6 @@ def test_interrupted_and_resumed_is_the_same_to_the_last_bit(tmp_path, changes):
         list(map(str, row.values())) for row in logs[1]
     ]
     assert [row["step"] for row in logs[0]] == [2, 3, 4, 6, 8, 9]
-
-
-def test_a_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(tmp_path):
-    conf = tiny_conf(tmp_path, iterations=9)
-    run(tiny_conf(tmp_path, iterations=3))
-    trainer = make_trainer(conf)
-    load(trainer, 3)
-    steps(trainer, 1)
-    with torch.no_grad():
-        trainer.parameters[0][0] = math.nan
-    message = "not finite in step 5;"
-    with pytest.raises(StoppedError, match=message):
-        train(trainer, TrainingImages(conf), sample_diffusion(conf))
-    assert newest_step(conf) == 3
-    state = torch.load(checkpoint_path(conf, "model", 3))
-    assert all(torch.isfinite(value).all() for value in state.values())
-
-
-def test_the_sampler_with_a_memory_survives_until_the_stop(tmp_path):
-    conf = tiny_conf(
-        tmp_path,
-        schedule_sampler="loss-second-moment",
-        diffusion_steps=2,
-        noise_schedule="cosine",
-        log_interval=50,
-        save_interval=50,
-        iterations=60,
-    )
-    trainer = steps(make_trainer(conf), 12)
-    with torch.no_grad():
-        trainer.parameters[0][0] = math.nan
-    with pytest.raises(StoppedError, match="in step 13"):
-        train(trainer, TrainingImages(conf), sample_diffusion(conf))
 
 
 def test_what_is_compiled_on_request_includes_the_exchange_of_gradients(tmp_path, monkeypatch):
