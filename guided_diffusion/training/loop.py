@@ -245,7 +245,8 @@ def _begin_files(trainer: Trainer, images: TrainingImages) -> None:
     """Cut the log back to the step that a training goes on from, and list held-out pictures."""
     folder = Path(trainer.conf.out_dir)
     restart_log(folder / "log.csv", trainer.step)
-    held_out = "".join(f"{images.paths[i]}\n" for i in images.held_out)
+    files = dict.fromkeys(images.paths[i] for i in images.held_out)  # once for all of its frames
+    held_out = "".join(f"{path}\n" for path in files)
     readable = held_out.encode("utf-8", "replace").decode()  # names may be any bytes
     write_text_atomic(folder / "held_out.txt", readable)
 

@@ -256,7 +256,7 @@ def test_a_precision_for_gpus_is_told_on_a_cpu(tmp_path):
 
 
 def test_a_full_disk_is_found_before_it_is_full(tmp_path, monkeypatch):
-    conf = tiny_conf(tmp_path)
+    conf = tiny_conf(tmp_path, num_channels=64)
     trainer, images = make_trainer(conf), TrainingImages(conf)
     trainer.train_step(*next(batches(images, range(1))))
     trainer.step = 3

@@ -163,6 +163,14 @@ def test_the_row_weighs_losses_and_sorts_them_by_time(tmp_path):
     assert row["loss_q3"] == 3
 
 
+def test_the_sampler_of_times_learns_the_losses(tmp_path):
+    trainer = make_trainer(tiny_conf(tmp_path, schedule_sampler="loss-second-moment"))
+    [batch] = batches(TrainingImages(trainer.conf), range(1))
+    rows = trainer.train_step(*batch)[0].numpy()
+    for t, loss in rows[:, [0, 2]]:
+        assert trainer.sampler.losses[int(t), 0] == loss
+
+
 def test_labels_reach_the_network(tmp_path):
     for name in ("cats", "dogs"):
         write_pictures(tmp_path / "classes" / name, 4)
