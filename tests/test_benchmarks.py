@@ -75,9 +75,6 @@ def test_the_sampler_is_timed_and_exact(what, tmp_path):
     for row in rows:
         assert 0 < row["forward_error"] < 1e-4
         assert row["ms_a_call_and_image"] > 0
-        assert row["cold_start_s"] > 0
-        if sys.platform == "linux":
-            assert row["peak_gb"] is None or row["peak_gb"] > 0.005
 
 
 @pytest.mark.parametrize("name", ["sampler", "end_to_end", "quality"])

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-_LOOK_BYTES = 2**16  # a smaller tensor is not worth a look at the process's mappings
+_LEAST_BYTES = 2**16  # of a tensor for which reading the process's mappings pays
 
 
 def file_mappings() -> list[range]:
-    """Return the addresses where this process has files mapped; none where no one can tell."""
+    """Return the addresses where this process has files mapped; none on systems without /proc."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -24,9 +24,9 @@ def file_mappings() -> list[range]:
 
 
 def forget_pages(*tensors: torch.Tensor) -> None:
-    """Let tensors that are mapped from a file leave memory; a later read takes them from there."""
-    tensors = [one for one in tensors if one.device.type == "cpu" and one.nbytes >= _LOOK_BYTES]
-    mapped = file_mappings() if tensors else []  # of this moment: other memory would lose its data
+    """Release the memory of tensors that are mapped from a file, which a later read reads again."""
+    tensors = [t for t in tensors if t.device.type == "cpu" and t.nbytes >= _LEAST_BYTES]
+    mapped = file_mappings() if tensors else []  # not kept: addresses are reused
     for tensor in tensors:
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         if any(start in addresses for addresses in mapped):
@@ -51,11 +51,3 @@ def keep_freed_memory() -> None:
         return
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, -1)
-
-
-def bytes_of(path: str, name: str) -> int:
-    """Return what Linux states of ``name`` in a file below /proc; raises OSError, LookupError."""
-    for line in Path(path).read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise LookupError(name)

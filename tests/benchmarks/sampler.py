@@ -1,25 +1,22 @@
-"""How fast the sampler is beside a plain port, interleaved in one process.
+"""How long a network call takes beside a plain port and other programs, in turns in one process.
 
     python tests/benchmarks/sampler.py                          the published 256×256 network
     python tests/benchmarks/sampler.py --network demo --batch_sizes 1,4
     python tests/benchmarks/sampler.py --conf_path confs/inet64.yml --classifier
+    python tests/benchmarks/sampler.py --modes plain,torch-compile,openvino,openvino-bfloat16,ours
 
-A mode is ``plain`` (plain.py) or ``ours``, then optionally a ``precision``, and of ours optionally
-``compiled`` (``compile: true``) or ``eager`` (``compile: false``; else it is ``auto``):
-``plain-float16``, ``ours-bfloat16-compiled``. Every round times every mode once, so that what else
-the machine does falls on all of them alike. With ``--classifier`` it is not the network that is
-timed but the gradient of the noisy classifier. Weights are random unless ``--conf_path`` names a
-checkpoint that is there: the speed is the same.
+A mode is ``plain`` (plain.py), ``torch-compile`` (that of our network as it is loaded),
+``openvino`` (pip install openvino) or ``ours``, then optionally a ``precision``, and of ours
+optionally ``compiled`` (``compile: true``) or ``eager`` (``compile: false``; else it is ``auto``):
+``plain-float16``, ``ours-bfloat16-compiled``. Every round times every mode once, so that other
+programs on the machine slow all of them alike. ``--classifier`` times the gradient of the noisy
+classifier in place of the network. Weights are random unless ``--conf_path`` names a checkpoint
+that exists: the speed is the same.
 
 Prints Markdown tables; ``--markdown`` writes what is printed to a file, ``--json`` all figures. An
 error is the largest beside plain.py in float64, over the largest output. FLOPs are plain.py's
-products and convolutions, counted, and the matrix rate is what a large product reaches.
-
-A cold start goes from the configuration to the end of the first call: building, loading, compiling.
-Weights come from the page cache. Unless ``--keep_cache``, a mode finds no code on disk, not even
-our C++ kernels for CPUs. It does find what this process has: libraries that are imported, and
-cuDNN's choices of an earlier mode or batch size. ``--modes`` with one mode and a
-single batch size gives the honest number.
+products and convolutions, counted, and the matrix rate is what a large product reaches. Building,
+loading, compiling and first calls are not timed.
 """
 
 import argparse
@@ -40,13 +37,12 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, pairwise
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch, as guided_diffusion/cli.py says
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -54,16 +50,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import plain
 
 from guided_diffusion.accel import build, cpu_kernels
-from guided_diffusion.accel.memory import bytes_of, keep_freed_memory
+from guided_diffusion.accel.memory import keep_freed_memory
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.keys import DataConf, InpaintConf
 from guided_diffusion.config.reading import load_conf
 from guided_diffusion.dist_util import get_device
-from guided_diffusion.gaussian_diffusion import noise_source
+from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import write_text_atomic
 from guided_diffusion.io.paths import check_folder
 from guided_diffusion.run.inpainter import Inpainter
-from guided_diffusion.samplers import Repaint
 from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import (
     create_classifier,
@@ -87,8 +82,8 @@ SMALLEST = {
     "num_head_channels": 32, "class_cond": False, "model_path": "absent.pt",
 }  # fmt: skip
 MODE = re.compile(
-    "(?P<kind>plain|ours)(-(?P<precision>float32|tf32|float16|bfloat16))?"
-    "(-(?P<way>compiled|eager))?"
+    "(?P<kind>plain|torch-compile|openvino|ours)"
+    "(-(?P<precision>float32|tf32|float16|bfloat16))?(-(?P<way>compiled|eager))?"
 )
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 FEW_CALLS = 50  # below this the table says that it extrapolates from less
@@ -106,8 +101,6 @@ class Mode:
     dtype: torch.dtype  # of the convolutions
     is_plain: bool  # synchronises after every call, and frees memory as usual
     tf32: tuple[bool, bool]  # of matrix products and convolutions: global switches of torch
-    cold_start: float = 0.0  # s, from nothing to the end of the first call
-    peak: int | None = None  # bytes of memory; None where the system does not tell
     error: float = 0.0  # largest, over the largest output, against float64
     ms: list[float] = field(default_factory=list)  # a call, a value for each round
 
@@ -131,7 +124,7 @@ def mode_names(text: str) -> list[str]:
     """Parse ``--modes``."""
     for name in text.split(","):
         match = MODE.fullmatch(name)
-        if not match or (match["kind"] == "plain" and match["way"]):
+        if not match or (match["kind"] != "ours" and match["way"]):
             raise argparse.ArgumentTypeError(f"no such mode: {name!r}")
     return text.split(",")
 
@@ -153,8 +146,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, help="of the CPU")
     parser.add_argument("--cpu_time", action="store_true", help="count the process's CPU seconds "
                         "and not the clock's: for a CPU that others use too")  # fmt: skip
-    parser.add_argument("--keep_cache", action="store_true", help="find and leave compiled code in "
-                        "the user's folder: a second run starts warm")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--markdown", metavar="FILE", help="write there what is printed")
     args = parser.parse_args(argv)
@@ -251,29 +242,31 @@ class Benchmark:
         return self.levels[(37 * call + 100) % len(self.levels)]
 
     def build(self, name: str) -> Mode:
-        """Load the weights and call the network once; that is its cold start."""
+        """Load the weights and call the network once, which may compile it."""
         kind, precision, way = MODE.fullmatch(name).group("kind", "precision", "way")
-        is_plain = kind == "plain"
-        if self.device.type == "cpu":
-            return_freed_memory()
         # Without a precision they are torch's own.
-        self.prepare(is_plain, (precision == "tf32", precision != "float32"))
-        before, is_told = self._memory(), self._reset_peak()
-        started = self.clock()
-        if is_plain:
-            dtype = TYPES.get(precision, torch.float32)
+        self.prepare(kind == "plain", (precision == "tf32", precision != "float32"))
+        dtype = TYPES.get(precision, torch.float32)
+        if kind == "plain":
             network = self._plain(dtype)
-        else:
+        elif kind == "ours":
             network, dtype = self._ours(precision, way)
+        else:
+            network = self._other(kind, dtype)
         tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        mode = Mode(name, network, dtype, is_plain, tf32)
+        mode = Mode(name, network, dtype, kind == "plain", tf32)
         self.call(mode)
-        mode.cold_start = self.clock() - started
-        if self.device.type == "cuda":
-            self._call_again(mode)
-        if before is not None and is_told:
-            mode.peak = self._memory(peak=True) - before
         return mode
+
+    def _other(self, kind: str, dtype: torch.dtype) -> Network:
+        """Return what another program makes of our network in its usual layout."""
+        if self.conf.guided:
+            raise UserError("other programs are compared for the network alone", key="--modes")
+        model = load_model(self.conf, self.device)
+        if kind == "torch-compile":
+            model.convert_trunk(dtype)
+            return torch.compile(model, dynamic=False)
+        return openvino_network(model, (self.x, self.level(0).contiguous(), *self.y), dtype)
 
     def _plain(self, dtype: torch.dtype) -> Network:
         load = load_classifier if self.conf.guided else load_model
@@ -293,29 +286,6 @@ class Benchmark:
         if self.conf.guided:
             return inpainter.gradient, inpainter.classifier.dtype
         return inpainter.network, inpainter.model.dtype
-
-    def _call_again(self, mode: Mode) -> None:
-        """Call for the peak of memory alone, now that all algorithms are chosen."""
-        self._reset_peak()
-        self.call(mode)
-
-    def _memory(self, *, peak: bool = False) -> int | None:
-        """Return the bytes that are taken, or at most were since ``_reset_peak``."""
-        if self.device.type == "cuda":
-            # A CUDA graph's memory stays reserved and is not allocated again in later calls.
-            read = torch.cuda.max_memory_reserved if peak else torch.cuda.memory_reserved
-            return read(self.device)
-        return status_bytes("VmHWM" if peak else "VmRSS")
-
-    def _reset_peak(self) -> bool:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return True
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return False
-        return True
 
     def exact(self) -> Tensor:
         """Return the output of one call in float64, made image by image to fit a GPU."""
@@ -339,55 +309,6 @@ class Benchmark:
                 self.call(mode, calls)
                 mode.ms.append((self.clock() - started) / calls * 1000)
 
-    @torch.inference_mode()
-    def overhead(self, transitions: int = 300, rounds: int = 9) -> dict[str, float]:
-        """Return µs a transition of each loop around a network that returns zeros.
-
-        With the same random numbers, which each draws its own way; ``… noise`` is that part alone.
-        """
-        inpainter = Inpainter(self.conf, self.times)
-        channels = 6 if self.conf.learn_sigma else 3
-        zeros = self.x.new_zeros(self.batch, channels, *self.x.shape[2:])
-        mask = (self.x > 0).float()
-        times = self.times[: transitions + 1]
-        generators = [torch.Generator(self.device).manual_seed(k) for k in range(self.batch)]
-
-        def draw_plainly() -> Tensor:
-            noise = torch.empty_like(self.x)
-            for own, generator in zip(noise.unbind(), generators, strict=True):
-                own.normal_(generator=generator)
-            return noise
-
-        draw = noise_source(generators, self.x)
-
-        def network(x: Tensor, timesteps: Tensor) -> Tensor:
-            return zeros
-
-        def draw_only(draw_noise: Callable[[], Tensor]) -> Iterable[Tensor]:
-            for t, t_next in pairwise(times):
-                draw_noise()
-                yield draw_noise() if t_next < t else self.x
-
-        inputs = (network, self.x.clamp(-1, 1), mask, times)
-        loops: dict[str, Callable[[], Iterable]] = {
-            "plain": lambda: plain.repaint(self.diffusion, *inputs, draw_plainly),
-            "ours": lambda: inpainter.diffusion.p_sample_loop_progressive(
-                *inputs, draw, sampler=Repaint()
-            ),
-            "plain noise": lambda: draw_only(draw_plainly),
-            "our noise": lambda: draw_only(draw),
-        }
-        spent: dict[str, list[float]] = {name: [] for name in loops}
-        for _ in range(rounds + 1):  # the first is warming up
-            for name, loop in loops.items():
-                self.synchronise()
-                started = self.clock()
-                for _ in islice(loop(), transitions):
-                    pass
-                self.synchronise()
-                spent[name].append((self.clock() - started) / (len(times) - 1) * 1e6)
-        return {name: statistics.median(values[1:]) for name, values in spent.items()}
-
 
 def return_freed_memory() -> None:
     """Undo ``keep_freed_memory``: the values to which glibc's own tend with large blocks."""
@@ -400,11 +321,25 @@ def return_freed_memory() -> None:
         library.malloc_trim(0)  # what was kept before would go on serving
 
 
-def status_bytes(name: str) -> int | None:
-    """Return a figure of /proc/self/status in bytes; None on systems without."""
-    with contextlib.suppress(OSError, LookupError):
-        return bytes_of("/proc/self/status", name)
-    return None
+def openvino_network(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> Network:
+    """Return OpenVINO's compiled form of ``model`` for inputs of these shapes, on the CPU."""
+    import openvino
+
+    hint = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    settings = {
+        "INFERENCE_PRECISION_HINT": hint,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    shapes = [list(tensor.shape) for tensor in inputs]
+    converted = openvino.convert_model(model, example_input=tuple(inputs), input=shapes)
+    compiled = openvino.Core().compile_model(converted, "CPU", settings)
+
+    def network(*inputs: Tensor) -> Tensor:
+        arrays = [tensor.contiguous().numpy() for tensor in inputs]
+        return torch.from_numpy(compiled(arrays)[0])
+
+    return network
 
 
 def forget_compiled() -> None:
@@ -413,15 +348,6 @@ def forget_compiled() -> None:
     torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def use_new_cache(folder: str) -> None:
-    """Let everything be compiled anew, into a new folder within this one."""
-    own = tempfile.mkdtemp(dir=folder)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = own
-    cpu_kernels.load.cache_clear()
-    if inductor := sys.modules.get("torch._inductor.utils"):
-        inductor.clear_caches()  # by their source it finds kernels that are loaded
 
 
 def wake_up(device: torch.device) -> None:
@@ -482,14 +408,13 @@ def count_flops(conf: InpaintConf) -> int:
 # ---- Reporting -----------------------------------------------------------------------------------
 
 
-def figures(bench: Benchmark, modes: list[Mode], overhead: dict[str, float]) -> list[dict]:
+def figures(bench: Benchmark, modes: list[Mode]) -> list[dict]:
     """Return every figure of one batch size, a dictionary for each mode."""
     flops = count_flops(bench.conf) * bench.batch
-    calls, undos = count_steps(bench.times)
+    calls, _ = count_steps(bench.times)
     rows = []
     for mode in modes:
         ms, low, high = statistics.median(mode.ms), min(mode.ms), max(mode.ms)
-        beside = overhead.get("plain" if mode.is_plain else "ours", 0) / 1e6
         ratios = [a / b for a, b in zip(modes[0].ms, mode.ms, strict=True)]
         rate = matrix_rate(bench.device, mode.dtype, mode.tf32[1], bench.clock)
         row = {
@@ -498,12 +423,11 @@ def figures(bench: Benchmark, modes: list[Mode], overhead: dict[str, float]) -> 
             "ms_a_call_and_image": ms / bench.batch,
             "spread_ms": [low / bench.batch, high / bench.batch],
             "speed_against_first_mode": statistics.median(ratios),
-            "seconds_an_image": (calls * ms / 1000 + (calls + undos) * beside) / bench.batch,
+            "ratios": [min(ratios), max(ratios)],
+            "seconds_an_image": calls * ms / 1000 / bench.batch,
             "forward_error": mode.error,
             "tflops": flops / ms / 1e9,
             "share_of_matrix_rate": flops / (ms / 1000) / rate,
-            "peak_gb": None if mode.peak is None else mode.peak / 1e9,
-            "cold_start_s": mode.cold_start,
         }
         rows.append(row)
     return rows
@@ -511,33 +435,18 @@ def figures(bench: Benchmark, modes: list[Mode], overhead: dict[str, float]) -> 
 
 def table(rows: list[dict]) -> str:
     """Return the rows in Markdown."""
-    lines = [f"| mode | ms a call and image | spread | against {rows[0]['mode']} | s an image | "
-             "error | TFLOP/s | share of matrix rate | peak GB | cold start s |",
-             "| --- " * 10 + "|"]  # fmt: skip
+    first = rows[0]["mode"]
+    lines = [f"| mode | ms a call and image | spread | against {first} | spread | s an image | "
+             "error | TFLOP/s | share of matrix rate |",
+             "| --- " * 9 + "|"]  # fmt: skip
     for row in rows:
-        low, high = row["spread_ms"]
-        peak = "-" if row["peak_gb"] is None else f"{row['peak_gb']:.3g}"
+        (low, high), (least, most) = row["spread_ms"], row["ratios"]
         cells = [row["mode"], f"{row['ms_a_call_and_image']:.4g}", f"{low:.4g} to {high:.4g}",
-                 f"{row['speed_against_first_mode']:.2f}×", f"{row['seconds_an_image']:.4g}",
-                 f"{row['forward_error']:.1e}", f"{row['tflops']:.3g}",
-                 f"{row['share_of_matrix_rate']:.0%}", peak,
-                 f"{row['cold_start_s']:.1f}"]  # fmt: skip
+                 f"{row['speed_against_first_mode']:.2f}×", f"{least:.2f} to {most:.2f}",
+                 f"{row['seconds_an_image']:.4g}", f"{row['forward_error']:.1e}",
+                 f"{row['tflops']:.3g}", f"{row['share_of_matrix_rate']:.0%}"]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def notes(bench: Benchmark, overhead: dict[str, float]) -> str:
-    """Return how the table's figures were made."""
-    calls, undos = count_steps(bench.times)
-    if overhead:
-        text = ", ".join(f"{name} {value:.0f}" for name, value in overhead.items())
-        beside = (f"{calls + undos} transitions times the µs that each takes around a network that "
-                  f"returns zeros: {text}")  # fmt: skip
-    else:
-        beside = "nothing of the loop and the network, which come on top"
-    which = "a later call" if bench.device.type == "cuda" else "building and the first call"
-    return (f"s an image: {calls} calls times ms, and {beside}; over the batch size.\n"
-            f"peak GB: what {which} took at most, with the weights.")  # fmt: skip
 
 
 def run(
@@ -550,20 +459,15 @@ def run(
         conf = with_checkpoints(configuration(args, device), folder)
         for batch in args.batch_sizes:
             forget_compiled()  # of the last batch size
-            bench, modes = Benchmark(conf, device, batch, clock), []
-            reference = bench.exact()
-            for name in names:
-                forget_compiled()
-                if not args.keep_cache:
-                    use_new_cache(folder)
-                modes.append(bench.build(name))
+            bench = Benchmark(conf, device, batch, clock)
+            reference, modes = bench.exact(), [bench.build(name) for name in names]
             bench.measure(modes, reference, args.rounds, args.calls)
-            overhead = {} if conf.guided else bench.overhead()
-            rows, flops = figures(bench, modes, overhead), count_flops(conf) / 1e9
+            rows, flops = figures(bench, modes), count_flops(conf) / 1e9
             what = "the classifier's gradient" if conf.guided else "the network"
-            show(f"\n{what}, batch size {batch}; {flops:.4g} GFLOP an image and call\n")
-            show(f"{table(rows)}\n\n{notes(bench, overhead)}")
-            yield [*rows, {"batch_size": batch, "overhead_us_a_transition": overhead}]
+            calls, _ = count_steps(bench.times)
+            show(f"\n{what}, batch size {batch}; {flops:.4g} GFLOP an image and call; "
+                 f"s an image is {calls} calls\n\n{table(rows)}")  # fmt: skip
+            yield rows
             del modes, bench, reference
 
 
