@@ -54,6 +54,7 @@ class Ddnm(Sampler):
     """DDNM: put the known pixels into every predicted x_0 (Wang et al. 2023, section 3.3)."""
 
     eta: float = 0.85  # share of fresh noise in a step, 0 to 1
+    eta_falls: float = 0.0  # in step t it is eta (1 - alphabar_t)^eta_falls: less and less
     inject: bool = True
 
     def denoise(
@@ -64,6 +65,5 @@ class Ddnm(Sampler):
         def correct(x_start: Tensor) -> Tensor:
             return condition(x_start, walk.gt, walk.gt_keep_mask) if self.inject else x_start
 
-        return walk.diffusion.ddim_sample(
-            output, x, t, noise, gradient, eta=self.eta, correct=correct
-        )
+        eta = self.eta * float(1 - walk.diffusion.alphas_cumprod[t]) ** self.eta_falls
+        return walk.diffusion.ddim_sample(output, x, t, noise, gradient, eta=eta, correct=correct)

@@ -92,9 +92,10 @@ def create_gaussian_diffusion(
     """Build the chain of the steps that ``key`` keeps; raises UserError where it is impossible."""
     respacing, chain = getattr(conf, key), _chain(conf)
     try:
-        kept = space_timesteps(conf.diffusion_steps, respacing)
+        betas = chain.pop("betas")
+        kept = space_timesteps(conf.diffusion_steps, respacing, betas)
         return GaussianDiffusion(
-            respaced_betas(chain.pop("betas"), kept),
+            respaced_betas(betas, kept),
             kept,
             **chain,
             time_scale=1000 / conf.diffusion_steps if conf.rescale_timesteps else 1.0,
@@ -164,7 +165,7 @@ def _repaint(conf: InpaintConf) -> Sampler:
 # What the key ``sampler`` may be.
 SAMPLERS: dict[str, Callable[[InpaintConf], Sampler]] = {
     "repaint": _repaint,
-    "ddnm": lambda conf: Ddnm(conf.ddnm_eta, conf.inpa_inj_sched_prev),
+    "ddnm": lambda conf: Ddnm(conf.ddnm_eta, conf.ddnm_eta_falls, conf.inpa_inj_sched_prev),
 }
 
 

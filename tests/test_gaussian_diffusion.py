@@ -38,6 +38,7 @@ def repaint(diffusion, model, gt, mask, times, draw, **flags):
         "sampler": "repaint",
         "use_ddim": False,
         "ddnm_eta": 0.85,
+        "ddnm_eta_falls": 0.0,
         "inpa_inj_sched_prev": True,
         "inpa_inj_sched_prev_cumnoise": False,
     }
@@ -865,8 +866,8 @@ def test_walks_that_fit():
 
 
 @pytest.mark.parametrize("t", [0, 6])
-@pytest.mark.parametrize("eta", [0.0, 0.85, 1.0])
-def test_a_step_of_ddnm_by_hand(t, eta):
+@pytest.mark.parametrize(("eta", "falls"), [(0.0, 0), (0.85, 0), (1.0, 1), (0.5, 2)])
+def test_a_step_of_ddnm_by_hand(t, eta, falls):
     diffusion = chain(clip_denoised=False)
     output, x, noise, known = step_inputs()
     mask = torch.linspace(0, 1, known.numel()).view_as(known)  # soft ones, too
@@ -881,12 +882,14 @@ def test_a_step_of_ddnm_by_hand(t, eta):
             draws.__next__,
             sampler="ddnm",
             ddnm_eta=eta,
+            ddnm_eta_falls=falls,
         )
     )
     abar, before = diffusion.alphas_cumprod[t], diffusion.alphas_cumprod[t - 1] if t else 1.0
     eps = output[:, :3]
     x_start = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)
     x_hat = mask * known + (1 - mask) * x_start
+    eta *= (1 - abar) ** falls
     mixed = eta * noise + math.sqrt(1 - eta**2) * eps
     expected = math.sqrt(before) * x_hat + math.sqrt(1 - before) * mixed
     torch.testing.assert_close(step.x, expected, rtol=1e-4, atol=1e-4)

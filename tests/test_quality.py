@@ -34,17 +34,19 @@ def test_a_name_stands_for_keys_and_has_words():
     assert quality.overrides_of("ddnm1-r5-t50") == {
         "timestep_respacing": "50", "schedule_jump_params.t_T": 50,
         "schedule_jump_params.jump_length": 10, "schedule_jump_params.jump_n_sample": 5,
-        "use_ddim": False, "sampler": "ddnm", "ddnm_eta": 1.0,
+        "use_ddim": False, "sampler": "ddnm", "ddnm_eta": 1.0, "ddnm_eta_falls": 0.0,
     }  # fmt: skip
+    assert quality.overrides_of("ddnm0.5falling2-tkarras9")["ddnm_eta_falls"] == 2
     keys = quality.overrides_of("repaint-j20-r4-tddim25")
     assert keys["schedule_jump_params.jump_length"] == 20
     assert (keys["timestep_respacing"], keys["schedule_jump_params.t_T"]) == ("ddim25", 25)
-    assert [
-        quality_report.label(name) for name in ("ddnm1-r5-t50", "repaint-j20-r4-tddim25", "ddim-t7")
-    ] == [
-        "DDNM 1, r = 5, 50 steps", "RePaint, r = 4, jumps of 20, steps by ddim, 25 steps",
-        "DDIM steps, 7 steps",
-    ]  # fmt: skip
+    words = {
+        "ddnm1-r5-t50": "DDNM 1, r = 5, 50 steps",
+        "ddnm1falling2-tkarras9": "DDNM 1 falling 2, steps by karras, 9 steps",
+        "repaint-j20-r4-tddim25": "RePaint, r = 4, jumps of 20, steps by ddim, 25 steps",
+        "ddim-t7": "DDIM steps, 7 steps",
+    }
+    assert {name: quality_report.label(name) for name in words} == words
     for name in ("fast", "ddnm-t50", "repaint-t", "repaint0.85-t50", ""):
         with pytest.raises(UserError, match=r"--settings: expected curve, "):
             quality.overrides_of(name)

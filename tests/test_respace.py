@@ -65,6 +65,51 @@ def test_ddim_takes_the_smallest_exact_stride():
     assert space_timesteps(10, "ddim2") == [0, 5]  # strides 5 to 9 all give two
 
 
+def sigmas_of(betas, kept):
+    alphas_cumprod = np.cumprod(1 - betas)[kept]
+    return np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
+
+
+def test_karras_lies_between_even_times_and_levels_even_in_the_seventh_root():
+    betas = get_named_beta_schedule("linear", 1000)
+    kept = space_timesteps(1000, "karras25", betas)
+    sigmas = sigmas_of(betas, slice(None))
+    wanted = np.linspace(sigmas[0] ** (1 / 7), sigmas[-1] ** (1 / 7), 25) ** 7
+    by_level = np.interp(wanted, sigmas, np.arange(1000))
+    exact = 0.7 * np.linspace(0, 999, 25) + 0.3 * by_level
+    assert np.abs(kept - exact).max() < 1
+    assert kept == [
+        0, 30, 61, 95, 131, 171, 217, 269, 323, 378, 431, 480, 528, 573, 616, 658, 699, 739, 777,
+        816, 853, 890, 927, 963, 999,
+    ]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(2, 3000), st.integers(2, 3000), st.sampled_from(["linear", "cosine"]))
+def test_karras_spans_any_chain(num_timesteps, count, noise_schedule):
+    scale = max(1, 1000 // num_timesteps * 2)  # short linear chains have betas above 1
+    betas = get_named_beta_schedule(noise_schedule, num_timesteps * scale)[:num_timesteps]
+    if count - 1 > 0.7 * (num_timesteps - 1):
+        with pytest.raises(ValueError, match=rf"cannot keep {count} steps of {num_timesteps}"):
+            space_timesteps(num_timesteps, f"karras{count}", betas)
+        return
+    kept = space_timesteps(num_timesteps, f"karras{count}", betas)
+    assert (kept[0], kept[-1], len(kept)) == (0, num_timesteps - 1, count)
+    assert sorted(set(kept)) == kept
+
+
+def test_karras_is_no_different_where_a_chain_ends_in_noise_alone():
+    betas = get_named_beta_schedule("linear", 1000)
+    noisy = np.append(betas[:-1], 1 - 1e-15)
+    kept, other = (space_timesteps(1000, "karras25", b) for b in (betas, noisy))
+    assert np.abs(np.subtract(kept, other)).max() <= 1
+
+
+def test_karras_needs_the_betas():
+    with pytest.raises(ValueError, match="'karras25' needs the betas of the chain"):
+        space_timesteps(1000, "karras25")
+
+
 @pytest.mark.parametrize("respacing", ["ddim6", "ddim0", "ddim11"])
 def test_impossible_strides(respacing):
     with pytest.raises(ValueError, match=rf"no integer stride .* exactly {respacing[4:]}"):
@@ -77,10 +122,12 @@ def test_too_many_steps(respacing):
         space_timesteps(10, respacing)
 
 
-@pytest.mark.parametrize("respacing", ["ten", "5,", ",", "-5", "2.5", "ddim", "ddim-5", "5;5"])
+@pytest.mark.parametrize(
+    "respacing", ["ten", "5,", ",", "-5", "2.5", "ddim", "ddim-5", "5;5", "karras-5"]
+)
 def test_malformed(respacing):
     with pytest.raises(ValueError, match="expected '250'"):
-        space_timesteps(10, respacing)
+        space_timesteps(10, respacing, np.full(10, 0.1))
 
 
 @settings(deadline=None)

@@ -156,6 +156,9 @@ class InpaintConf(ModelConf):
                        choices=("repaint", "ddnm"))
     ddnm_eta: float = key(0.85, "Share of fresh noise in a step of sampler: ddnm; 0 adds none.",
                           low=0, high=1)
+    ddnm_eta_falls: float = key(0.0, "Power of the noise's variance, 0 to 1, by which ddnm_eta is "
+                                "multiplied in each step: above 0 the last ones add little.",
+                                low=0, high=10)
     use_ddim: bool = key(False, "DDIM steps, which add no noise, instead of the paper's steps.")
     inpa_inj_sched_prev: bool = key(True, "Put the known pixels, noised to its level, into every "
                                     "step; false makes a new picture instead of inpainting.")

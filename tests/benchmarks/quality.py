@@ -76,7 +76,7 @@ CURVE = (
     *(f"ddnm0.85-t{t_T}" for t_T in (10, 15, 20, 25, 33, 50, 100)),
 )
 NAME = re.compile(
-    r"(repaint|ddim|ddnm(?P<eta>[01](?:\.\d+)?))(?:-j(?P<j>\d+))?(?:-r(?P<r>\d+))?"
+    r"(repaint|ddim|ddnm(?P<eta>[01](?:\.\d+)?)(?:falling(?P<falls>\d+))?)(?:-j(?P<j>\d+))?(?:-r(?P<r>\d+))?"
     r"-t(?P<respacing>[a-z]*(?P<t_T>\d+))"
 )
 
@@ -148,7 +148,9 @@ def overrides_of(name: str) -> dict[str, Any]:
         "use_ddim": name.startswith("ddim"),
         "sampler": "ddnm" if match["eta"] else "repaint",
     }
-    return keys | ({"ddnm_eta": float(match["eta"])} if match["eta"] else {})
+    if match["eta"]:
+        keys |= {"ddnm_eta": float(match["eta"]), "ddnm_eta_falls": float(match["falls"] or 0)}
+    return keys
 
 
 def settings_of(args: argparse.Namespace, base: InpaintConf) -> list[Setting]:

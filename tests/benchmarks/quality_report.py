@@ -92,9 +92,9 @@ def curve_of(setting: str) -> str:
     """Return the curve that a setting is a point of; a baseline is a curve of its own."""
     if setting in BASELINES:
         return setting
-    pattern = r"([a-z]+)([\d.]*)(?:-j(\d+))?(?:-r(\d+))?-t([a-z]*)\d+"
-    kind, eta, jump, repeats, spacing = re.fullmatch(pattern, setting).groups()
-    parts = [_KINDS[kind] + f" {eta}" * bool(eta)]
+    pattern = r"([a-z]+)([\d.]*)(?:falling(\d+))?(?:-j(\d+))?(?:-r(\d+))?-t([a-z]*)\d+"
+    kind, eta, falls, jump, repeats, spacing = re.fullmatch(pattern, setting).groups()
+    parts = [_KINDS[kind] + f" {eta}" * bool(eta) + f" falling {falls}" * bool(falls)]
     if repeats or kind == "repaint":
         parts.append(f"r = {repeats or 1}")
     if jump:

@@ -153,6 +153,7 @@ def test_complete_form_states_every_published_and_every_ignored_key():
     stated = yaml.safe_load(COMPLETE)
     own = {"num_classes", "seed", "samples_per_image", "precision", "compile", "check",
            "paste_known", "invert_mask", "overview", "save_process", "sampler", "ddnm_eta",
+           "ddnm_eta_falls",
            "mask_hole", "mask_grow", "mask_hard", "depth_max", "depth_min", "all_formats",
            "full_size", "feather", "windows", "output_format", "predict_v", "norm_groups",
            "in_channels"}  # fmt: skip
