@@ -34,13 +34,15 @@ RESULT_FOLDERS = {
     "gts": "gt",
     "gt_keep_masks": "gt_keep_mask",
 }
-# Keys of --fast: DDNM in 100 network calls.
+# Keys of --fast: DDNM in 33 network calls; docs/quality.md says how they were chosen.
 FAST = {
     "sampler": "ddnm",
+    "ddnm_eta": 1.0,
+    "ddnm_eta_falls": 2.0,
     "use_ddim": False,
     "inpa_inj_sched_prev_cumnoise": False,
-    "timestep_respacing": "100",
-    "schedule_jump_params": {"t_T": 100, "jump_n_sample": 1},
+    "timestep_respacing": "karras33",
+    "schedule_jump_params": {"t_T": 33, "jump_n_sample": 1},
 }
 # Keys beside those of the network that say which one is loaded, and how it computes.
 LOADING_KEYS = ("model_path", "device", "precision", "compile", "check")

@@ -286,7 +286,8 @@ def write(out: Path, reference: str | None = None) -> str:
     with atomic_path(out / "quality.png") as temporary:
         plot(blocks).savefig(temporary, format="png", dpi=100)
     tables = [curve_table(blocks, measure) for measure in ("lpips", "hole")]
-    tables.append(budget_table(blocks))
+    if any(block.calls for settings in blocks.values() for block in settings.values()):
+        tables.append(budget_table(blocks))
     if reference:
         tables.append(difference_table(blocks, reference))
     return "\n\n".join(tables)

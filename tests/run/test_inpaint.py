@@ -833,16 +833,17 @@ def test_networks_walk_another_way_as_if_they_were_loaded_for_it(planned, tmp_pa
     ({}, f"repaint with {TINY_CALLS}"),
     ({"sampler": "ddnm", "use_ddim": True}, "the YAML's way"),
 ])  # fmt: skip
-def test_fast_is_ddnm_in_100_calls_and_says_so(tmp_path, monkeypatch, capsys, own, replaced):
+def test_fast_is_ddnm_in_33_calls_and_says_so(tmp_path, monkeypatch, capsys, own, replaced):
     options = write_run(tmp_path, 1, seed=3, **own)
     monkeypatch.chdir(tmp_path)
     ended = run_here(capsys, *options, "--fast")
     assert ended.status == 0, ended.err
-    line = f"--fast: ddnm with 100 network calls a picture in place of {replaced}; docs/quality.md"
+    line = f"--fast: ddnm with 33 network calls a picture in place of {replaced}; docs/quality.md"
     assert line in ended.out
     conf = load_conf(tmp_path / "log" / "run" / "run.yml")
-    assert (conf.sampler, conf.ddnm_eta, conf.use_ddim) == ("ddnm", 0.85, False)
-    assert (conf.timestep_respacing, conf.schedule_jump_params.t_T) == ("100", 100)
+    assert (conf.sampler, conf.use_ddim) == ("ddnm", False)
+    assert (conf.ddnm_eta, conf.ddnm_eta_falls) == (1, 2)
+    assert (conf.timestep_respacing, conf.schedule_jump_params.t_T) == ("karras33", 33)
     assert conf.schedule_jump_params.jump_n_sample == 1
 
 
@@ -850,4 +851,4 @@ def test_what_is_said_of_fast_is_what_runs(tmp_path, monkeypatch, capsys):
     options = write_run(tmp_path, 1)
     monkeypatch.chdir(tmp_path)
     ended = run_here(capsys, *options, "--fast", "--set", "sampler=repaint")
-    assert "--fast: repaint with 100 network calls a picture" in ended.out
+    assert "--fast: repaint with 33 network calls a picture" in ended.out
