@@ -63,18 +63,14 @@ TITLES = {
     "diversity": "LPIPS between samples, higher is more diverse",
 }
 COLUMNS = [f"{key}{part}" for key in TITLES for part in ("", "_hole")]
-# RePaint's LPIPS as the paper's tables give it, by data set and mask. The published configurations
-# take 100 pictures each.
-PAPER_COUNT = 100
-PAPER = {
-    "c256": {"thick": 0.059, "thin": 0.028, "nn2": 0.029, "ev2li": 0.009, "genhalf": 0.165,
-             "ex64": 0.435},
-    "inet256": {"thick": 0.134, "thin": 0.064, "nn2": 0.183, "ev2li": 0.089, "genhalf": 0.304,
-                "ex64": 0.629},
-}  # fmt: skip
+# RePaint's LPIPS in the paper's tables: data sets, then masks with a figure for each data set. The
+# published configurations take 100 pictures each.
 PAPER_SETS = {"c256": "CelebA-HQ", "inet256": "ImageNet"}
-PAPER_MASKS = {"thick": "Wide", "thin": "Narrow", "nn2": "2x super-resolution",
-               "ev2li": "alternating lines", "genhalf": "half", "ex64": "expand"}  # fmt: skip
+PAPER = {
+    "thick": ("Wide", 0.059, 0.134), "thin": ("Narrow", 0.028, 0.064),
+    "nn2": ("2x super-resolution", 0.029, 0.183), "ev2li": ("alternating lines", 0.009, 0.089),
+    "genhalf": ("half", 0.165, 0.304), "ex64": ("expand", 0.435, 0.629),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -321,31 +317,27 @@ def each_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def paper_place(name: str) -> tuple[str, str]:
     """Return data set and mask of the paper's table, by a run's name such as test_c256_thick."""
-    for data_set, masks in PAPER.items():
-        for mask in masks:
-            if re.search(rf"(^|[^a-z0-9]){data_set}_{mask}($|[^a-z0-9])", name):
-                return data_set, mask
-    raise UserError(
-        "the paper's figures are chosen by the run's name",
-        key="--paper",
-        expected=f"a name with {' or '.join(PAPER)}, and one of {', '.join(PAPER_MASKS)}, such as "
-        "test_c256_thick",
-        got=name,
-    )
+    sets, masks = "|".join(PAPER_SETS), "|".join(PAPER)
+    found = re.search(rf"(?<![a-z0-9])({sets})_({masks})(?![a-z0-9])", name)
+    if found is None:
+        expected = f"a name with {sets}, _, and one of {masks}, such as test_c256_thick"
+        problem = "the paper's figures are chosen by the run's name"
+        raise UserError(problem, key="--paper", expected=expected, got=name)
+    return found[1], found[2]
 
 
 def paper_table(run: Run, rows: Sequence[dict[str, Any]]) -> str:
-    """Return the Markdown table of LPIPS here beside the paper's."""
+    """Return the Markdown table of the paper's LPIPS beside that of the run."""
     data_set, mask = paper_place(run.name)
-    here = mean_of(rows, "lpips")
+    title, *figures = PAPER[mask]
+    figure, here = figures[list(PAPER_SETS).index(data_set)], mean_of(rows, "lpips")
     return "\n".join([
         f"| data set | mask | LPIPS in the paper | LPIPS here (n = {here.n}) |",
         "| --- | --- | --- | --- |",
-        f"| {PAPER_SETS[data_set]} | {mask} ({PAPER_MASKS[mask]}) | {PAPER[data_set][mask]} | "
-        f"{here.text()} |",
+        f"| {PAPER_SETS[data_set]} | {mask} ({title}) | {figure} | {here.text()} |",
         "",
-        f"The published configurations take {PAPER_COUNT} pictures; which ones they are, the YAML "
-        "does not say, so the figures compare only where gt_path holds the same ones.",
+        "The published configurations take 100 pictures without saying which: the figures compare "
+        "only if gt_path holds the same ones.",
     ])  # fmt: skip
 
 
