@@ -41,7 +41,7 @@ def help_text(cls: type[Conf], width: int = 100) -> str:
     indent = " " * 6
     return "".join(
         f"  {doc.key}  ({doc.type}; default: {doc.default})\n"
-        f"{textwrap.fill(doc.text, width, initial_indent=indent, subsequent_indent=indent)}\n"
+        f"{textwrap.fill(doc.text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)}\n"
         for doc in describe(cls)
     )
 
