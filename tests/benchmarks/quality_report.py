@@ -244,12 +244,14 @@ def plot(blocks: Blocks, measure: str = "lpips") -> Figure:
     lines = math.ceil(len(blocks) / columns)
     figure = Figure(figsize=(2.5 + 3 * columns, 0.6 + 2.4 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    most = max(block.calls for settings in blocks.values() for block in settings.values())
     handles: dict[str, Any] = {}
     for axis, (mask, settings) in zip(axes, blocks.items(), strict=False):
         axis.set_title(mask, fontsize=10)
         axis.set_xscale("log")
         axis.set_xticks([10, 25, 50, 100, 250, 1000], ["10", "25", "50", "100", "250", "1000"])
         axis.minorticks_off()
+        axis.set_xlim(8, 1.25 * max(most, 20))
         axis.grid(alpha=0.3)
         for curve, colour in colours.items():
             points = [block for block in settings.values() if curve_of(block.setting) == curve]
