@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch, as guided_diffusion/cli.py says
 
@@ -37,7 +38,7 @@ from sampler import NETWORKS, configuration, machine, positive, with_checkpoints
 
 from guided_diffusion.accel.accelerate import prepare
 from guided_diffusion.cli import OptionParser, command_line
-from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.keys import FAST, InpaintConf
 from guided_diffusion.dist_util import get_device
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import Step, noise_source
@@ -100,20 +101,14 @@ def ways_of(conf: InpaintConf, batch: int, device: torch.device) -> list[Way]:
     mask = torch.ones_like(gt)
     mask[..., conf.image_size // 2 :] = 0
 
-    def with_schedule(respacing: str, sampler: str, **jumps: int) -> tuple[InpaintConf, list[int]]:
-        schedule = dataclasses.replace(conf.schedule_jump_params, **jumps)
-        own = dataclasses.replace(
-            conf,
-            schedule_jump_params=schedule,
-            timestep_respacing=respacing,
-            sampler=sampler,
-            use_ddim=False,
-            inpa_inj_sched_prev_cumnoise=False,
-        )
-        return own, create_schedule(own, create_gaussian_diffusion(own))
+    def with_keys(keys: dict[str, Any]) -> tuple[InpaintConf, list[int]]:
+        jumps = dataclasses.replace(conf.schedule_jump_params, **keys["schedule_jump_params"])
+        changed = dataclasses.replace(conf, **{**keys, "schedule_jump_params": jumps})
+        return changed, create_schedule(changed, create_gaussian_diffusion(changed))
 
-    published = with_schedule("250", "repaint", t_T=250, jump_length=10, jump_n_sample=10)
-    fast = with_schedule("100", "ddnm", t_T=100, jump_n_sample=1)
+    jumps = {"t_T": 250, "jump_length": 10, "jump_n_sample": 10}
+    paper = {"sampler": "repaint", "timestep_respacing": "250", "schedule_jump_params": jumps}
+    published, fast = with_keys({**FAST, **paper}), with_keys(FAST)
     inpainter = Inpainter(*published)
 
     y = torch.arange(batch, device=device) % conf.num_classes  # without class_cond it is not used
