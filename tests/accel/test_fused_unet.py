@@ -160,8 +160,10 @@ def resident_pages(tensor):
 # ---- With a gradient -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
-@pytest.mark.parametrize("resblock_updown", [False, True])
+@pytest.mark.parametrize(
+    ("pool", "resblock_updown"),
+    [("attention", False), ("adaptive", True), ("spatial", False), ("spatial_v2", True)],
+)
 def test_a_classifiers_gradient(pool, resblock_updown):
     cfg = dataclasses.replace(SMALL, resblock_updown=resblock_updown, num_head_channels=32)
     classifier = randomised(EncoderUNetModel(cfg, 10, pool))

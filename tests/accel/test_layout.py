@@ -37,8 +37,7 @@ def laid_out(network):
     return ready
 
 
-@pytest.mark.parametrize("resblock_updown", [True, False])
-@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(("resblock_updown", "at_once"), [(True, False), (False, True)])
 def test_weights_are_laid_out_at_once_or_at_the_first_call(resblock_updown, at_once):
     network = unet(resblock_updown=resblock_updown)
     reference = network(X, T, Y)
@@ -92,14 +91,15 @@ def test_the_type_of_the_trunk():
     assert layout.trunk_dtype("float16", False, gpu) == torch.float16
 
 
-@pytest.mark.parametrize("said", [("float16", False), (None, True)])
-def test_half_precision_on_a_cpu_is_said_and_not_done(said):
+@pytest.mark.parametrize("keys", [("float16", False), (None, True)])
+def test_half_precision_on_a_cpu_is_float32_with_a_warning(keys):
     with pytest.warns(UserWarning, match="half precision is for GPUs"):
-        assert layout.trunk_dtype(*said, CPU) == torch.float32
+        assert layout.trunk_dtype(*keys, CPU) == torch.float32
 
 
-@pytest.mark.parametrize("size", [(1, 1), (4, 6), (7, 3)])
-@pytest.mark.parametrize("channels", [(3, 5), (8, 8)])
+@pytest.mark.parametrize(
+    ("size", "channels"), [((1, 1), (3, 5)), ((4, 6), (8, 8)), ((7, 3), (3, 5))]
+)
 def test_folding_a_convolution_after_a_doubling(size, channels):
     conv = nn.Conv2d(*channels, 3, padding=1)
     x = torch.randn(2, channels[0], *size).to(memory_format=torch.channels_last)
