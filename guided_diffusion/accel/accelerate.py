@@ -33,7 +33,7 @@ __all__ = [
 
 
 def prepare(device: torch.device) -> None:
-    """Set what holds for the whole process: the GPU, how memory is kept, how cuDNN chooses."""
+    """Set the process's GPU, how it keeps freed memory, and how cuDNN chooses algorithms."""
     if device.type == "cpu":
         keep_freed_memory()
     use_device(device)
@@ -80,7 +80,10 @@ def accelerate_gradient(
 def _cpu_kernels(
     network: nn.Module, device: torch.device, compile: bool | str
 ) -> cpu_kernels.Kernels | None:
-    """Return the CPU's kernels where they are wanted; None, with a warning, if there are none."""
+    """Return the kernels for CPUs if they can compute ``network``, and else None.
+
+    A warning says why they could not be built.
+    """
     if device.type != "cpu" or compile is False or not isinstance(network, UNetEncoder):
         return None
     try:
@@ -106,8 +109,8 @@ def _verdicts(kernels: cpu_kernels.Kernels, network: UNetEncoder, check: str) ->
 def compiled(network: nn.Module, device: torch.device) -> Network:
     """Return ``network`` through ``torch.compile``, which compiles at the first call.
 
-    On a GPU the calls are CUDA graphs. Compiled code is kept in our own folder of kept things:
-    PyTorch's default is a folder of temporary files.
+    On a GPU the calls are CUDA graphs. Compiled code is kept in the cache folder, where PyTorch's
+    default is a temporary folder.
     """
     if (folder := cache_folder()) is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

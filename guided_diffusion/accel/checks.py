@@ -23,7 +23,7 @@ _SOURCES = ("accel/cpu_kernels.py", "accel/fused_unet.py", "unet.py")  # what ca
 class Verdicts:
     """The checks that kernels have passed on this machine, which a later run need not repeat.
 
-    Each is a small file in the folder of kept things, named by all that its outcome depends on:
+    Each is a small file in the cache folder, named by all that its outcome depends on:
     ``kernels`` (the name of the built library: its source, compiler, PyTorch and processor), the
     Python code that calls them, the network's shapes and type, and the shapes of the inputs.
     ``samples`` returns outputs of a few small layers, each with the expected one.
@@ -52,7 +52,7 @@ class Verdicts:
         return path is not None and path.exists()
 
     def add(self, inputs: Sequence[Tensor]) -> None:
-        """Keep that a call with such inputs has passed; do nothing where nothing can be kept."""
+        """Record that a call with such inputs has passed, if there is a cache folder."""
         if (path := self._path(inputs)) is not None:
             with contextlib.suppress(OSError):
                 path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -101,7 +101,7 @@ class Checked:
                 if not _largest_error(sample, expected) <= _tolerance(self._network, x.device):
                     return True
             self._checked.add(x.shape)
-        # A GPU would have to be waited for.
+        # Looking at an output would wait for a GPU.
         return x.device.type == "cpu" and self._is_plain_finite and not output.isfinite().all()
 
     def _compared(self, output: Tensor, inputs: list[Tensor]) -> Tensor:
@@ -155,9 +155,9 @@ def _tolerance(network: nn.Module, device: torch.device) -> float:
 
 @contextlib.contextmanager
 def _forgetting_pages(network: nn.Module) -> Iterator[None]:
-    """Let a mapped checkpoint's weights leave memory again after each block.
+    """Release the pages of a mapped checkpoint after each block.
 
-    The fast network has packed copies of them: 2 GB would be there twice.
+    The fast network has packed copies of the weights: 2 GB would be in memory twice.
     """
     handles = [
         block.register_forward_hook(lambda block, *_: forget_pages(*block.parameters()))

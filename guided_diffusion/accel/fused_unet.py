@@ -143,7 +143,7 @@ class FusedAttention:
 
 
 class FusedUNet:
-    """``model`` in inference, by kernels; its parameters may not change from here on."""
+    """``model`` in inference, by kernels; its parameters may not change afterwards."""
 
     def __init__(self, kernels: Kernels, model: UNetModel) -> None:
         self._model, self._kernels = model, kernels
@@ -224,9 +224,10 @@ def samples(kernels: Kernels, network: UNetEncoder) -> Iterator[tuple[Tensor, Te
 
 
 def with_fused_convolutions(kernels: Kernels, network: UNetEncoder) -> UNetEncoder:
-    """Return a twin of a network whose 3×3 convolutions are the kernels', also in a gradient.
+    """Return a twin of a network whose 3×3 convolutions are the kernels', in a gradient too.
 
-    On a CPU, float32, gradients at its inputs only: its parameters may not change from here on.
+    It computes float32 on a CPU, and gradients at its inputs only. Its parameters may not change
+    afterwards.
     """
     network = twin(network)
     network.memory_format = torch.channels_last
@@ -235,7 +236,7 @@ def with_fused_convolutions(kernels: Kernels, network: UNetEncoder) -> UNetEncod
 
 
 def _fused_convolution(kernels: Kernels, conv: nn.Conv2d) -> nn.Module:
-    """Return a convolution by the kernels, or ``conv`` itself where they have none for it."""
+    """Return a convolution by the kernels, or ``conv`` itself if they cannot compute it."""
     has_kernel = (conv.kernel_size, conv.stride) == ((3, 3), (1, 1))
     is_first = conv.in_channels <= 3  # of the picture: too few channels
     return FusedConv2d(kernels, conv) if has_kernel and not is_first else conv

@@ -50,11 +50,11 @@ def arithmetic(precision: str | None) -> Iterator[None]:
 
 
 def lay_out(network: UNetEncoder, device: torch.device, *, at_once: bool = True) -> None:
-    """Put the channels of a pixel side by side in memory, as convolutions read them.
+    """Change the layout of maps and weights to channels_last, which convolutions read fastest.
 
-    On a CPU, convolutions of doubled maps are folded as well. There, unless ``at_once``, the
-    weights of a convolution are copied at its first call, so that loading 2 GB delays no one. The
-    copied pages of a mapped checkpoint leave memory.
+    On a CPU, convolutions of doubled maps are folded too. Unless ``at_once``, a CPU copies the
+    weights of a convolution at its first call, so that loading takes no time. The pages of a mapped
+    checkpoint are released once they are copied.
     """
     if device.type not in ("cpu", "cuda"):
         return
@@ -78,7 +78,7 @@ def lay_out(network: UNetEncoder, device: torch.device, *, at_once: bool = True)
 def swap_modules(
     network: nn.Module, kind: type[Module], replacement: Callable[[Module], nn.Module]
 ) -> None:
-    """Put ``replacement(module)`` in the place of every module of a kind."""
+    """Replace every module of a kind by ``replacement(module)``."""
     for parent in list(network.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, kind):
@@ -88,18 +88,18 @@ def swap_modules(
 def twin(network: Module) -> Module:
     """Return a copy of all modules that shares parameters and buffers with ``network``.
 
-    What is compiled or swapped in one of them leaves the other as it is.
+    Replacing a module of the copy leaves ``network`` as it is.
     """
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     return copy.deepcopy(network, shared)
 
 
 class FoldedConv2d(nn.Module):
-    """A 3×3 convolution of the feature map doubled in height and width, made from the map itself.
+    """A 3×3 convolution of a map doubled in height and width, computed from the map itself.
 
-    It computes the same, to rounding, with 4/9 of the multiplications. In the doubled map every
-    pixel is there twice in a row, so that an output pixel sees only 2×2 different ones. Their
-    weights are added up beforehand, for each of the four places over an input pixel.
+    The result is the same to rounding, with 4/9 of the multiplications. A pixel of the map is four
+    equal pixels of the doubled map, so that an output pixel depends on 2×2 pixels of the map. Their
+    weights are sums, computed once for each of the four output pixels over a pixel of the map.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -109,8 +109,8 @@ class FoldedConv2d(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Add up the weights, which may not change from here on."""
-        # Along either side: at an even place (w0, w1 + w2) over pixels i - 1 and i, at an odd place
+        """Sum the weights; they may not change afterwards."""
+        # Along one side: an even output has (w0, w1 + w2) over pixels i - 1 and i, an odd output
         # (w0 + w1, w2) over i and i + 1.
         sums = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
         folded = torch.einsum("pyh,qxw,oihw->pqoiyx", sums, sums, self.weight.float())
