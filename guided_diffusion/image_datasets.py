@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from guided_diffusion import masks
-from guided_diffusion.errors import UserError, looked_in
+from guided_diffusion.errors import UserError
 from guided_diffusion.io.colours import is_deep, to_gray, to_rgb, to_srgb
 from guided_diffusion.io.holes import (
     BLACK,
@@ -132,11 +132,9 @@ def pair_images(
         partners = [mask_path] * len(images)
     else:
         images, partners = _partners(images, gt_path, mask_path, all_formats)
-    if not 0 <= offset < len(images):
+    if offset >= len(images):
         expected = f"0 to {len(images) - 1}, as {gt_path} has {len(images)} images"
         raise UserError(key="offset", expected=expected, got=offset)
-    if max_len is not None and max_len < 1:
-        raise UserError(key="max_len", expected="1 or more", got=max_len)
     pairs = [
         Pair(index, gt, mask, output_name(gt), makes_mask)
         for index, (gt, mask) in enumerate(zip(images, partners, strict=True))
@@ -150,8 +148,12 @@ def _partners(
     images: Sequence[str], gt_path: str, mask_path: str, all_formats: bool
 ) -> tuple[Sequence[str], Sequence[str]]:
     """Return the images, and the mask file of each."""
-    mask_files = _list_masks(mask_path, all_formats)
-    images, mask_files = _separate(images, mask_files, gt_path, mask_path)
+    families = ", ".join(masks.FAMILIES)
+    nor = f", nor a kind of mask that can be drawn ({families}), nor {ALPHA} for the pictures' own"
+    mask_files = list_images(
+        mask_path, key="mask_path", all_formats=all_formats, nor=f"{nor} transparency"
+    )
+    images, mask_files = _separate(images, mask_files, mask_path)
     if mask_files == [mask_path]:
         if len(images) > 1 and os.path.realpath(mask_path) in map(os.path.realpath, images):
             warnings.warn(f"{mask_path}: this mask is also one of the pictures", stacklevel=3)
@@ -168,30 +170,13 @@ def _partners(
     return images, pair_up(images, mask_files)
 
 
-def _list_masks(mask_path: str, all_formats: bool) -> list[str]:
-    try:
-        return list_images(mask_path, key="mask_path", all_formats=all_formats)
-    except UserError as error:
-        if "no such" in error.problem:
-            families = ", ".join(masks.FAMILIES)
-            error = UserError(
-                f"no such file or folder, nor a kind of mask that can be drawn ({families}), nor"
-                f" alpha for the pictures' own transparency{looked_in(mask_path)}",
-                path=mask_path,
-                key="mask_path",
-            )
-        raise error from None
-
-
 def _separate(
-    images: Sequence[str], mask_files: Sequence[str], gt_path: str, mask_path: str
+    images: Sequence[str], mask_files: Sequence[str], mask_path: str
 ) -> tuple[Sequence[str], Sequence[str]]:
     """Take files that are in both lists out of the one whose folder holds the other's folder."""
-    if mask_files == [mask_path] and len(images) > 1:
-        return images, mask_files
     files = {os.path.realpath(path): path for path in images}
     common = files.keys() & set(map(os.path.realpath, mask_files))
-    if not common:
+    if not common or (mask_files == [mask_path] and len(images) > 1):
         return images, mask_files
     if len(common) == len(mask_files) < len(images):
         return [path for path in images if os.path.realpath(path) not in common], mask_files
@@ -261,7 +246,7 @@ def load_mask(
     mask = _drawn(pair, size, options)
     mask = 255 - mask if options.invert_mask else mask
     mask = grow_hole(mask, _scaled(options.mask_grow, size, photo))
-    return _with_channels(mask, options)
+    return np.repeat(mask[:, :, None], options.channels, axis=2)
 
 
 def read_photo(pair: Pair, options: ReadOptions) -> Image.Image:
@@ -312,7 +297,7 @@ def crop_mask(
     mask = crop_of(pair.mask_file, Image.fromarray(known), size)[:, :, 0]
     # Scaling has made the rim soft again.
     mask = harden(mask, 255) if options.mask_hard else mask
-    return _with_channels(mask, options)
+    return np.repeat(mask[:, :, None], options.channels, axis=2)
 
 
 def _known(pair: Pair, image: Image.Image, options: ReadOptions) -> np.ndarray:
@@ -332,10 +317,6 @@ def _drawn(pair: Pair, size: int, options: ReadOptions) -> np.ndarray:
         return masks.make_mask(pair.mask_path, size, rng)
     except ValueError as error:
         raise UserError(str(error), key="mask_path", got=pair.mask_path) from error
-
-
-def _with_channels(mask: np.ndarray, options: ReadOptions) -> np.ndarray:
-    return np.repeat(mask[:, :, None], options.channels, axis=2)
 
 
 def _scaled(pixels: int, side: int, photo: tuple[int, int] | None) -> int:
@@ -393,11 +374,11 @@ def load_photo(pair: Pair, options: ReadOptions = AS_PUBLISHED) -> Photo:
     if options.channels == 1:
         seen = to_gray(image, options.depth)
         mode = seen.mode
-        if not is_gray:  # the profile describes colours
-            info = {key: value for key, value in info.items() if key != "icc_profile"}
     else:
         seen = to_rgb(image, options.depth)
         mode = "L" if is_gray else "RGB"
+    if mode[0] != "R" and not is_gray:  # the profile describes colours
+        info.pop("icc_profile", None)
     notes = notes_on_picture(seen, options.depth)
     if origin.mode == "CMYK":
         notes.append("is CMYK, and its result is RGB")
@@ -409,9 +390,7 @@ def load_photo(pair: Pair, options: ReadOptions = AS_PUBLISHED) -> Photo:
         if not pair.is_alpha:
             alpha = np.asarray(layers.getchannel("A"))
             mode += "A"
-    pixels = np.asarray(seen)
-    pixels = pixels if pixels.ndim == 3 else pixels[:, :, None]
-    return Photo(pixels, known, mode, alpha, info, notes, mask_notes)
+    return Photo(np.atleast_3d(seen), known, mode, alpha, info, notes, mask_notes)
 
 
 def _known_of_photo(
@@ -419,8 +398,10 @@ def _known_of_photo(
 ) -> tuple[np.ndarray, list[str]]:
     """Return the mask of a photo at its size, uint8 (H, W), and what is odd about its file."""
     notes: list[str] = []
-    if pair.mask_file is None:
-        known = _drawn_for(pair, photo.size, options)
+    if pair.mask_file is None:  # the middle of a square
+        side = max(photo.size)
+        left, top = (side - photo.width) // 2, (side - photo.height) // 2
+        known = _drawn(pair, side, options)[top : top + photo.height, left : left + photo.width]
         known = 255 - known if options.invert_mask else known
     elif pair.is_alpha:
         known = _known(pair, photo, options)
@@ -440,11 +421,3 @@ def _known_of_photo(
         turning = note_on_turning(origin_of(photo), origin_of(mask))
         notes += [turning] if turning and known.min() < known.max() else []
     return shape_mask(known, photo.size, grow=options.mask_grow, hard=options.mask_hard), notes
-
-
-def _drawn_for(pair: Pair, size: tuple[int, int], options: ReadOptions) -> np.ndarray:
-    """Draw a mask of a family for a photo of ``size`` (width, height): the middle of a square."""
-    side = max(size)
-    mask = _drawn(pair, side, options)
-    left, top = (side - size[0]) // 2, (side - size[1]) // 2
-    return mask[top : top + size[1], left : left + size[0]]

@@ -27,7 +27,7 @@ from guided_diffusion.config.reading import load_conf
 from guided_diffusion.config.schema import conf_to_dict
 from guided_diffusion.dist_util import Team, get_device
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.images import origin_of, read_header, read_rgb, read_upright, to_uint8
+from guided_diffusion.io.images import origin_of, read_header, read_rgb, read_upright, to_levels
 from guided_diffusion.io.results import write_result
 from guided_diffusion.masks import FAMILIES
 from guided_diffusion.models.hub import fetch_configuration
@@ -145,7 +145,7 @@ class Job:
         self.enter("running")
         self.calls += 1
         if time.monotonic() - self.shown > _PREVIEW_SECONDS:
-            self.preview = np.concatenate(list(to_uint8(pred_xstart)), axis=1)
+            self.preview = np.concatenate(list(to_levels(pred_xstart)), axis=1)
             self.shown = time.monotonic()
         if self.calls == self.total:
             self.enter("writing")

@@ -1,7 +1,7 @@
 """Little pictures and masks for the tests of reading, pairing and checking."""
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 
 def picture(width=40, height=30, seed=0):
@@ -14,10 +14,29 @@ def picture(width=40, height=30, seed=0):
 
 def mask_of(width, height, box, white=255, black=0):
     """A mask of ``white`` with a box of ``black``."""
-    mask = np.full((height, width), white, np.uint8)
+    mask = np.full((height, width), white, np.uint16 if white > 255 else np.uint8)
     left, top, right, bottom = box
     mask[top:bottom, left:right] = black
     return mask
+
+
+def square_mask(white=255, black=0, side=40, dtype=np.uint8):
+    """A mask of ``white`` with a square of ``black`` near its middle."""
+    start, stop = side // 4, side // 2
+    return mask_of(side, side, (start, start, stop, stop), white, black).astype(dtype)
+
+
+def photo(side=40):
+    """A picture of many colours."""
+    y, x = np.mgrid[0:side, 0:side]
+    return np.stack([x * 6, y * 6, (x * y) % 256], -1).astype(np.uint8)
+
+
+def strokes(below, colour=(255, 0, 0)):
+    """An image with a stroke of a colour over it."""
+    image = Image.fromarray(below).convert("RGB")
+    ImageDraw.Draw(image).line([2, 20, 38, 24], fill=colour, width=5)
+    return image
 
 
 def save(path, image=None, *, turned=1, **options):

@@ -86,14 +86,6 @@ def both(*spoils):
     return spoil
 
 
-def link(target, name):
-    def spoil(folder):
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).symlink_to(target)
-
-    return spoil
-
-
 def pipe(name):
     def spoil(folder):
         (folder / name).unlink()
@@ -157,25 +149,19 @@ LONG = "x" * 300
 CASES = {
     # the YAML as a file
     "no yaml": (remove("c.yml"), "c.yml: cannot be read: No such file"),
-    "tab": (raw(b"name: a\n\tseed: 2"), "c.yml: no valid YAML: line 2, column 1"),
     "python object": (raw(b"name: !!python/object/apply:os.system [touch executed]"), "c.yml: no"),
     # keys
     "unknown key": (keys(sead=1), "c.yml: sead: unknown key; the nearest known key is seed"),
-    "unknown key in the data": (data(batchsize=1), "data.eval.tiny.batchsize: unknown key"),
     "no name": (keys(name=None), "c.yml: name: is missing"),
-    "text for a number": (keys(image_size="eight"), "image_size: expected an integer"),
     "name leads away": (keys(name="../run"), "c.yml: name: would lead out"),
-    "name leads to the root": (keys(name="/run"), "c.yml: name: would lead out"),
     "name too long": (keys(name=LONG), "the name is too long"),
     "unknown device": (keys(device="gpu"), "device: expected cpu, cuda or cuda:N, found 'gpu'"),
-    "no such gpu": (keys(device="cuda:99"), "device: no such GPU"),
     # values that contradict
     "t_T too high": (
         keys(schedule_jump_params={"t_T": 5}),
         "schedule_jump_params.t_T and timestep_respacing: the walk cannot start above",
     ),
     "respacing too fine": (keys(timestep_respacing="2000"), "timestep_respacing: "),
-    "ddim stride that is none": (keys(timestep_respacing="ddim999"), "timestep_respacing: "),
     "one step": (
         keys(timestep_respacing="1", schedule_jump_params={"t_T": 1}),
         "timestep_respacing: expected a chain of at least 2 steps",
@@ -184,18 +170,10 @@ CASES = {
     "no full batch": (data(drop_last=True, batch_size=9), "drop_last and data.eval.tiny.batch"),
     "results among inputs": (options("--out", "gt/res"), "gt/res: gt_path: results would go into"),
     "results among masks": (data(paths={"lrs": "mask/x/y"}), "mask/x/y: mask_path: results would"),
-    "results among inputs by a link": (
-        both(link("gt", "l"), options("--out", "l")), "l: gt_path: results would go into",
-    ),
     "a result over the input": (
         both(copy("gt/00.png", "inpainted/a.png"), options("--gt", "inpainted/a.png", "--mask",
              "thick", "--out", ".")),
         "inpainted/a.png: a result would overwrite the input inpainted/a.png",
-    ),
-    "a result over the input by a link": (
-        both(link("gt", "inpainted"), options("--gt", "gt/00.png", "--mask", "mask/00.png",
-             "--out", ".", "--set", "data.paths.gts=x")),
-        "inpainted/00.png: a result would overwrite the input gt/00.png",
     ),
     "a mask over the mask": (
         both(copy("mask/00.png", "gt_keep_mask/00.png"), options("--gt", "gt/00.png", "--mask",
@@ -209,12 +187,9 @@ CASES = {
     ),
     # options
     "unknown option": (options("--rezume"), "unrecognized arguments: --rezume"),
-    "option without a value": (options("--gt"), "argument --gt: expected one argument"),
     "empty out": (options("--out", ""), "--out: the path is empty"),
-    "empty gt": (options("--gt", ""), "gt_path: "),
     # paths
     "no pictures' folder": (options("--gt", "none"), "none: gt_path: no such file or folder"),
-    "no masks' folder": (options("--mask", "none"), "none: mask_path: no such file or folder"),
     "pictures of another folder": (
         options("--gt", "data/datasets/gts/demo"),
         "data/datasets/gts/demo: gt_path: no such file or folder (looked for in ",
@@ -223,11 +198,9 @@ CASES = {
         keys(model_path="data/pretrained/demo64.pt"),
         ": start the program there)",
     ),
-    "a home that has no masks": (options("--mask", "~/none"), "/none: mask_path: no such file or"),
     "no picture in the folder": (both(write("e/a.txt", b"a"), options("--gt", "e")), "e: gt_pa"),
     "a remote path": (options("--gt", "nowhere://x"), "nowhere://x"),
     "out is a file": (both(write("f", b""), options("--out", "f")), "f: results cannot be written"),
-    "out is a dangling link": (both(link("no", "l"), options("--out", "l")), "l: results cannot"),
     "a folder in a result's place": (
         both(write("o/inpainted/01.png/x", b""), options("--out", "o")),
         "o/inpainted/01.png: a folder is in the place of a result",
@@ -239,10 +212,6 @@ CASES = {
         both(copy("gt/00.png", "gt/x/00.png"), copy("mask/00.png", "mask/x/00.png")),
         "gt/x/00.png: would write its results to 00.png",
     ),
-    "names that differ by suffix": (
-        both(copy("gt/00.png", "gt/00.gif"), copy("mask/00.png", "mask/00.gif")),
-        "would write its results to 00.png",
-    ),
     "samples that collide": (
         both(
             copy("gt/00.png", "gt/00_1.png"),
@@ -252,9 +221,7 @@ CASES = {
         "would write its results to 00_1.png",
     ),
     "half a picture": (cut("gt/01.png"), "gt/01.png: cannot be read"),
-    "half a mask": (cut("mask/02.png"), "mask/02.png: cannot be read"),
-    "a pipe as a picture": (pipe("gt/01.png"), "gt/01.png: is no regular file"),
-    "a link to nothing": (link("nothing", "gt/01.png"), "gt/01.png: a link to a file that"),
+    "a pipe as a picture": (pipe("gt/01.png"), "gt/01.png: is a pipe or device"),
     "a squeezed mask": (wide_picture, "mask/01.png: the mask has another shape than its picture"),
     "no transparency": (options("--mask", "alpha"), "gt/00.png: mask_path: has no transparency"),
     "unknown rule for masks": (keys(mask_hole="white"), "mask_hole: expected black, zero, color"),
@@ -263,7 +230,6 @@ CASES = {
     "no checkpoint": (remove("model.pt"), "model.pt: no such checkpoint"),
     "half a checkpoint": (cut("model.pt"), "model.pt: is damaged or incomplete"),
     "pickled code": (saved(Evil()), "model.pt: holds pickled code"),
-    "other width": (keys(num_channels=64), "model.pt: does not fit the configuration; set num_ch"),
     "other output": (keys(learn_sigma=False), "model.pt: does not fit the configuration; set lea"),
     "labels": (other_architecture, "model.pt: does not fit the configuration; set class_cond: t"),
     "no classifier": (
@@ -277,7 +243,6 @@ CASES = {
         "log/run/run.yml: is not the record of a run",
     ),
     "a date in the record": (edited_record("device_type: !!timestamp x"), "run.yml: is not the re"),
-    "depths in the record": (edited_record("x: " + "[" * 5000), "run.yml: is not the record of a"),
     "a list in the record": (
         edited_record("checkpoints: [1]", "checkpoints:\n    model_path: '0'"),
         "run.yml: is not the record of a run",
@@ -324,10 +289,7 @@ def test_one_line_at_once_and_nothing_touched(template, tmp_path, monkeypatch, c
     assert snapshot(tmp_path) == files  # not even an empty folder; nothing was executed either
 
 
-APART = ["unknown option", "unknown key", "half a picture", "pickled code"]
-
-
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("name", ["unknown option", "pickled code"])
 def test_a_process_of_its_own_says_the_same(template, tmp_path, name):
     spoil, words = CASES[name]
     shutil.copytree(template, tmp_path, dirs_exist_ok=True)
@@ -355,10 +317,6 @@ def test_an_option_that_is_not_utf_8_is_told(template, tmp_path, monkeypatch, ca
     name = os.fsdecode(b"gt/caf\xe9.png")
     outcome = run_here(capsys, "--conf_path", "c.yml", "--gt", name)
     check(outcome, r"not UTF-8: rename it, or give the folder that it is in; found 'gt/caf\xe9")
-
-
-def test_without_any_option(tmp_path):
-    check(run_apart(tmp_path), "the following arguments are required: --conf_path")
 
 
 def test_files_that_may_not_be_read_or_folders_written(template, tmp_path, monkeypatch, capsys):

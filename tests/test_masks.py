@@ -12,6 +12,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.tools import make_masks
 
 SCRIPT = Path(masks.__file__)
+DEMO = SCRIPT.parents[1] / "data/datasets/gt_keep_masks/demo"
 RANDOM = ("thin", "thick")
 FIXED = tuple(kind for kind in masks.FAMILIES if kind not in RANDOM)
 
@@ -27,18 +28,14 @@ def run(*words, cwd=None):
 
 
 @pytest.mark.parametrize("kind", masks.FAMILIES)
-@pytest.mark.parametrize("size", [8, 17, 64, 255, 256])
-def test_form_and_values(kind, size):
-    mask = draw(kind, size)
-    assert mask.dtype == np.uint8
-    assert mask.shape == (size, size)
-    assert set(np.unique(mask)) == {0, 255}
-
-
-@pytest.mark.parametrize("kind", RANDOM)
-def test_seed_decides(kind):
+def test_form_values_and_seed(kind):
+    for size in (8, 17, 256):
+        mask = draw(kind, size)
+        assert mask.dtype == np.uint8
+        assert mask.shape == (size, size)
+        assert set(np.unique(mask)) == {0, 255}
     assert np.array_equal(draw(kind, 64, 3), draw(kind, 64, 3))
-    assert not np.array_equal(draw(kind, 64, 3), draw(kind, 64, 4))
+    assert np.array_equal(draw(kind, 64, 3), draw(kind, 64, 4)) == (kind in FIXED)
 
 
 @pytest.mark.parametrize("kind", FIXED)
@@ -49,7 +46,7 @@ def test_fixed_families_leave_the_generator_alone(kind):
     assert rng.bit_generator.state == before
 
 
-@pytest.mark.parametrize("size", [8, 9, 63, 64, 255, 256, 512])
+@pytest.mark.parametrize("size", [8, 9, 64, 255])
 def test_exact_patterns(size):
     row, column = np.indices((size, size))
     assert np.array_equal(draw("ev2li", size) == 255, row % 2 == 0)
@@ -59,15 +56,7 @@ def test_exact_patterns(size):
 
 @pytest.mark.parametrize(
     ("size", "start", "stop"),
-    [
-        (256, 96, 160),
-        (512, 192, 320),
-        (64, 24, 40),
-        (8, 3, 5),
-        (9, 3, 5),
-        (10, 3, 6),
-        (255, 95, 159),
-    ],
+    [(256, 96, 160), (8, 3, 5), (9, 3, 5), (10, 3, 6), (255, 95, 159)],
 )
 def test_exact_centre(size, start, stop):
     expected = np.zeros((size, size), np.uint8)
@@ -91,21 +80,11 @@ def test_share_is_above_nothing_and_at_most_half(kind):
     assert shares(kind, 100, masks.MIN_SIZE).max() <= 0.5
 
 
-def thickness(mask):
-    """Generated pixels for each pixel of border between generated and known."""
-    generated = mask == 0
-    border = (generated[1:] != generated[:-1]).sum() + (generated[:, 1:] != generated[:, :-1]).sum()
-    return generated.sum() / border
-
-
-def test_thick_is_thicker_than_thin():
-    rng = np.random.default_rng(0)
-    thin, thick = (
-        np.array([thickness(masks.make_mask(kind, 256, rng)) for _ in range(100)])
-        for kind in RANDOM
-    )
-    assert thin.max() < 7  # no stroke is wider than 14 of 256 pixels
-    assert np.median(thick) > 3 * np.median(thin)
+@pytest.mark.parametrize(("number", "kind"), [(0, "thick"), (3, "thin"), (5, "thick")])
+def test_the_masks_that_ship_are_drawn_again(number, kind):
+    shipped = np.array(Image.open(DEMO / f"100000{number}.png").convert("L"))
+    drawn = masks.make_mask(kind, 64, np.random.default_rng([0, number]))
+    assert np.mean(drawn == shipped) > 0.99  # other Pillows may round a rim differently
 
 
 def is_box_drawing(mask):
@@ -163,15 +142,17 @@ def test_strokes_have_round_ends_of_their_width():
     assert generated[43, 24] == (np.hypot(50 - 43, 30 - 24) <= 10.5)
 
 
-@pytest.mark.parametrize("size", [7, 0, -256, masks.MAX_SIZE + 1])
-def test_bad_size(size):
-    with pytest.raises(ValueError, match="size must be in 8"):
-        draw("thick", size)
-
-
-def test_bad_family_names_the_families():
-    with pytest.raises(ValueError, match="'thck' is unknown, expected one of thin, thick, ev2li"):
-        draw("thck", 64)
+@pytest.mark.parametrize(
+    ("kind", "size", "message"),
+    [
+        ("thick", 7, "size must be in 8..16384, found 7"),
+        ("thick", masks.MAX_SIZE + 1, "size must be in 8..16384, found 16385"),
+        ("thck", 64, "'thck' is unknown, expected one of thin, thick, ev2li"),
+    ],
+)
+def test_bad_arguments(kind, size, message):
+    with pytest.raises(ValueError, match=message):
+        draw(kind, size)
 
 
 def test_command_writes_what_it_reports(tmp_path, capsys):
@@ -192,15 +173,6 @@ def test_command_writes_what_it_reports(tmp_path, capsys):
         assert sheet.size == (5 * 68 + 4, 68 + 4)
 
 
-def test_a_mask_does_not_depend_on_the_count(tmp_path):
-    for count in ("2", "4"):
-        make_masks.main(
-            ["--kind", "thin", "--size", "32", "--count", count, "--out", str(tmp_path / count)]
-        )
-    for name in ("000000.png", "000001.png"):
-        assert (tmp_path / "2" / name).read_bytes() == (tmp_path / "4" / name).read_bytes()
-
-
 def test_other_pictures_in_the_folder_are_told(tmp_path):
     (tmp_path / "holiday.JPG").touch()
     with pytest.warns(UserWarning, match=r"1 other pictures, such as holiday\.JPG"):
@@ -213,18 +185,24 @@ def test_other_pictures_in_the_folder_are_told(tmp_path):
         Image.new("RGB", (32, 32), (0, 255, 254)),
         Image.new("L", (32, 16), 255),
         Image.new("RGBA", (32, 32)),
-        None,
+        "damaged",
+        "a pipe",
     ],
-    ids=["photo", "not square", "transparent", "damaged"],
+    ids=["photo", "not square", "transparent", "damaged", "pipe"],
 )
 def test_a_file_that_is_no_mask_is_not_overwritten(tmp_path, theirs):
     path = tmp_path / "000002.png"
-    path.write_bytes(b"\x89PNG half") if theirs is None else theirs.save(path)
-    before = path.read_bytes()
+    if theirs == "a pipe":
+        os.mkfifo(path)
+    elif theirs == "damaged":
+        path.write_bytes(b"\x89PNG half")
+    else:
+        theirs.save(path)
+    before = path.stat()
     with pytest.raises(UserError, match=r"000002\.png: --out: is no mask and would be overwritten"):
         make_masks.main(["--kind", "thick", "--size", "32", "--count", "3", "--out", str(tmp_path)])
     assert [each.name for each in tmp_path.iterdir()] == ["000002.png"]
-    assert path.read_bytes() == before
+    assert path.stat()[:9] == before[:9]
 
 
 def test_a_preview_replaces_a_preview_and_nothing_else(tmp_path):
@@ -240,36 +218,14 @@ def test_a_preview_replaces_a_preview_and_nothing_else(tmp_path):
     assert make_masks.main(options) == make_masks.main(options) == 0
 
 
-def test_masks_beyond_pillows_limit_are_replaced(tmp_path, monkeypatch):
+def test_masks_are_replaced_by_masks_of_any_size(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    for _ in range(2):
-        make_masks.main(["--kind", "nn2", "--size", "16", "--out", str(tmp_path)])
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_a_pipe_in_the_place_of_a_mask_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "000000.png")
-    with pytest.raises(UserError, match=r"000000\.png: --out: is no mask"):
-        make_masks.main(["--kind", "nn2", "--size", "8", "--out", str(tmp_path)])
-
-
-def test_masks_are_replaced_by_masks(tmp_path):
     Image.new("RGB", (8, 8), "white").save(tmp_path / "000001.png")
     for kind in ("thick", "ev2li"):
         make_masks.main(["--kind", kind, "--size", "32", "--count", "2", "--out", str(tmp_path)])
+    monkeypatch.undo()
     for path in tmp_path.iterdir():
         assert np.array_equal(np.array(Image.open(path)), draw("ev2li", 32))
-
-
-def test_nothing_half_written_stays(tmp_path, monkeypatch):
-    def fail(self, path, **_):
-        Path(path).write_bytes(b"\x89PNG half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(UserError, match=r"000000\.png: cannot be written: No space left on dev"):
-        make_masks.main(["--kind", "nn2", "--size", "8", "--out", str(tmp_path)])
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_as_a_script_from_any_folder(tmp_path):
@@ -284,16 +240,13 @@ def test_as_a_script_from_any_folder(tmp_path):
     [
         ({"--kind": "thik"}, "--kind: expected one of thin, thick, ev2li, nn2, ex64, genhalf"),
         ({"--count": "0"}, "--count: expected a whole number in 1..1000000, found 0"),
-        ({"--count": "many"}, "argument --count: invalid int value: 'many'"),
         ({"--size": "7"}, "--size: expected a whole number in 8..16384, found 7"),
-        ({"--seed": "-1"}, "--seed: expected a whole number in 0.."),
-        ({"--out": None}, "the following arguments are required: --out"),
         ({"--out": ""}, "--out: the path is empty"),
     ],
 )
 def test_bad_options_make_no_folder(tmp_path, change, message):
     options = {"--kind": "thick", "--out": str(tmp_path / "m")} | change
-    words = [word for key, value in options.items() if value is not None for word in (key, value)]
+    words = [word for option in options.items() for word in option]
     with pytest.raises(UserError) as caught:
         make_masks.main(words)
     assert str(caught.value).startswith(message)

@@ -3,9 +3,11 @@
 A checkpoint may come from anywhere: whatever is wrong with it ends in one line. Weights inside a
 dictionary of other things, or under longer names, are found by names that every such network has.
 
-The tensors stay in the file: one that is truncated or overwritten in place while a run reads it
-ends the run by the signal SIGBUS. A file that is replaced by a rename, as this program does it, is
-safe.
+The tensors stay in the file. If it is truncated or overwritten in place while a run reads it, the
+signal SIGBUS ends the run. A file that is replaced by a rename, as this program does it, is safe.
+
+A checkpoint saved by torch is a zip archive with a checksum of every entry, which torch does not
+compare. A file that was found whole is remembered by path, size, time and inode.
 """
 
 import contextlib
@@ -13,10 +15,12 @@ import hashlib
 import os
 import pickle
 import re
-import stat
+import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +28,12 @@ import torch
 from torch import Tensor
 
 from guided_diffusion.errors import UserError, looked_in
-from guided_diffusion.io.checksums import (
-    DAMAGED,
-    ZIP_ERRORS,
-    can_be_mapped,
-    check_archive,
-    once_a_file,
-)
-from guided_diffusion.io.files import atomic_path, write_checkpoint
+from guided_diffusion.io.cache import cache_folder
+from guided_diffusion.io.files import atomic_path, open_regular, stamp_of, write_checkpoint
 from guided_diffusion.io.weights import Weights, find_weights, is_plain, short
 
+_DAMAGED = "is damaged or incomplete: download it again"
+_NOT_OF_TORCH = "is not a checkpoint saved by torch"
 # First bytes of files that people take for a checkpoint.
 _IMPOSTORS = (
     (b"version https://git-lfs", "is a Git LFS pointer and not the file itself: run git lfs pull"),
@@ -49,8 +49,12 @@ _HARMLESS = re.compile(
     r"(numpy|_codecs|omegaconf|pytorch_lightning|lightning|lightning_fabric|pathlib|argparse"
     r"|datetime|ml_collections|easydict|addict)\."
 )
-# A class in a pickle is the letter c, its module and its name, each with a newline.
-_CLASS = re.compile(rb"(?=c([\w.]+)\n([\w.]+)\n)")
+# What zipfile raises for a damaged table of contents.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, LookupError, EOFError,
+    OSError, OverflowError, struct.error, zlib.error,
+)  # fmt: skip
+_found_whole: set[str] = set()  # in this process
 
 # ---- Looking at a file ---------------------------------------------------------------------------
 
@@ -61,7 +65,7 @@ def fingerprint(path: str | os.PathLike) -> str:
     It is made of the checksums in a zip archive's table, of the size and of samples.
     """
     path, table = Path(path), []
-    with contextlib.suppress(*ZIP_ERRORS), zipfile.ZipFile(path) as archive:
+    with contextlib.suppress(*_ZIP_ERRORS), zipfile.ZipFile(path) as archive:
         table = [(entry.filename, entry.CRC, entry.file_size) for entry in archive.infolist()]
     size = path.stat().st_size
     digest = hashlib.sha256(repr((size, table)).encode(errors="surrogateescape"))
@@ -79,20 +83,17 @@ def check_beginning(path: str | os.PathLike) -> str:
     """
     path = Path(path)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) and not path.is_dir():
-            raise UserError("is a pipe or device and not a file", path=path)
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             first = stream.read(64)
     except FileNotFoundError:
         raise UserError(f"no such checkpoint{looked_in(path)}", path=path) from None
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # a name may hold what no file system takes
-        if isinstance(error, UserError):
-            raise
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot be read: {reason}", path=path) from error
     header = int.from_bytes(first[:8], "little")
-    if first[8:9] == b"{" and header <= status.st_size - 8:
+    if first[8:9] == b"{" and header <= path.stat().st_size - 8:
         return "safetensors"
     beginning = first.lstrip()
     if not beginning:
@@ -101,23 +102,20 @@ def check_beginning(path: str | os.PathLike) -> str:
         if beginning.startswith(start):
             raise UserError(problem, path=path)
     if path.suffix == SAFETENSORS:
-        raise UserError(DAMAGED, path=path)
+        raise UserError(_DAMAGED, path=path)
     is_zip = beginning.startswith(b"PK")
     if not is_zip and not beginning.startswith(b"\x80"):
-        raise UserError("is not a checkpoint saved by torch", path=path)
+        raise UserError(_NOT_OF_TORCH, path=path)
     return "zip" if is_zip else "pickle"
 
 
 def check_checkpoint(path: str | os.PathLike) -> None:
     """Find what is wrong with a file: its form, its checksums, its numbers; raises UserError.
 
-    All of it is read once, about two seconds for 2 GB, and that it is whole is remembered.
+    It is read once, about two seconds for 2 GB. The cache folder remembers that it is whole.
     """
     check_beginning(path)
-    path = Path(path)
-    with once_a_file(path, "finite") as is_new:
-        if is_new:
-            _check_finite(path, find_weights(path, read_tree(path)).tensors)
+    _once_a_file(_check_finite, Path(path))
 
 
 def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -170,54 +168,36 @@ def read_tree(path: Path, map_location: str = "cpu") -> Any:
     if form == "safetensors":
         return _read_safetensors(path)
     if form == "zip":
-        with once_a_file(path, "checksums") as is_new:
-            if is_new:
-                check_archive(path)
-        if _is_program(path):  # torch.load of PyTorch 2.4 would load it as one
-            problem = "is a TorchScript program, which is never run"
-            raise UserError(f"{problem}: save model.state_dict() instead", path=path)
-    mapped = (form == "zip" and can_be_mapped(path)) or None
+        _once_a_file(_check_archive, path)
     try:
-        with warnings.catch_warnings(), _stand_ins_for(_harmless_names(path)):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error says what torch warned of
-            return torch.load(path, map_location=map_location, mmap=mapped, weights_only=True)
+            return _load(path, {}, map_location=map_location, mmap=form == "zip" or None)
     except MemoryError:
         raise
     except Exception as error:  # torch raises many types for a damaged file
-        is_repacked = form == "zip" and not mapped
-        raise _unreadable(path, error, is_repacked=is_repacked) from error
+        problem = _NOT_OF_TORCH if form == "zip" else _DAMAGED
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            problem = "holds pickled code, which is never run: save model.state_dict() instead"
+        raise UserError(problem, path=path) from error
 
 
-def _unreadable(path: Path, error: Exception, *, is_repacked: bool) -> UserError:
-    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-        problem = "holds pickled code, which is never run: save model.state_dict() instead"
-        return UserError(problem, path=path)
-    if is_repacked:
-        problem = f"{DAMAGED}; or, if it was packed anew, save it by torch.save"
-        return UserError(problem, path=path)
-    return UserError(DAMAGED, path=path)
+def _load(path: Path, stand_ins: dict[str, type], **options: Any) -> Any:
+    """Call ``torch.load`` with ``stand_ins`` for harmless classes, and for further ones it names.
 
-
-def _is_program(path: Path) -> bool:
-    """Whether an archive is TorchScript, by torch's own rule."""
-    with contextlib.suppress(*ZIP_ERRORS), zipfile.ZipFile(path) as archive:
-        return any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())
-    return False
-
-
-def _harmless_names(path: Path) -> list[str]:
-    """Return the classes that a checkpoint names and that may be replaced by a stand-in."""
-    with contextlib.suppress(*ZIP_ERRORS):
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                [name] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-                pickled = archive.read(name)
-        else:
-            with path.open("rb") as file:
-                pickled = file.read(1 << 24)  # the storages follow the pickle
-        named = {f"{module.decode()}.{name.decode()}" for module, name in _CLASS.findall(pickled)}
-        return [name for name in sorted(named) if _HARMLESS.match(name)]
-    return []  # reading the file finds the reason
+    torch names one class at a time that it does not know.
+    """
+    try:
+        with _safe_globals(list(stand_ins.values())):
+            return torch.load(path, weights_only=True, **options)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+) was", str(error))
+        name = found[1] if found else ""
+        if not _HARMLESS.match(name) or name in stand_ins:
+            raise
+    module, _, last = name.rpartition(".")
+    stand_in = type(last, (_StandIn,), {"__module__": module})
+    return _load(path, {**stand_ins, name: stand_in}, **options)
 
 
 class _StandIn:
@@ -231,15 +211,10 @@ class _StandIn:
 
 
 @contextlib.contextmanager
-def _stand_ins_for(names: Iterable[str]) -> Iterator[None]:
-    """Let ``torch.load`` find a stand-in for each of ``names`` (module.class) within the block.
-
-    Its list of safe classes is the only way in PyTorch 2.4, which looks up a class's own name.
-    """
+def _safe_globals(classes: list[type]) -> Iterator[None]:
+    """Let ``torch.load`` use ``classes`` in the block: torch's own, which PyTorch 2.4 lacks."""
     before = torch.serialization.get_safe_globals()
-    places = [name.rpartition(".") for name in dict.fromkeys(names)]
-    stand_ins = [type(name, (_StandIn,), {"__module__": module}) for module, _, name in places]
-    torch.serialization.add_safe_globals(stand_ins)
+    torch.serialization.add_safe_globals(classes)
     try:
         yield
     finally:
@@ -256,19 +231,64 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise UserError(DAMAGED, path=path) from error
+        raise UserError(_DAMAGED, path=path) from error
 
 
-def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+# ---- Whether a file is whole ---------------------------------------------------------------------
+
+
+def _once_a_file(check: Callable[[Path], None], path: Path) -> None:
+    """Call ``check``, unless it has passed a file of this path, size, time and inode before."""
+    what = (check.__name__, stamp_of(os.path.realpath(path)))
+    name = hashlib.sha256(repr(what).encode(errors="surrogateescape")).hexdigest()[:32]
+    folder = cache_folder()
+    verdict = folder / "checkpoints" / name if folder else None
+    if name in _found_whole or (verdict and verdict.exists()):
+        return
+    check(path)
+    _found_whole.add(name)
+    if verdict:
+        with contextlib.suppress(OSError):
+            verdict.parent.mkdir(mode=0o700, exist_ok=True)
+            verdict.touch()
+
+
+def _check_archive(path: Path) -> None:
+    """Compare every entry of a zip archive with its checksum; raises UserError if one differs.
+
+    Raises it for a compressed archive, too, which cannot be mapped, and for a TorchScript program,
+    which PyTorch 2.4 would load as one.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.filename.rpartition("/")[2] == "constants.pkl" for entry in entries):
+                problem = "is a TorchScript program, which is never run"
+                raise UserError(f"{problem}: save model.state_dict() instead", path=path)
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise UserError("is compressed; unpack it, and save it by torch.save", path=path)
+
+            def check(entry: zipfile.ZipInfo) -> None:
+                with archive.open(entry) as stream:  # which compares the checksum at the end
+                    while stream.read(1 << 22):
+                        pass
+
+            with ThreadPoolExecutor(4) as pool:
+                # torch can be told to leave checksums out, and then writes 0.
+                list(pool.map(check, (entry for entry in entries if entry.CRC)))
+    except UserError:
+        raise
+    except _ZIP_ERRORS as error:
+        raise UserError(f"{_DAMAGED} ({short(error, 120)})", path=path) from error
+
+
+def _check_finite(path: Path) -> None:
     """Refuse a tensor that has no numbers, or one that is not finite; raises UserError."""
-    for name, tensor in tensors.items():
+    for name, tensor in read_weights(path).tensors.items():
         if tensor.device.type == "meta":
             raise UserError(path=path, expected=f"numbers in {short(name)}", got="a meta tensor")
         if not is_plain(tensor) or not tensor.numel():
             continue  # an error where it is needed as a weight
-        kept = tensor.untyped_storage().nbytes() // tensor.element_size()
-        if tensor.numel() > kept:  # a tensor that repeats a few numbers
-            tensor = tensor.as_strided((kept,), (1,), 0)
         low, high = torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float())
         if not (torch.isfinite(low) and torch.isfinite(high)):
             problem = "holds weights that are NaN or infinite, which no picture survives"

@@ -2,13 +2,9 @@
 
 import contextlib
 import errno
-import hashlib
-import io
 import os
-import platform
 import secrets
 import stat
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,11 +26,11 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
     Opening a pipe waits for its other end, and reading a device may never end.
     """
-    mode = Path(path).stat().st_mode
-    if not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        what = "a folder" if path.is_dir() else "a pipe or device and not a file"
         raise UserError(f"is {what}", path=path)
-    return Path(path).open("rb")
+    return path.open("rb")
 
 
 # ---- whole files -------------------------------------------------------------------------------
@@ -67,7 +63,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """
     refuse_remote(path)
     path = Path(path)
-    temporary = path.with_name(_temporary_name())
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -81,15 +77,6 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def _temporary_name() -> str:
-    """Name a file by 16 hexadecimal digits: machine, process, and chance."""
-    return f".{_machine()}{os.getpid() & 0xFFFFFF:06x}{secrets.token_hex(3)}.tmp"
-
-
-def _machine() -> str:
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:4]
 
 
 def _sync(path: Path, flags: int) -> None:
@@ -107,31 +94,10 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Remove the temporary files that killed processes left in ``folder``.
-
-    Those of a process that lives, or of another machine within a day, belong to a run beside this
-    one.
-    """
+    """Remove the temporary files of killed processes from ``folder``, which this run has locked."""
     for leftover in Path(folder).glob(f".{'[0-9a-f]' * 16}.tmp"):
-        machine, process = leftover.name[1:5], int(leftover.name[5:11], 16)
         with contextlib.suppress(OSError):
-            is_old = time.time() - leftover.stat().st_mtime > 24 * 3600
-            is_own = process == os.getpid() & 0xFFFFFF  # this one has no files underway yet
-            if is_old or (machine == _machine() and (is_own or not is_running(process))):
-                leftover.unlink()
-
-
-def is_running(process: int) -> bool:
-    """Whether a process of this number runs on this machine; where the system hides it, True."""
-    if not hasattr(os, "getpgid"):  # Windows
-        return True
-    try:
-        os.getpgid(process)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # it is another user's
-        pass
-    return True
+            leftover.unlink()
 
 
 # ---- one run a folder --------------------------------------------------------------------------
@@ -187,24 +153,7 @@ def write_checkpoint(path: str | os.PathLike, state: object) -> None:
     import torch  # it takes seconds, which programs that write pictures alone need not wait
 
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        refusals: list[OSError] = []
         try:
-            torch.save(state, _ErrorNotingFile(stream, refusals))
-        except RuntimeError:  # torch's writer hides the system's refusal behind its own exception
-            if refusals:
-                raise refusals[0] from None
-            raise
-
-
-class _ErrorNotingFile(io.RawIOBase):
-    """A file that notes the exceptions of its writes before passing them on."""
-
-    def __init__(self, stream: io.BufferedWriter, refusals: list[OSError]) -> None:
-        self._stream, self._refusals = stream, refusals
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self._stream.write(data)
-        except OSError as error:
-            self._refusals.append(error)
-            raise
+            torch.save(state, stream)
+        except RuntimeError as error:  # which torch's writer raises after the system's refusal
+            raise (error.__context__ or error) from None

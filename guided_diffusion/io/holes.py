@@ -108,7 +108,8 @@ def grow_hole(known: np.ndarray, pixels: int) -> np.ndarray:
     pixels = min(pixels, max(known.shape))
     diagonal = round((pixels - 1) * (1 - 2**-0.5))
     straight = pixels - 2 * diagonal
-    grown = np.pad(known, pixels, constant_values=255)  # ways from hole to pixel may lead outside
+    # Ways from hole to pixel may lead outside. What is rolled over the border is padding.
+    grown = np.pad(known, pixels, constant_values=255)
     # An octagon is the sum of four lines, and the darkest along a line is that of few shifts.
     lines = (((0, 1), straight), ((1, 0), straight), ((1, 1), diagonal), ((1, -1), diagonal))
     for step, reach in lines:
@@ -121,23 +122,8 @@ def _darkest_along(known: np.ndarray, step: tuple[int, int], reach: int) -> np.n
     for sign in (1, -1):
         covered = 1  # pixels on this side, itself counted, whose darkest is known
         while covered <= reach:
-            shift = sign * min(covered, reach + 1 - covered)
-            known = _darker_of_shifted(known, shift * step[0], shift * step[1])
-            covered += abs(shift)
+            shift = min(covered, reach + 1 - covered)
+            offset = (sign * shift * step[0], sign * shift * step[1])
+            known = np.minimum(known, np.roll(known, offset, axis=(0, 1)))
+            covered += shift
     return known
-
-
-def _darker_of_shifted(known: np.ndarray, down: int, right: int) -> np.ndarray:
-    """Return the darker of each pixel and the one that lies ``down`` above and ``right`` left."""
-    height, width = known.shape
-    if abs(down) >= height or abs(right) >= width:
-        return known
-
-    def part(down: int, right: int) -> tuple[slice, slice]:
-        rows = slice(max(down, 0), height + min(down, 0))
-        return rows, slice(max(right, 0), width + min(right, 0))
-
-    darker = known.copy()
-    here, other = part(down, right), part(-down, -right)
-    np.minimum(known[here], known[other], out=darker[here])
-    return darker

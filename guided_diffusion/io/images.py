@@ -6,9 +6,9 @@ A picture is uint8 (H, W, 3). For networks of one channel it is (H, W, 1), uint8
 import contextlib
 import ctypes
 import dataclasses
-import importlib.util
+import importlib
 import io
-import threading
+import struct
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,14 +28,13 @@ Source: TypeAlias = str | Image.Image  # a file's path, or a picture in memory
 
 # Recognised by content, whatever the suffix says; others stay out because some of Pillow's
 # readers start foreign programs (EPS) or are rarely exercised. Older Pillows read no AVIF.
-_HAS_AVIF = importlib.util.find_spec("PIL.AvifImagePlugin") is not None
-_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", *["AVIF"] * _HAS_AVIF)
-_KNOWN_FORMATS = "JPEG, PNG, GIF, WebP, BMP, TIFF" + ", AVIF" * _HAS_AVIF
+for _name in ("Jpeg", "Png", "Gif", "WebP", "Bmp", "Tiff", "Avif"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(f"PIL.{_name}ImagePlugin")  # registers its format
+_FORMATS = [f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF") if f in Image.OPEN]
+warnings.filterwarnings("ignore", module=r"PIL\.\w+ImagePlugin")  # they name no file
 # Times PIL.Image.MAX_IMAGE_PIXELS. A progressive JPEG has 3 bytes a pixel in memory at any scale.
 _LARGEST_JPEG = 4
-# Opening silences Pillow's warnings, and the list of warning filters belongs to the whole process:
-# a warning from another thread is lost meanwhile, unless that thread holds this lock.
-WARNING_FILTERS = threading.Lock()
 # The first bytes after "ftyp" of the pictures that telephones take.
 _HEIC_BRANDS = (
     *(b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"),
@@ -210,32 +209,20 @@ def _errors_of(source: Source) -> Iterator[None]:
 
 
 def open_image(stream: io.BufferedIOBase) -> Image.Image:
-    """Read the header only; the size is judged by the caller instead of by a warning."""
-    with WARNING_FILTERS, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return Image.open(stream, formats=_FORMATS)
-        except Image.DecompressionBombError:
-            # Its format's own reader does not look at the size, which the caller judges.
-            for factory, accepts in (Image.OPEN[name] for name in _FORMATS):
-                stream.seek(0)
-                if accepts and accepts(stream.read(16)) is True:
-                    stream.seek(0)
-                    return factory(stream, "")
-            raise
-        except Image.UnidentifiedImageError:
+    """Read the header only, by the reader of its format: ``Image.open`` warns of large pictures.
+
+    Raises ``UnidentifiedImageError`` for another format.
+    """
+    start = stream.read(16)
+    for factory, accepts in (Image.OPEN[name] for name in _FORMATS):
+        if accepts(start) is True:
             stream.seek(0)
-            hint = _foreign_format(stream.read(16))
-            raise Image.UnidentifiedImageError(hint) from None
-
-
-def _foreign_format(start: bytes) -> str:
-    """Return in brackets what an unknown file may be, by its first bytes."""
+            with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
+                return factory(stream, "")
+    hint = f"or damaged; {', '.join(_FORMATS)} are read"
     if start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS:
-        return "(HEIC has to be converted to JPEG or PNG first)"
-    if start[4:11] == b"ftypavi" and not _HAS_AVIF:
-        return "(AVIF has to be converted to JPEG or PNG first, or read with a newer Pillow)"
-    return f"(or damaged; {_KNOWN_FORMATS} are read)"
+        hint = "HEIC has to be converted to JPEG or PNG first"
+    raise Image.UnidentifiedImageError(f"({hint})")
 
 
 def _limit_pixels(image: Image.Image, path: str) -> None:
@@ -335,10 +322,9 @@ def load_crop(source: Source, size: int, depth: tuple[float, float] | None = Non
 def crop_of(source: Source, image: Image.Image, size: int) -> np.ndarray:
     """Cut as ``center_crop``, but to (size, size, C), and raise ``UserError`` naming the file."""
     try:
-        pixels = center_crop(image, size)
+        return np.atleast_3d(center_crop(image, size))
     except ValueError as error:
         raise UserError(str(error), path=name_of(source)) from error
-    return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
 # ---- tensors -----------------------------------------------------------------------------------
@@ -366,11 +352,6 @@ def to_levels(x: torch.Tensor, dtype: type | np.dtype = np.uint8) -> np.ndarray:
     levels = ((x.float() + 1) * (most / 2)).round().clamp(0, most)
     levels = levels.to(torch.uint8 if most == 255 else torch.int32)
     return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy().astype(dtype, copy=False)
-
-
-def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """Turn (N, C, H, W) in [-1, 1] into pictures of 8 bits, as ``to_levels``."""
-    return to_levels(x)
 
 
 def masked_u8(gt: np.ndarray, mask_u8: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,17 +14,12 @@ from guided_diffusion.errors import UserError
 
 _MOST_THREADS = 8
 _MOST_MEMORY = 1 << 30  # bytes that decoding may take in all threads together
-# Files of a control group (memory limit, memory used), by the version of control groups.
-_CGROUP_FILES = {
-    2: ("memory.max", "memory.current"),
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-}
 
 
 def free_memory() -> int | None:
     """Return how many bytes this process may still use, or None where the system does not say.
 
-    Limits of containers (control groups, version 1 and 2) count. macOS only tells its total memory.
+    Limits of containers (control groups, version 2) count. macOS only tells its total memory.
     """
     found = [_free_of_system(), *_free_of_cgroups()]
     return min((size for size in found if size is not None), default=None)
@@ -55,33 +50,25 @@ def _free_of_system() -> int | None:
     return None
 
 
-def _free_of_cgroups(root: Path = Path("/sys/fs/cgroup"), proc: str = "/proc/self/cgroup") -> list:
+def _free_of_cgroups(
+    root: Path = Path("/sys/fs/cgroup"), proc: str = "/proc/self/cgroup"
+) -> list[int]:
     """Return what each control group around this process leaves free, in bytes."""
     free = []
     with contextlib.suppress(OSError):
-        for line in Path(proc).read_text().splitlines():
-            number, controllers, path = line.split(":", 2)
-            version = 2 if number == "0" else 1
-            if version == 2 or "memory" in controllers.split(","):
-                top = root if version == 2 else root / "memory"
-                inner = Path(path.lstrip("/"))
-                # In a container the path may be that of the host, and only ``top`` be there.
-                for folder in {top, top / inner, *(top / parent for parent in inner.parents)}:
-                    free += _free_of_group(folder, *_CGROUP_FILES[version])
+        lines = Path(proc).read_text().splitlines()
+        inner = next((Path(line[4:]) for line in lines if line.startswith("0::/")), Path())
+        # In a container the path may be that of the host, and only ``root`` be there.
+        for folder in {root / inner, *(root / parent for parent in inner.parents)}:
+            with contextlib.suppress(OSError, ValueError):  # no such group, or no limit: "max"
+                most, used = (
+                    int((folder / name).read_text()) for name in ("memory.max", "memory.current")
+                )
+                # Cached files count as used, and are dropped when the memory is wanted.
+                stat = (folder / "memory.stat").read_text().splitlines()
+                used -= sum(int(line[14:]) for line in stat if line.startswith("inactive_file "))
+                free.append(max(0, most - used))
     return free
-
-
-def _free_of_group(folder: Path, limit: str, used: str) -> list[int]:
-    try:
-        most, current = int((folder / limit).read_text()), int((folder / used).read_text())
-    except (OSError, ValueError):  # there is no such group, or its limit is "max"
-        return []
-    # Cached files count as used, and are dropped when the memory is wanted.
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = (folder / "memory.stat").read_text().splitlines()
-        names = ("total_inactive_file ", "inactive_file ")
-        current -= max(int(line.split()[1]) for line in lines if line.startswith(names))
-    return [max(0, most - current)]
 
 
 def threads_within(memory: int, most: int = _MOST_THREADS) -> int:
@@ -92,17 +79,14 @@ def threads_within(memory: int, most: int = _MOST_THREADS) -> int:
 
 def in_threads(
     work: Callable, items: Iterable, title: str, show_progress: bool, *, memory: int = 0
-) -> Iterator[object]:
-    """Yield ``work(item)`` in order, from so many threads as memory allows.
+) -> list:
+    """Return ``work(item)`` of each item, computed in as many threads as memory allows.
 
     ``memory`` is how many bytes the work on one item takes at most. A progress bar appears when it
     takes more than 2 s.
     """
     items = list(items)
     hidden = None if show_progress else True  # None: tqdm hides it where no terminal is
-    pool = ThreadPoolExecutor(threads_within(memory))
-    try:
-        results = pool.map(work, items)
-        yield from tqdm(results, title, len(items), leave=False, delay=2, disable=hidden)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(threads_within(memory)) as pool:
+        results = pool.map(work, items)  # cancels what has not begun if one raises
+        return list(tqdm(results, title, len(items), leave=False, delay=2, disable=hidden))

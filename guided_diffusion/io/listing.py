@@ -17,26 +17,26 @@ _UNREAD_SUFFIXES = (
     *(".psd", ".jxl", ".jp2", ".svg", ".tga", ".ppm", ".pgm", ".exr", ".dcm"),
 )
 _ALL_SUFFIXES = IMAGE_SUFFIXES + OTHER_SUFFIXES + _UNREAD_SUFFIXES
-# A picture called .png has no name rather than a hidden one.
-_BARE_SUFFIXES = {suffix[1:] for suffix in _ALL_SUFFIXES}
-_MOST_FOLDERS = 50_000
 # Folders that programs and systems fill beside the user's pictures, besides those with a dot.
 _FOREIGN_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information"})
 
 
-def list_images(path: str, *, key: str | None = None, all_formats: bool = False) -> list[str]:
+def list_images(
+    path: str, *, key: str | None = None, all_formats: bool = False, nor: str = ""
+) -> list[str]:
     """List the pictures below a folder, or the one file that ``path`` is.
 
-    Folders are searched recursively, links followed; what ends in one of ``IMAGE_SUFFIXES`` (any
-    case) counts, and with ``all_formats``, or where there is nothing else, in one of
-    ``OTHER_SUFFIXES``. What is hidden or a system's is passed over. Sorted by the full path as a
-    string. A path with ``://`` goes through blobfile. Warns of pictures that are left out.
-    Raises ``UserError`` (naming ``key``) for a missing or unreadable path, or nothing found.
+    Folders are searched recursively, links followed, but each folder once; what ends in one of
+    ``IMAGE_SUFFIXES`` (any case) counts, and with ``all_formats``, or where there is nothing else,
+    in one of ``OTHER_SUFFIXES``. What is hidden or a system's is passed over. Sorted by the full
+    path as a string. A path with ``://`` goes through blobfile. Warns of pictures that are left
+    out. Raises ``UserError`` (naming ``key``) for a missing or unreadable path, or nothing found;
+    ``nor`` says what else a missing path is not.
     """
     path = os.fspath(path)
     if not path:
         raise UserError("the path is empty", key=key)
-    found = sorted(_list_remote(path, key) if "://" in path else _list_local(path, key))
+    found = sorted(_list_remote(path, key) if "://" in path else _list_local(path, key, nor))
     if found == [path]:
         return found
     chosen = _with_suffix(found, IMAGE_SUFFIXES)
@@ -75,14 +75,12 @@ def stem_of(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _list_local(path: str, key: str | None) -> list[str]:
+def _list_local(path: str, key: str | None, nor: str) -> list[str]:
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):  # noqa: PTH116 - a Path would lose "./"
-            return list(_walk(path, key))
-    except UserError:
-        raise
+            return list(_walk(path))
     except OSError as error:
-        problem = f"no such file or folder{looked_in(path)}"
+        problem = f"no such file or folder{nor}{looked_in(path)}"
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             path, problem = error.filename or path, error.strerror or str(error)
         raise UserError(problem, path=path, key=key) from error
@@ -91,39 +89,32 @@ def _list_local(path: str, key: str | None) -> list[str]:
     return [path]
 
 
-def _walk(top: str, key: str | None) -> Iterator[str]:
-    """Yield the pictures below a folder, links followed, but not to a folder around them.
-
-    Raises ``UserError`` for more folders than anybody has, which are links that meet again.
-    """
-    waiting: list[tuple[str, frozenset]] = [(top, frozenset())]  # folders with those around them
-    count = 0
+def _walk(top: str) -> Iterator[str]:
+    """Yield the pictures below a folder; one to which several links lead is walked once."""
+    waiting, seen = [top], set()
     while waiting:
-        folder, around = waiting.pop()
+        folder = waiting.pop()
         status = os.stat(folder)  # noqa: PTH116 - a Path would lose "./"
         identity = status.st_dev, status.st_ino
-        if identity in around:
+        if identity in seen:
             continue
-        count += 1
-        if count > _MOST_FOLDERS:
-            problem = f"has more than {_MOST_FOLDERS} folders, perhaps through links that meet"
-            raise UserError(problem, path=top, key=key)
+        seen.add(identity)
         with os.scandir(folder) as entries:
-            for entry in entries:
-                if _is_foreign(entry.name):
-                    continue
-                # A folder or a pipe called x.png is listed too: reading it then fails by its name,
-                # and no picture after it gets the wrong mask.
-                if entry.name.lower().endswith(_ALL_SUFFIXES):
-                    yield entry.path
-                elif entry.is_dir():
-                    waiting.append((entry.path, around | {identity}))
+            found = sorted(entries, key=lambda entry: entry.name, reverse=True)
+        for entry in found:
+            # A folder or a pipe called x.png is listed too: reading it then fails by its name,
+            # and no picture after it gets the wrong mask.
+            if _is_foreign(entry.name):
+                continue
+            if entry.name.lower().endswith(_ALL_SUFFIXES):
+                yield entry.path
+            elif entry.is_dir():
+                waiting.append(entry.path)
 
 
 def _is_foreign(name: str) -> bool:
     """Whether a file or folder is hidden, or was put there by a system or program."""
-    is_hidden = name.startswith(".") and name.lstrip(".").lower() not in _BARE_SUFFIXES
-    return is_hidden or name.lower() in _FOREIGN_FOLDERS
+    return name.startswith(".") or name.lower() in _FOREIGN_FOLDERS
 
 
 def _list_remote(path: str, key: str | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a photo's file holds besides its pixels: EXIF, XMP, IPTC, texts, profile and resolution."""
+"""What a photo's file holds besides its pixels: EXIF, XMP, texts, profile and resolution."""
 
 import contextlib
 import re
@@ -13,9 +13,8 @@ _STORAGE_TAGS = {
     *(*range(254, 267), 273, *range(277, 282), 284, *range(288, 294), 297, *range(317, 326)),
     *(330, *range(332, 348), *range(512, 522), 529, 532, 700, 33723, 34377, 34675, 37724),
 }
-_IPTC_BLOCK, _IPTC_TAG = 0x0404, 33723  # among Photoshop's blocks, and in a TIFF
 _XMP_START = b"http://ns.adobe.com/xap/1.0/\0"
-_XMP_KEYWORD, _IPTC_KEYWORD = "XML:com.adobe.xmp", "Raw profile type iptc"
+_XMP_KEYWORD = "XML:com.adobe.xmp"
 _OTHER_KEYWORDS = {_XMP_KEYWORD, "Raw profile type exif", "Raw profile type APP1"}
 _LARGEST_DPI = 65_535  # a JPEG has 16 bits for it
 _LARGEST_SEGMENT = 65_533  # bytes of a JPEG's segment
@@ -27,12 +26,12 @@ _LARGEST_SEGMENT = 65_533  # bytes of a JPEG's segment
 def metadata_of(image: Image.Image) -> dict[str, object]:
     """Return what an opened file holds besides its pixels; call it before it is turned upright.
 
-    ``exif``, ``xmp`` and ``iptc`` are bytes, ``texts`` are a PNG's by keyword; ``icc_profile`` and
-    ``dpi`` are Pillow's. The orientation becomes 1, and the thumbnail, which shows the photo as it
-    was, is left out. So is what is damaged.
+    ``exif`` and ``xmp`` are bytes, ``texts`` are a PNG's by keyword; ``icc_profile`` and ``dpi``
+    are Pillow's. The orientation becomes 1, and the thumbnail, which shows the photo as it was, is
+    left out. So is what is damaged.
     """
     found = {}
-    parts = {"exif": _exif_of, "xmp": _xmp_of, "iptc": _iptc_of, "texts": _texts_of, "dpi": _dpi_of}
+    parts = {"exif": _exif_of, "xmp": _xmp_of, "texts": _texts_of, "dpi": _dpi_of}
     if image.mode not in ("CMYK", "LAB", "YCbCr"):  # a profile describes the channels of its mode
         parts["icc_profile"] = lambda image: image.info.get("icc_profile")
     for name, part in parts.items():
@@ -81,11 +80,6 @@ def _xmp_of(image: Image.Image) -> bytes:
     return re.sub(rb'(tiff:Orientation(?:="|>))[0-9]', rb"\g<1>1", xmp)
 
 
-def _iptc_of(image: Image.Image) -> bytes:
-    found = image.info.get("photoshop", {}).get(_IPTC_BLOCK)  # of a JPEG
-    return bytes(found or getattr(image, "tag_v2", {}).get(_IPTC_TAG, b""))
-
-
 def _texts_of(image: Image.Image) -> dict[str, str]:
     texts = image.text if image.format == "PNG" else {}
     return {keyword: text for keyword, text in texts.items() if keyword not in _OTHER_KEYWORDS}
@@ -102,20 +96,12 @@ def _dpi_of(image: Image.Image) -> tuple[float, float] | None:
 
 def jpeg_options(metadata: dict[str, object]) -> dict[str, object]:
     """Return the options of Pillow's JPEG writer that keep ``metadata``."""
-    xmp, iptc = metadata.get("xmp"), metadata.get("iptc")
-    segments = []
-    if xmp:
-        segments.append((b"\xff\xe1", _XMP_START + xmp))
-    if iptc:
-        segments.append((b"\xff\xed", b"Photoshop 3.0\0" + _photoshop_block(iptc)))
-    extra = [
-        marker + (2 + len(data)).to_bytes(2, "big") + data
-        for marker, data in segments
-        if len(data) <= _LARGEST_SEGMENT
-    ]
-    is_short = len(metadata.get("exif", b"")) <= _LARGEST_SEGMENT
-    exif = {"exif": metadata["exif"]} if is_short and "exif" in metadata else {}
-    return {"extra": b"".join(extra), **exif, **_common(metadata)}
+    options, xmp = _common(metadata), _XMP_START + metadata.get("xmp", b"")
+    if len(options.get("exif", b"")) > _LARGEST_SEGMENT:
+        del options["exif"]
+    if "xmp" in metadata and len(xmp) <= _LARGEST_SEGMENT:
+        options["extra"] = b"\xff\xe1" + (2 + len(xmp)).to_bytes(2, "big") + xmp
+    return options
 
 
 def png_options(metadata: dict[str, object], texts: dict[str, str]) -> dict[str, object]:
@@ -125,17 +111,8 @@ def png_options(metadata: dict[str, object], texts: dict[str, str]) -> dict[str,
         chunks.add_text(keyword, text, zip=len(text) > 1000)
     if "xmp" in metadata:
         chunks.add_itxt(_XMP_KEYWORD, metadata["xmp"].decode("utf-8", "replace"))
-    if "iptc" in metadata:
-        block = _photoshop_block(metadata["iptc"])
-        chunks.add_text(_IPTC_KEYWORD, f"\niptc\n{len(block):8}\n{block.hex()}\n", zip=True)
-    exif = {"exif": metadata["exif"]} if "exif" in metadata else {}
-    return {"pnginfo": chunks, **exif, **_common(metadata)}
+    return {"pnginfo": chunks, **_common(metadata)}
 
 
 def _common(metadata: dict[str, object]) -> dict[str, object]:
-    return {key: metadata[key] for key in ("icc_profile", "dpi") if metadata.get(key)}
-
-
-def _photoshop_block(iptc: bytes) -> bytes:
-    start = b"8BIM" + _IPTC_BLOCK.to_bytes(2, "big") + b"\0\0"
-    return start + len(iptc).to_bytes(4, "big") + iptc + b"\0" * (len(iptc) % 2)
+    return {key: metadata[key] for key in ("exif", "icc_profile", "dpi") if metadata.get(key)}

@@ -12,14 +12,10 @@ from guided_diffusion.io.holes import BLACK, WHITE, same_shape, strips
 from guided_diffusion.io.images import Origin, Source, name_of, origin_of
 
 _WORTH_A_NOTE = 1e-4  # share of a mask's pixels
-_DRAWN_COLOURS = 24  # strokes and labels have at most so many, of 16 levels a channel
-_MAIN_COLOUR = 1 / 20  # share of the coloured pixels that has the colour of a stroke
-_ALPHA = "mask_hole: alpha makes the transparent parts the hole"
 _STROKES = (
     "is a layer whose ground is transparent; mask_hole: alpha and invert_mask: true make what is"
     " painted the hole"
 )
-_DRAW = "is it a mask? Draw the hole black on white"
 
 
 def warn_of_kinds(found: Iterable[tuple[Source, str | None]]) -> None:
@@ -96,14 +92,11 @@ def notes_on_mask(image: Image.Image, *, invert: bool = False) -> tuple[list[str
     JPEG's noise, and nearly white in the place of white are not odd. A note ends with what mends
     it, mostly a key.
     """
-    darkest, brightest, coloured = (
-        np.sum([part.histogram() for part in parts], axis=0)
-        for parts in (
-            (extreme_channel(ImageChops.darker, strip) for strip in strips(image)),
-            (extreme_channel(ImageChops.lighter, strip) for strip in strips(image)),
-            (colourfulness(strip) for strip in strips(image)),
-        )
-    )
+    darkest, brightest, coloured = np.zeros((3, 256), int)
+    for strip in strips(image):
+        darkest += extreme_channel(ImageChops.darker, strip).histogram()
+        brightest += extreme_channel(ImageChops.lighter, strip).histogram()
+        coloured += colourfulness(strip).histogram()
     first, last = np.flatnonzero(darkest)[0], np.flatnonzero(brightest)[-1]
     is_white_layer = invert and darkest[WHITE:].any()
     if origin_of(image).is_mostly_transparent and not is_white_layer:
@@ -119,10 +112,20 @@ def _note_on_levels(
 ) -> str | None:
     """Judge by histograms of the darkest channel and of the difference between channels."""
     origin, pixels = origin_of(image), image.width * image.height
-    if coloured[COLOURED + 1 :].sum() > max(3, _WORTH_A_NOTE * pixels):
-        if origin.is_transparent:
-            return f"is a picture with transparent parts; {_ALPHA}"
-        return _note_on_colours(image)
+    is_coloured = coloured[COLOURED + 1 :].sum() > max(3, _WORTH_A_NOTE * pixels)
+    is_gray = darkest[BLACK + 1 : WHITE].sum() > pixels / 2
+    is_black = not darkest[BLACK + 1 :].sum()
+    if origin.is_transparent and (is_coloured or is_gray or is_black):
+        return (
+            "is not black and white where it is opaque; mask_hole: alpha makes the transparent"
+            " parts the hole"
+        )
+    if is_coloured:
+        colour = _main_colour(image)
+        return (
+            f"is coloured ({colour}); draw the hole black on white, or let mask_hole: color make it"
+            f" of what is not gray, mask_hole: '{colour}' of what has this colour"
+        )
     highest, white = brightest, 255
     if origin.levels is not None:
         highest, white = origin.levels.highest, origin.levels.white
@@ -131,30 +134,19 @@ def _note_on_levels(
             f"has no level above {highest:g} of {white:g}, so that nothing is known;"
             " mask_hole: zero makes every pixel known that is not 0"
         )
-    if darkest[BLACK + 1 : WHITE].sum() > pixels / 2:
-        if origin.is_transparent:
-            return f"is gray with transparent parts; {_ALPHA}"
-        return f"is mostly gray, which is half-known; {_DRAW}"
-    if origin.is_transparent and not darkest[BLACK + 1 :].sum():
-        return f"is black, and its shape is in its transparency; {_ALPHA}"
+    if is_gray:
+        return "is mostly gray, which is half-known; is it a mask? Draw the hole black on white"
     return None
 
 
-def _note_on_colours(image: Image.Image) -> str:
-    """Judge a coloured mask: few colours are strokes or labels, many a photo."""
+def _main_colour(image: Image.Image) -> str:
+    """Return the most frequent colour that is not gray, as #rrggbb."""
     found = []
     for strip in strips(image):
         pixels = np.asarray(strip)[np.asarray(colourfulness(strip)) > COLOURED]
         found.append(pixels[:: max(1, len(pixels) // 10_000)])
-    pixels = np.concatenate(found)
-    colours, counts = np.unique(pixels, axis=0, return_counts=True)
-    main = "#{:02x}{:02x}{:02x}".format(*colours[counts.argmax()])
-    problem = f"is coloured ({main}), not black and white"
-    if len(np.unique(colours >> 4, axis=0)) <= _DRAWN_COLOURS:
-        return f"{problem}; mask_hole: color makes the hole of what is not gray"
-    if counts.max() > len(pixels) * _MAIN_COLOUR:
-        return f"{problem}; mask_hole: '{main}' makes the hole of what has this colour"
-    return f"{problem}; {_DRAW}"
+    colours, counts = np.unique(np.concatenate(found), axis=0, return_counts=True)
+    return "#{:02x}{:02x}{:02x}".format(*colours[counts.argmax()])
 
 
 def note_on_turning(photo: Origin, mask: Origin) -> str | None:

@@ -1,5 +1,6 @@
 """Which mask belongs to which picture, by the names of the files."""
 
+import os
 import re
 import unicodedata
 import warnings
@@ -85,17 +86,10 @@ def _contradictions(stems: Sequence[str], mask_stems: Sequence[str]) -> Iterator
 
 def _differing_parts(stems: Sequence[str]) -> list[str]:
     """Return names without what they all begin with, and without what they all end with."""
-    start = _common_start(stems)
+    start = len(os.path.commonprefix(stems))  # noqa: RUF071 - characters are meant
     reversed_rests = [stem[start:][::-1] for stem in stems]
-    end = _common_start(reversed_rests)
+    end = len(os.path.commonprefix(reversed_rests))  # noqa: RUF071
     return [rest[end:][::-1] for rest in reversed_rests]
-
-
-def _common_start(names: Sequence[str]) -> int:
-    """Return how many characters all names begin with."""
-    first, last = min(names), max(names)
-    pairs = enumerate(zip(first, last, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(last)))
 
 
 def _numbers(stems: Sequence[str]) -> list[int]:

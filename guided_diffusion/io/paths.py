@@ -40,22 +40,19 @@ def refuse_inside(folder: str | os.PathLike, inputs: str | os.PathLike, *, key: 
     The next run would take results for inputs. Links are followed, and letters compared as the file
     system does. ``inputs`` may be a file; ``key`` is theirs.
     """
-    if _lies_in(folder, inputs):
+    try:
+        real = Path(os.path.realpath(folder))
+        parts = (real, *real.parents) if Path(inputs).is_dir() else ()
+        lies_inside = any(part.exists() and part.samefile(inputs) for part in parts)
+    except (OSError, ValueError):  # other checks tell what is wrong with the path
+        return
+    if lies_inside:
         raise UserError(
             f"results would go into the folder of inputs {inputs}, and the next run would take "
             "them for inputs; choose a folder elsewhere",
             path=folder,
             key=key,
         )
-
-
-def _lies_in(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
-    try:
-        real = Path(os.path.realpath(path))
-        parts = (real, *real.parents) if Path(folder).is_dir() else ()
-        return any(part.exists() and part.samefile(folder) for part in parts)
-    except (OSError, ValueError):  # other checks tell what is wrong with the path
-        return False
 
 
 def refuse_overwriting(

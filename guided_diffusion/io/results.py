@@ -1,8 +1,7 @@
 """Writing pictures; results and the marks by which a later run knows them."""
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -66,30 +65,30 @@ def write_image(
 
 def read_mark(path: str | os.PathLike) -> str | None:
     """Return the mark of a result, "" if it has none; None if the file cannot be read."""
-    try:
-        with _opened(path) as image:
-            image.load()
-            if image.format == "JPEG":
-                return image.info.get("comment", b"").decode("latin-1").removeprefix(f"{_MARK}:")
-            return image.info.get(_MARK, "")
-    except (OSError, SyntaxError, ValueError):
+    image = _read(path)
+    if image is None:
         return None
+    if image.format == "JPEG":
+        return image.info.get("comment", b"").decode("latin-1").removeprefix(f"{_MARK}:")
+    return image.info.get(_MARK, "")
 
 
 def read_result(path: str | os.PathLike) -> np.ndarray | None:
     """Return a picture of a run, uint8 (H, W, 3); None if the file cannot be read."""
+    image = _read(path)
+    if image is None:
+        return None
+    return np.asarray(to_rgb(image) if is_deep(image) else image.convert("RGB"))
+
+
+def _read(path: str | os.PathLike) -> Image.Image | None:
+    """Return a result, which may be as large as any photo; None if the file cannot be read."""
     try:
-        with _opened(path) as image:
-            return np.asarray(to_rgb(image) if is_deep(image) else image.convert("RGB"))
+        with open_regular(path) as stream, open_image(stream) as image:
+            image.load()
+            return image
     except (OSError, SyntaxError, ValueError):  # missing, or another file of this name
         return None
-
-
-@contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """Open a result, which may be as large as any photo."""
-    with open_regular(path) as stream, open_image(stream) as image:
-        yield image
 
 
 def result_path(folder: str | os.PathLike, name: str) -> Path:
@@ -149,33 +148,17 @@ def is_written(
     """Return whether ``write_result`` has written all files of a result, with this mark."""
     inputs = _input_pictures(folders, name, gt_u8, mask_u8)
     inpainted = result_path(folders["srs"], sample_name or name)
-    return (
-        all(_has_end(path) for path in (inpainted, *(path for path, _ in inputs)))
-        and read_mark(inpainted) == mark
-        and all(_holds(path, pixels) for path, pixels in inputs)
-    )
+    return read_mark(inpainted) == mark and all(_holds(path, pixels) for path, pixels in inputs)
 
 
 def _holds(path: Path, pixels: np.ndarray) -> bool:
     """Whether a file holds exactly these pixels, transparency aside."""
     if pixels.shape[2] == 3:
         return np.array_equal(read_result(path), pixels)
-    try:
-        with _opened(path) as image:
-            return np.array_equal(np.asarray(image), pixels[:, :, 0])
-    except (OSError, SyntaxError, ValueError):
+    image = _read(path)
+    if image is None:
         return False
-
-
-def _has_end(path: Path) -> bool:
-    """Whether a file ends as its format demands; Pillow reads files without their end, too."""
-    end = b"\xff\xd9" if path.suffix.lower() in JPEG_SUFFIXES else b"IEND\xaeB`\x82"
-    try:
-        with open_regular(path) as stream:
-            stream.seek(-len(end), os.SEEK_END)
-            return stream.read() == end
-    except (OSError, UserError):
-        return False
+    return np.array_equal(image.convert(image.mode.removesuffix("A")), pixels[:, :, 0])
 
 
 def _input_pictures(

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -15,12 +16,15 @@ from PIL import Image, ImageDraw, ImageFont
 from guided_diffusion.io.files import atomic_path
 from guided_diffusion.io.results import as_image, read_result, result_path, write_image
 
+OverviewRow: TypeAlias = tuple[str, Sequence[np.ndarray]]  # an image's name and its pictures
 ROWS_PER_PAGE = 100
 _LARGE_PAGE = 8  # with more images than this, the tiles of an overview are half as wide
-_TILE = 256  # pixels of the widest tile in an overview
+_TILE = 256  # pixels of the longer side of the largest tile in an overview, and in a GIF
+_STRIP_TILE = 128  # the same in a film strip
 _MAX_SAMPLES = 8
 _FRAMES_PER_ROW = 12
 _GAP, _BORDER = 2, 10
+_FONT_SIZE, _LABEL_HEIGHT = 14, 20
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 # For Chinese, Japanese and Korean names, which Pillow's font lacks: fonts of the usual systems.
 _WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "msyh.ttc", "PingFang.ttc")
@@ -29,38 +33,29 @@ _WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "msyh.ttc", "PingFan
 # ---- overview ----------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class OverviewRow:
-    """One image of an overview: name, masked input, samples and, if kept, ground truth."""
-
-    name: str
-    masked: np.ndarray
-    samples: Sequence[np.ndarray]
-    gt: np.ndarray | None
-
-
 def finished_rows(
     folders: Mapping[str, str | None], results: Iterable[tuple[str, Sequence[str]]]
 ) -> Iterator[OverviewRow]:
     """Yield the rows of an overview from the result folders.
 
-    ``results`` are pairs of an image's file name and those of its samples; missing files are
-    skipped. Pictures larger than a tile are scaled down: a page of photos would fill the memory.
+    ``results`` are pairs of an image's file name and those of its samples, of which the first eight
+    are shown; missing files are skipped. Pictures larger than a tile are scaled down: a page of
+    photos would fill the memory.
     """
 
-    def tile(key: str, file_name: str) -> np.ndarray | None:
-        pixels = read_result(result_path(folders[key], file_name))
-        if pixels is None or max(pixels.shape) <= _TILE:
-            return pixels
-        return np.asarray(_fit(pixels, _TILE))
+    def tiles(key: str, names: Sequence[str]) -> list[np.ndarray]:
+        folder = folders.get(key)
+        found = (read_result(result_path(folder, name)) for name in names if folder)
+        return [
+            pixels if max(pixels.shape) <= _TILE else np.asarray(_fit(pixels, _TILE))
+            for pixels in found
+            if pixels is not None
+        ]
 
     for name, names in results:
-        masked = tile("lrs", name)
-        samples = [tile("srs", sample) for sample in names[:_MAX_SAMPLES]]
-        samples = [sample for sample in samples if sample is not None]
-        gt = tile("gts", name) if folders.get("gts") else None
-        if masked is not None and samples:
-            yield OverviewRow(name, masked, samples, gt)
+        masked, samples = tiles("lrs", [name]), tiles("srs", names[:_MAX_SAMPLES])
+        if masked and samples:
+            yield name, [*masked, *samples, *tiles("gts", [name])]
 
 
 def write_overview(path: str | os.PathLike, rows: Iterable[OverviewRow]) -> list[Path]:
@@ -76,7 +71,7 @@ def write_overview(path: str | os.PathLike, rows: Iterable[OverviewRow]) -> list
         page = list(islice(rows, ROWS_PER_PAGE))
         if not page:
             break
-        write_image(target, np.asarray(overview(page)))
+        write_image(target, overview(page))
         written.append(target)
     while target.is_file():
         target.unlink()
@@ -85,39 +80,25 @@ def write_overview(path: str | os.PathLike, rows: Iterable[OverviewRow]) -> list
 
 
 def overview(rows: Sequence[OverviewRow]) -> Image.Image:
-    """Draw a contact sheet: for each image the masked input, its samples and the ground truth.
+    """Draw a contact sheet: the pictures of each image side by side, and its name below.
 
-    The name is below. The images are laid out in columns, so that the sheet is about square. Tiles
-    are up to 256 pixels wide, with nine images or more up to 128. Of an image, eight samples at
-    most are shown.
+    The images are laid out in columns, so that the sheet is about square. Tiles are up to 256
+    pixels wide, with nine images or more up to 128.
     """
-    if not rows:
-        raise ValueError("an overview needs at least one image")
     limit = _TILE // 2 if len(rows) > _LARGE_PAGE else _TILE
-    tiles = [
-        [
-            _fit(tile, limit)
-            for tile in (row.masked, *row.samples[:_MAX_SAMPLES], row.gt)
-            if tile is not None
-        ]
-        for row in rows
-    ]
+    tiles = [[_fit(pixels, limit) for pixels in pictures] for _, pictures in rows]
     side = max(max(tile.size) for row in tiles for tile in row)
     width = max(map(len, tiles)) * (side + _GAP) - _GAP
-    height = side + _label_height(side)
+    height = side + _LABEL_HEIGHT
+    cells = []
+    for (name, _), row in zip(rows, tiles, strict=True):
+        cell = Image.new("RGB", (width, height), _PAPER)
+        for column, tile in enumerate(row):
+            cell.paste(tile, (column * (side + _GAP), 0))
+        _write_label(cell, name, side)
+        cells.append(cell)
     columns = min(len(rows), max(1, round(math.sqrt(len(rows) * height / width))))
-    size = (
-        columns * (width + _BORDER) + _BORDER,
-        math.ceil(len(rows) / columns) * (height + _BORDER) + _BORDER,
-    )
-    sheet = Image.new("RGB", size, _PAPER)
-    for index, row in enumerate(rows):
-        left = _BORDER + index % columns * (width + _BORDER)
-        top = _BORDER + index // columns * (height + _BORDER)
-        for column, tile in enumerate(tiles[index]):
-            sheet.paste(tile, (left + column * (side + _GAP), top))
-        _write_label(sheet, row.name, left, top + side, width, side)
-    return sheet
+    return _grid(cells, columns, _BORDER, margin=_BORDER)
 
 
 # ---- the process -------------------------------------------------------------------------------
@@ -132,53 +113,27 @@ class ProcessFrame:
     pred_xstart: np.ndarray
 
 
-def film_strip(frames: Sequence[ProcessFrame], *, tile: int = 128) -> Image.Image:
-    """Draw the process from left to right: x_t, below it the predicted x_0, and the time.
+def write_film_strip(path: str | os.PathLike, frames: Sequence[ProcessFrame]) -> None:
+    """Write the process from left to right: x_t, below it the predicted x_0, and the time.
 
-    All pictures have one shape, whose longer side becomes ``tile`` pixels or slightly less. A row
-    has twelve frames.
+    A row has twelve frames. Raises ``UserError`` as ``atomic_path``.
     """
-    cells = [_frame_image(frame, tile) for frame in frames]
-    columns = min(len(cells), _FRAMES_PER_ROW)
-    rows = math.ceil(len(cells) / columns)
-    width, height = cells[0].width + _GAP, cells[0].height + _GAP
-    strip = Image.new("RGB", (columns * width - _GAP, rows * height - _GAP), _PAPER)
-    for index, cell in enumerate(cells):
-        strip.paste(cell, (index % columns * width, index // columns * height))
-    return strip
+    cells = [_frame_image(frame, _STRIP_TILE) for frame in frames]
+    write_image(path, _grid(cells, min(len(cells), _FRAMES_PER_ROW), _GAP))
 
 
-def write_film_strip(
-    path: str | os.PathLike, frames: Sequence[ProcessFrame], *, tile: int = 128
-) -> None:
-    """Write ``film_strip`` as a PNG; raises ``UserError`` as ``atomic_path``."""
-    write_image(path, np.asarray(film_strip(frames, tile=tile)))
-
-
-def write_gif(
-    path: str | os.PathLike,
-    frames: Sequence[ProcessFrame],
-    *,
-    seconds: float = 6.0,
-    tile: int = 256,
-) -> None:
-    """Write the process as a GIF that takes about ``seconds``, holds its last frame, and repeats.
+def write_gif(path: str | os.PathLike, frames: Sequence[ProcessFrame]) -> None:
+    """Write the process as a GIF that takes about 6 s, holds its last frame, and repeats.
 
     A frame shows x_t, below it the predicted x_0, and the time. Raises ``UserError`` as
     ``atomic_path``.
     """
-    pages = [_frame_image(frame, tile).quantize(256) for frame in frames]
-    duration = max(20, round(seconds * 1000 / len(pages)))  # ms; viewers play shorter ones slowly
+    pages = [_frame_image(frame, _TILE).quantize(256) for frame in frames]
+    duration = max(20, round(6000 / len(pages)))  # ms; viewers play shorter ones slowly
     durations = [duration] * (len(pages) - 1) + [2000]
+    options = {"append_images": pages[1:], "duration": durations, "loop": 0}
     with atomic_path(path) as temporary:
-        pages[0].save(
-            temporary,
-            format="GIF",
-            save_all=True,
-            append_images=pages[1:],
-            duration=durations,
-            loop=0,
-        )
+        pages[0].save(temporary, format="GIF", save_all=True, **options)
 
 
 def montage(pictures: np.ndarray, columns: int | None = None) -> np.ndarray:
@@ -193,14 +148,26 @@ def montage(pictures: np.ndarray, columns: int | None = None) -> np.ndarray:
 
 def _frame_image(frame: ProcessFrame, tile: int) -> Image.Image:
     x, pred_xstart = _fit(frame.x, tile), _fit(frame.pred_xstart, tile)
-    page = Image.new("RGB", (x.width, 2 * x.height + _GAP + _label_height(x.width)), _PAPER)
+    page = Image.new("RGB", (x.width, 2 * x.height + _GAP + _LABEL_HEIGHT), _PAPER)
     page.paste(x, (0, 0))
     page.paste(pred_xstart, (0, x.height + _GAP))
-    _write_label(page, f"t={frame.t}", 0, 2 * x.height + _GAP, x.width, x.width)
+    _write_label(page, f"t={frame.t}", 2 * x.height + _GAP)
     return page
 
 
 # ---- drawing -----------------------------------------------------------------------------------
+
+
+def _grid(cells: Sequence[Image.Image], columns: int, gap: int, *, margin: int = 0) -> Image.Image:
+    """Lay cells of one size out in rows of ``columns``."""
+    width, height = cells[0].width + gap, cells[0].height + gap
+    rows = math.ceil(len(cells) / columns)
+    size = (columns * width - gap + 2 * margin, rows * height - gap + 2 * margin)
+    sheet = Image.new("RGB", size, _PAPER)
+    for index, cell in enumerate(cells):
+        row, column = divmod(index, columns)
+        sheet.paste(cell, (margin + column * width, margin + row * height))
+    return sheet
 
 
 def _fit(pixels: np.ndarray, limit: int) -> Image.Image:
@@ -214,30 +181,22 @@ def _fit(pixels: np.ndarray, limit: int) -> Image.Image:
     return image.resize((size[0], size[1]), Image.Resampling.BOX)
 
 
-def _font_size(side: int) -> int:
-    return max(10, min(14, side // 8))
-
-
-def _label_height(side: int) -> int:
-    return _font_size(side) + 6
-
-
-@functools.lru_cache(maxsize=8)
-def _font(size: int, wide: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+@functools.cache
+def _font(wide: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     for file_name in _WIDE_FONTS if wide else ():
         with contextlib.suppress(OSError):
-            return ImageFont.truetype(file_name, size)
-    return ImageFont.load_default(size)
+            return ImageFont.truetype(file_name, _FONT_SIZE)
+    return ImageFont.load_default(_FONT_SIZE)
 
 
-def _write_label(sheet: Image.Image, text: str, left: int, top: int, width: int, side: int) -> None:
+def _write_label(cell: Image.Image, text: str, top: int) -> None:
     """Write one line of text below the tiles; a text too long loses its middle."""
     text = "".join(character if character.isprintable() else "?" for character in text)
-    font = _font(_font_size(side), any(ord(character) > 0x2E7F for character in text))
+    font = _font(any(ord(character) > 0x2E7F for character in text))
     if not isinstance(font, ImageFont.FreeTypeFont):  # Pillow's bitmap font has Latin-1 only
         text = text.encode("latin-1", "replace").decode("latin-1")
-    draw, label, kept = ImageDraw.Draw(sheet), text, len(text)
-    while kept > 2 and draw.textlength(label, font) > width:
+    draw, label, kept = ImageDraw.Draw(cell), text, len(text)
+    while kept > 2 and draw.textlength(label, font) > cell.width:
         kept -= 1
         label = f"{text[: (kept + 1) // 2]}..{text[len(text) - kept // 2 :]}"
-    draw.text((left, top + 2), label, fill=_INK, font=font)
+    draw.text((0, top + 2), label, fill=_INK, font=font)

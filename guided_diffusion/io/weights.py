@@ -26,10 +26,6 @@ _COUNTERS = re.compile(
     r"num_updates|decay|n_averaged|initted|(global_|optimization_)?steps?|epoch|iteration|betas"
     r"|alphas.*|sqrt_.*|log_one_minus.*|posterior_.*|logvar|lvlb_weights|(p2_)?loss_weight"
 )
-# Types of quantised weights, which mean nothing without their scales.
-_PACKED = [
-    getattr(torch, name) for name in ("float4_e2m1fn_x2", "float8_e8m0fnu") if hasattr(torch, name)
-]
 _EMA = re.compile(r"(^|[._])(ema|model_ema|averaged?|shadow)([._\d]|$)", re.IGNORECASE)
 _USUAL = ("", "model", "state_dict", "module", "net", "unet", "network", "diffusion_model")
 _MAX_NETWORKS = 100  # in one file
@@ -75,8 +71,11 @@ def find_weights(path: Path, tree: Any) -> Weights:
         raise UserError(path=path, expected="a state_dict of named tensors", got=_described(tree))
     if not found:
         return Weights(tree)
-    averaged = [each for each in found if _EMA.search(each.place) and "online" not in each.place]
-    plain = [each for each in found if each not in averaged]
+    plain: list[Weights] = []
+    averaged: list[Weights] = []
+    for each in found:
+        is_average = _EMA.search(each.place) and "online" not in each.place
+        (averaged if is_average else plain).append(each)
     chosen = _most_usual(path, averaged or plain)
     skipped = {name for name, tensor in chosen.tensors.items() if _is_counter(name, tensor)}
     tensors = {name: each for name, each in chosen.tensors.items() if name not in skipped}
@@ -84,13 +83,7 @@ def find_weights(path: Path, tree: Any) -> Weights:
     return Weights(tensors, chosen.place, sorted(skipped), average_of)
 
 
-@dataclass(frozen=True, eq=False)
-class _Candidate:
-    place: str  # the keys of the dictionaries around, and the prefix
-    tensors: dict[str, Tensor]
-
-
-def _candidates(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[_Candidate]:
+def _candidates(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[Weights]:
     """Yield every set of names in a tree that begin alike and have a landmark among them."""
     if not isinstance(tree, Mapping | list | tuple) or len(keys) > 3:
         return
@@ -109,7 +102,7 @@ def _candidates(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[_Candidate]:
             for name, tensor in tensors.items()
             if name.startswith(prefix) and not name.startswith(longer)
         }
-        yield _Candidate(short(".".join([*keys, prefix]).strip(".")), named)
+        yield Weights(named, short(".".join([*keys, prefix]).strip(".")))
     for key, value in entries.items():
         yield from _candidates(value, (*keys, str(key)))
 
@@ -119,10 +112,10 @@ def _entries(tree: Any) -> Mapping:
     return tree if isinstance(tree, Mapping) else dict(enumerate(tree))
 
 
-def _most_usual(path: Path, candidates: list[_Candidate]) -> _Candidate:
+def _most_usual(path: Path, candidates: list[Weights]) -> Weights:
     """Return the one with the most usual name; raises UserError where two are as usual."""
 
-    def rank(candidate: _Candidate) -> int:
+    def rank(candidate: Weights) -> int:
         last = candidate.place.rpartition(".")[2]
         return _USUAL.index(last) if last in _USUAL else len(_USUAL)
 
@@ -154,27 +147,18 @@ def _described(tree: Any) -> str:
     """Describe what a file holds instead of weights."""
     if not isinstance(tree, Mapping | list | tuple):
         return type(tree).__name__
-    names = [str(name) for name in _entries(tree)]
-    text = f"a dictionary of {listed(names) or 'nothing'}"
-    if not isinstance(tree, Mapping):
-        text = type(tree).__name__
-    for key, value in _entries(tree).items():
-        if isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values()):
-            names = [str(name) for name in value]
-            text += f", whose {short(key, 30)} holds {listed(names, 2)}"
-            break
-    form = foreign_form(names)
+    entries = _entries(tree)
+    text = f"a dictionary of {listed(list(entries)) or 'nothing'}"
+    inner = [name for value in entries.values() if isinstance(value, Mapping) for name in value]
+    form = foreign_form([str(name) for name in (*entries, *inner)])
+    text = text if isinstance(tree, Mapping) else type(tree).__name__
     return f"{text}: {form}" if form else text
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is dense and of floating-point numbers that torch can widen to float32."""
-    return (
-        tensor.is_floating_point()
-        and tensor.layout == torch.strided
-        and tensor.device.type != "meta"
-        and tensor.dtype not in _PACKED
-    )
+    """Whether a tensor is dense, in memory, and of floating-point numbers."""
+    is_dense = tensor.layout == torch.strided and tensor.device.type != "meta"
+    return is_dense and tensor.is_floating_point()
 
 
 def check_fits(

@@ -77,7 +77,7 @@ def check_pairs(
 
     sources = [source for pair in pairs for source in (pair.gt_path, pair.mask_file) if source]
     memory = memory_to_read(sources, show_progress)
-    checked = list(in_threads(check, pairs, "checking pictures", show_progress, memory=memory))
+    checked = in_threads(check, pairs, "checking pictures", show_progress, memory=memory)
     origins, notes, facts = zip(*checked, strict=True)
     if is_shared:
         facts = [_look_at_mask(pairs[0], image_size, options, origins[0].size)] * len(pairs)

@@ -16,7 +16,7 @@ from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.dist_util import is_out_of_memory
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import condition
-from guided_diffusion.io.images import mask_to_tensor, to_levels, to_model_range, to_uint8
+from guided_diffusion.io.images import mask_to_tensor, to_levels, to_model_range
 from guided_diffusion.io.sheets import ProcessFrame
 from guided_diffusion.run.inpainter import Inpainter
 from guided_diffusion.run.task import (
@@ -194,7 +194,7 @@ class Sampling:
                     if calls % _NONFINITE_CHECK_INTERVAL == 0 and all_lost(nonfinite_at.all()):
                         break
                 if number in wanted:
-                    frames.append((step.t, to_uint8(x), to_uint8(pred_xstart)))
+                    frames.append((step.t, to_levels(x), to_levels(pred_xstart)))
         if self.conf.paste_known:
             x = condition(x, gt, mask)
         samples = x.nan_to_num()

@@ -15,7 +15,7 @@ if __name__ == "__main__":  # as a script its own folder comes first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.files import open_regular, remove_leftovers
+from guided_diffusion.io.files import open_regular
 from guided_diffusion.io.images import open_image
 from guided_diffusion.io.results import read_mark, write_image
 from guided_diffusion.masks import FAMILIES, MAX_SIZE, MIN_SIZE, generated_share, make_mask
@@ -104,7 +104,6 @@ def _prepare_folder(folder: Path, written: set[str]) -> None:
     except OSError as error:
         problem = f"cannot be written ({error.strerror or error})"
         raise UserError(problem, path=folder, key="--out") from error
-    remove_leftovers(folder)
     for name in sorted(written & present):
         if not _is_mask(folder / name):
             problem = "is no mask and would be overwritten: take another folder, or remove it"

@@ -23,7 +23,6 @@ from guided_diffusion.dist_util import is_main, local_world_size, rank, world_si
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.colours import to_gray, to_srgb
 from guided_diffusion.io.images import (
-    WARNING_FILTERS,
     Header,
     crop_of,
     read_header,
@@ -175,9 +174,7 @@ class TrainingImages:
         """
         chosen = range(len(headers))[rank() :: world_size()]
         items = [(index, headers[index]) for index in chosen]
-        looks = list(
-            in_threads(self._look, items, "reading pictures", is_main(), memory=self.memory)
-        )
+        looks = in_threads(self._look, items, "reading pictures", is_main(), memory=self.memory)
         bad = [look for look in looks if isinstance(look, UserError)]
         if bad:
             counted = UserError(f"{len(bad)} of {len(looks)} pictures are bad: {_list_of(bad)}")
@@ -328,8 +325,7 @@ def batches(
             ahead.extend(pool.submit(_cut, images, step) for step in islice(todo, 1))
             for index in set(images.bad) - warned:
                 warned.add(index)
-                with WARNING_FILTERS:
-                    warnings.warn(f"{images.bad[index]}; another takes its place", stacklevel=2)
+                warnings.warn(f"{images.bad[index]}; another takes its place", stacklevel=2)
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)

@@ -20,7 +20,7 @@ from guided_diffusion.io.images import (
     to_model_range,
 )
 from guided_diffusion.io.results import write_image
-from guided_diffusion.io.sheets import OverviewRow, montage, write_overview
+from guided_diffusion.io.sheets import montage, write_overview
 from guided_diffusion.masks import make_mask
 from guided_diffusion.samplers import Repaint
 from guided_diffusion.scheduler import get_schedule_jump
@@ -222,7 +222,7 @@ class Evaluator:
         rows = []
         for i, mask, result in zip(self.shown, masks, results, strict=True):
             name, crop = Path(self.images.paths[i]).stem, _eight_bits(self.crops[i])
-            rows.append(OverviewRow(name, masked_u8(crop, mask), [result], crop))
+            rows.append((name, [masked_u8(crop, mask), result, crop]))
         write_overview(path, rows)
 
     def _inputs(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:

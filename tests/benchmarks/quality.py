@@ -60,7 +60,7 @@ from guided_diffusion.image_datasets import (
 )
 from guided_diffusion.io.checkpoints import check_beginning, fingerprint
 from guided_diffusion.io.files import write_text_atomic
-from guided_diffusion.io.images import load_crop, mask_to_tensor, to_model_range, to_uint8
+from guided_diffusion.io.images import load_crop, mask_to_tensor, to_levels, to_model_range
 from guided_diffusion.io.results import write_image
 from guided_diffusion.io.sheets import montage
 from guided_diffusion.masks import FAMILIES
@@ -244,7 +244,7 @@ def inpaint(inpainter: Inpainter, inputs: Inputs, bar: tqdm) -> np.ndarray:
         x = step.x
         if step.pred_xstart is not None:
             bar.update(count)
-    return to_uint8(condition(x, known, keep))
+    return to_levels(condition(x, known, keep))
 
 
 def method_of(setting: Setting, args: argparse.Namespace, bar: tqdm) -> Method:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from picture_cases import picture, save
-from PIL import Image, ImageOps, features
+from PIL import Image, features
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io import colours, images
@@ -115,13 +115,6 @@ def test_a_jpeg_too_large_to_read_is_read_smaller(tmp_path, monkeypatch, limit, 
     assert np.abs(np.asarray(image) - small).mean() < 8
 
 
-def test_far_too_large_a_jpeg_says_what_to_do(tmp_path, monkeypatch):
-    path = save(tmp_path / "p.jpg", picture(100, 100))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    with pytest.raises(UserError, match=r"100 x 100 pixels are too many.*picture smaller"):
-        images.read_rgb(path)
-
-
 def test_deep_gray_is_scaled_some_rows_at_a_time(tmp_path, monkeypatch):
     values = np.random.default_rng(0).integers(0, 65536, (50, 30), dtype=np.uint16)
     path = save(tmp_path / "p.png", values)
@@ -148,12 +141,6 @@ def test_depth_says_what_is_black_and_white(tmp_path, values, depth, expected):
     assert images.origin_of(image).levels == colours.Levels(
         finite.min(), finite.max(), depth[1], int(np.isnan(values).sum())
     )
-
-
-def test_eight_bits_have_no_depth(tmp_path):
-    path = save(tmp_path / "p.png", picture())
-    assert np.array_equal(np.asarray(images.read_rgb(path, (0, 9))), picture())
-    assert images.origin_of(images.read_rgb(path)).levels is None
 
 
 def write_deep_colour(path, values):
@@ -192,14 +179,6 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     assert np.array_equal(pixels(save(tmp_path / "p.png", stored, turned=orientation)), picture())
     jpeg = pixels(save(tmp_path / "p.jpg", stored, turned=orientation, quality=98)).astype(int)
     assert np.abs(jpeg - picture()).mean() < 3
-
-
-def test_damaged_exif_does_not_spoil_a_picture(tmp_path, monkeypatch):
-    def fail(image, in_place):
-        raise struct.error("unpack requires a buffer of 2 bytes")
-
-    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
-    assert np.array_equal(pixels(save(tmp_path / "p.png")), picture())
 
 
 def test_cmyk_is_not_inverted(tmp_path):
@@ -248,14 +227,6 @@ def test_the_first_frame_of_an_animation(tmp_path):
         assert pixels(path)[2, 2].tolist() == list(RED)
 
 
-def test_gray_and_one_bit(tmp_path):
-    gray = picture()[:, :, 0]
-    seen = pixels(save(tmp_path / "l.png", gray))
-    assert np.array_equal(seen, np.repeat(gray[:, :, None], 3, 2))
-    bits = Image.fromarray(gray > 99)
-    assert np.array_equal(pixels(save(tmp_path / "1.png", bits))[:, :, 0], (gray > 99) * 255)
-
-
 @pytest.mark.parametrize(
     ("dtype", "values", "expected"),
     [
@@ -270,16 +241,6 @@ def test_gray_and_one_bit(tmp_path):
 def test_deep_gray_is_scaled_not_clipped(tmp_path, dtype, values, expected):
     path = save(tmp_path / "p.tif", np.array([values], dtype))
     assert pixels(path)[:, :, 2].tolist() == [expected]
-
-
-def test_content_counts_not_the_suffix(tmp_path):
-    path = save(tmp_path / "really.webp.jpg", format="WEBP", lossless=True)
-    assert np.array_equal(pixels(path), picture())
-
-
-def test_odd_names_are_read(tmp_path):
-    for name in ("two.dots.name.png", "名前 with space.PNG", "quote'\"$(x).png", "new\nline.png"):
-        assert np.array_equal(pixels(save(tmp_path / name, format="PNG")), picture())
 
 
 def make_truncated(path, **options):
@@ -297,7 +258,7 @@ def make_truncated(path, **options):
         ("text.png", lambda path: path.write_text("hello\n"), "not a picture"),
         ("post.png", lambda path: save(path, format="EPS"), "not a picture"),
         ("folder.png", lambda path: path.mkdir(), "is a folder"),
-        ("pipe.png", os.mkfifo, "no regular file"),
+        ("pipe.png", os.mkfifo, "is a pipe"),
         ("dangling.png", lambda path: path.symlink_to("nowhere"), "link to a file"),
         ("looped.png", lambda path: path.symlink_to(path.name), "cannot be read"),
         ("absent.png", lambda path: None, "no such file"),
@@ -313,24 +274,13 @@ def test_what_is_no_whole_picture_is_refused_by_name(tmp_path, name, make, probl
         assert list_images(str(tmp_path)) == [str(tmp_path / name)]  # listed, so that it is found
 
 
-def test_no_permission_is_refused_by_name(tmp_path, monkeypatch):
-    path = save(tmp_path / "secret.png")
-
-    def refuse(self, *_):
-        raise PermissionError(13, "Permission denied", str(self))
-
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(UserError, match=r"secret\.png: cannot be read: Permission denied"):
-        images.read_rgb(path)
-
-
 @pytest.mark.parametrize("factor", [1, 3])
 def test_decompression_bombs_are_an_error_not_a_warning(tmp_path, monkeypatch, factor):
     path = save(tmp_path / "bomb.png", Image.new("1", (100, factor * 10)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)  # Pillow itself warns at 900, errs at 1800
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserError, match=r"bomb\.png.*too many"):
+        with pytest.raises(UserError, match=r"bomb\.png.*too many.*make the picture smaller"):
             images.read_rgb(path)
     assert Image.MAX_IMAGE_PIXELS == 900
 

@@ -11,27 +11,16 @@ from guided_diffusion.io import limits
 GIB = 1 << 30
 
 
-def group(folder, version, limit, used, stat):
-    names = limits._CGROUP_FILES[version]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, value in zip((*names, "memory.stat"), (limit, used, stat), strict=True):
-        (folder / name).write_text(f"{value}\n")
-
-
-@pytest.mark.parametrize(
-    ("version", "line", "where", "stat"),
-    [
-        (2, "0::/a/b", "a", "inactive_file 100"),  # a group around this one
-        (2, "0::/host/path", ".", "inactive_file 100"),  # of a container, which sees its own group
-        (1, "4:cpu,memory:/a", "memory/a", "inactive_file 1\ntotal_inactive_file 100"),
-    ],
-)
-def test_limits_of_containers_count(tmp_path, version, line, where, stat):
-    (tmp_path / "cgroup").write_text(f"{line}\n9:pids:/x\n")
-    group(tmp_path / where, version, 1000, 700, stat)
-    assert limits._free_of_cgroups(tmp_path, tmp_path / "cgroup") == [1000 - 700 + 100]
-    group(tmp_path / where, version, "max", 700, stat)
-    assert limits._free_of_cgroups(tmp_path, tmp_path / "cgroup") == []
+# A group around this one, and that of a container, which sees its own group alone.
+@pytest.mark.parametrize(("path", "where"), [("/a/b", "a"), ("/host/path", ".")])
+def test_limits_of_containers_count(tmp_path, path, where):
+    (tmp_path / "cgroup").write_text(f"9:pids:/x\n0::{path}\n")
+    (tmp_path / where).mkdir(exist_ok=True)
+    (tmp_path / where / "memory.current").write_text("700\n")
+    (tmp_path / where / "memory.stat").write_text("anon 9\ninactive_file 100\n")
+    for limit, free in ((1000, [1000 - 700 + 100]), ("max", [])):
+        (tmp_path / where / "memory.max").write_text(f"{limit}\n")
+        assert limits._free_of_cgroups(tmp_path, tmp_path / "cgroup") == free
 
 
 def test_free_memory_is_the_least_that_anything_leaves(monkeypatch):
@@ -66,5 +55,5 @@ def test_threads_are_as_many_as_memory_allows(monkeypatch, free, memory, threads
             now[0] -= 1
         return item
 
-    assert list(limits.in_threads(work, range(24), "t", False, memory=memory)) == [*range(24)]
+    assert limits.in_threads(work, range(24), "t", False, memory=memory) == [*range(24)]
     assert most[0] == threads

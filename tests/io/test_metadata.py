@@ -2,16 +2,13 @@
 
 import numpy as np
 import pytest
-from PIL import Image, IptcImagePlugin
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from guided_diffusion.io.images import read_upright
 from guided_diffusion.io.results import write_image
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6" dc:title="caf\xc3\xa9"/>'
-IPTC = b"\x1c\x02\x78\x00\x05a tag"  # record 2, data set 120: the caption
-PHOTOSHOP = b"Photoshop 3.0\08BIM\x04\x04\0\0\0\0\0\x0a" + IPTC
-APP13 = b"\xff\xed" + (2 + len(PHOTOSHOP)).to_bytes(2, "big") + PHOTOSHOP
 APP1 = b"http://ns.adobe.com/xap/1.0/\0" + XMP
 APP1 = b"\xff\xe1" + (2 + len(APP1)).to_bytes(2, "big") + APP1
 NOTE = bytes(range(1, 200))
@@ -31,7 +28,7 @@ def save(path):
     photo = Image.fromarray(np.full((30, 40, 3), 90, np.uint8))
     options = {"exif": exif(), "icc_profile": b"a profile", "dpi": (300, 300)}
     if path.suffix == ".jpg":
-        options["extra"] = APP1 + APP13
+        options["extra"] = APP1
     if path.suffix == ".png":
         texts = PngInfo()
         texts.add_itxt("XML:com.adobe.xmp", XMP.decode())
@@ -42,7 +39,7 @@ def save(path):
     if path.suffix == ".tif":
         options["exif"] = Image.Exif()
         options["exif"].load(exif().tobytes())
-        options["exif"].update({700: XMP, 33723: IPTC})
+        options["exif"][700] = XMP
     photo.save(path, **options)
 
 
@@ -75,13 +72,6 @@ def test_all_comes_back_upright(tmp_path, source, target):
     assert b'Orientation="6"' not in image.info["xmp"]
     if source != "p.webp":
         assert round(image.info["dpi"][0]) == 300
-    if source in ("p.jpg", "p.tif"):
-        if target == "a.jpg":
-            assert IptcImagePlugin.getiptcinfo(image) == {(2, 120): b"a tag"}
-        else:
-            lines = image.text["Raw profile type iptc"].split("\n")
-            assert lines[1] == "iptc"
-            assert IPTC in bytes.fromhex("".join(lines[3:]))
     if source == "p.png" and target == "a.png":
         assert image.text["Creation Time"] == "2024"
 

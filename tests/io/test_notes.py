@@ -2,77 +2,57 @@
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from picture_cases import photo, square_mask, strokes
+from PIL import Image
 
 from guided_diffusion.io import colours, holes, images, notes
 
 RED = (255, 0, 0)
 
 
-def mask(white=255, black=0, side=40, dtype=np.uint8):
-    """A square hole of ``black`` in the middle of ``white``."""
-    array = np.full((side, side), white, dtype)
-    array[side // 4 : side // 2, side // 4 : side // 2] = black
-    return array
-
-
-def photo(side=40):
-    y, x = np.mgrid[0:side, 0:side]
-    return np.stack([x * 6, y * 6, (x * y) % 256], -1).astype(np.uint8)
-
-
-def strokes(below, colour=RED):
-    image = Image.fromarray(below).convert("RGB")
-    ImageDraw.Draw(image).line([2, 20, 38, 24], fill=colour, width=5)
-    return image
-
-
 def labels():
-    image = Image.fromarray(mask(0, 1)).convert("P")
+    image = Image.fromarray(square_mask(0, 1)).convert("P")
     image.putpalette([0, 0, 0, 128, 0, 0] + [0] * 750)
     return image
 
 
-def jpeg_noise():
-    return np.clip(mask().astype(int) + np.random.default_rng(0).integers(-9, 9, (40, 40)), 0, 255)
-
-
 SILENT = {
-    "black and white": lambda: mask(),
-    "254 and 1": lambda: mask(254, 1),
-    "one bit": lambda: Image.fromarray(mask()).convert("1"),
-    "LA": lambda: Image.fromarray(mask()).convert("LA"),
-    "RGBA": lambda: Image.fromarray(mask()).convert("RGBA"),
-    "white with a transparent hole": lambda: np.dstack([mask(255, 255)] * 3 + [mask()]),
-    "noise": lambda: jpeg_noise().astype(np.uint8),
-    "16 bits": lambda: mask(65535, dtype=np.uint16),
-    "soft rim": lambda: Image.fromarray(mask()).resize((90, 90)),
-    "all black": lambda: mask(0),
+    "254 and 1": square_mask(254, 1),
+    "one bit": Image.fromarray(square_mask()).convert("1"),
+    "RGBA": Image.fromarray(square_mask()).convert("RGBA"),
+    "white with a transparent hole": np.dstack([square_mask(255, 255)] * 3 + [square_mask()]),
+    "noise of a JPEG": np.random.default_rng(0).integers(0, 9, (40, 40), dtype=np.uint8)
+    ^ square_mask(),
+    "16 bits": square_mask(65535),
+    "soft rim": Image.fromarray(square_mask()).resize((90, 90)),
+    "all black": square_mask(0),
 }
 ODD = {
-    "0 and 1": (lambda: mask(1), "above 1 of 255", "mask_hole: zero"),
-    "0 and 1 in 16 bits": (lambda: mask(1, dtype=np.uint16), "1 of 65535", "mask_hole: zero"),
-    "8 in 16 bits": (lambda: mask(255, dtype=np.uint16), "255 of 65535", "mask_hole: zero"),
-    "labels": (lambda: mask(3, 0), "above 3 of 255", "mask_hole: zero"),
-    "red on white": (lambda: strokes(mask(255, 255)), "#ff0000", "mask_hole: color"),
-    "red on black": (lambda: strokes(mask(0)), "#ff0000", "mask_hole: color"),
-    "palette": (labels, "#800000", "mask_hole: color"),
-    "red on a photo": (lambda: strokes(photo()), "coloured", "mask_hole: '#ff0000'"),
-    "a photo": (lambda: photo(), "coloured", "is it a mask?"),
-    "a gray photo": (lambda: Image.fromarray(photo()).convert("L"), "mostly gray", "is it a mask?"),
+    "8 in 16 bits": (square_mask(255, dtype=np.uint16), "255 of 65535", "mask_hole: zero"),
+    "labels": (square_mask(3, 0), "above 3 of 255", "mask_hole: zero"),
+    "red on white": (strokes(square_mask(255, 255)), "#ff0000", "mask_hole: color"),
+    "red on a photo": (strokes(photo()), "coloured", "mask_hole: '#ff0000'"),
+    "palette": (labels(), "#800000", "mask_hole: color"),
+    "a gray photo": (Image.fromarray(photo()).convert("L"), "mostly gray", "is it a mask?"),
     "a photo with a hole": (
-        lambda: np.dstack([photo(), mask()]), "transparent", "mask_hole: alpha",
+        np.dstack([photo(), square_mask()]), "opaque", "mask_hole: alpha",
+    ),
+    "black with a hole": (
+        np.dstack([square_mask(0)] * 3 + [square_mask()]), "opaque", "mask_hole: alpha",
     ),
     "black strokes on nothing": (
-        lambda: np.dstack([mask(0)] * 3 + [255 - mask()]), "transparent", "alpha and invert_mask",
+        np.dstack([square_mask(0)] * 3 + [255 - square_mask()]), "layer", "alpha and invert_mask",
     ),
 }  # fmt: skip
 
 
-def notes_of(make, **options):
-    image = make()
+def seen(image):
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    return notes.notes_on_mask(colours.to_rgb(images.read_upright(image)), **options)[0]
+    return colours.to_rgb(images.read_upright(image))
+
+
+def notes_of(image, **options):
+    return notes.notes_on_mask(seen(image), **options)[0]
 
 
 @pytest.mark.parametrize("name", SILENT)
@@ -82,8 +62,8 @@ def test_ordinary_masks_are_not_odd(name):
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_masks_are_told_with_what_mends_them(name):
-    make, *words = ODD[name]
-    [note] = notes_of(make)
+    image, *words = ODD[name]
+    [note] = notes_of(image)
     assert all(word in note for word in words), note
     assert "\n" not in note
 
@@ -93,29 +73,25 @@ def test_strokes_on_a_transparent_ground_are_told_from_erased_holes(colour):
     def layer(alpha):
         return np.dstack([np.full((40, 40, 3), colour, np.uint8), alpha])
 
-    [note] = notes_of(lambda: layer(255 - mask()))
+    [note] = notes_of(layer(255 - square_mask()))
     assert "mask_hole: alpha and invert_mask: true" in note
-    erased = notes_of(lambda: layer(mask()))  # transparent parts are less, and become hole
+    erased = notes_of(layer(square_mask()))  # transparent parts are less, and become hole
     assert all("invert_mask" not in note for note in erased)
     # What the note advises makes the strokes the hole.
-    known = 255 - holes.known_levels(Image.fromarray(layer(255 - mask())), "alpha")
-    assert np.array_equal(known, mask())
+    known = 255 - holes.known_levels(Image.fromarray(layer(255 - square_mask())), "alpha")
+    assert np.array_equal(known, square_mask())
 
 
 def test_white_strokes_are_as_they_should_be_where_white_is_the_hole():
-    layer = np.dstack([np.full((40, 40, 3), 255, np.uint8), 255 - mask()])
-    assert notes_of(lambda: layer, invert=True) == []
+    layer = np.dstack([np.full((40, 40, 3), 255, np.uint8), 255 - square_mask()])
+    assert notes_of(layer, invert=True) == []
 
 
-@pytest.mark.parametrize("name", ["red on a photo", "palette", "a gray photo"])
+@pytest.mark.parametrize("name", ["red on a photo", "a gray photo"])
 def test_large_masks_are_looked_at_in_strips(monkeypatch, name):
-    image = ODD[name][0]()
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    image = colours.to_rgb(images.read_upright(image))
-    whole = [notes.notes_on_mask(image)]
-    whole += [holes.known_levels(image, rule) for rule in (None, "color", "#ff0000")]
+    image, rules = seen(ODD[name][0]), (None, "color", "#ff0000")
+    note, *known = notes_of(image), *(holes.known_levels(image, rule) for rule in rules)
     monkeypatch.setattr(holes, "_STRIP", 130)
-    strips = [notes.notes_on_mask(image)]
-    strips += [holes.known_levels(image, rule) for rule in (None, "color", "#ff0000")]
-    assert strips[0] == whole[0]
-    assert all(np.array_equal(a, b) for a, b in zip(whole[1:], strips[1:], strict=True))
+    assert notes_of(image) == note
+    for rule, whole in zip(rules, known, strict=True):
+        assert np.array_equal(holes.known_levels(image, rule), whole)

@@ -40,21 +40,14 @@ def test_pictures_of_another_kind_are_a_defect(tmp_path, array):
 def test_every_level_survives_the_way_through_the_model_range():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(3, 1)
     x = torch.from_numpy(levels).float() / 127.5 - 1
-    assert np.array_equal(images.to_uint8(x), levels.transpose(0, 2, 3, 1))
     # A third of a level either way rounds back, where truncation would lose the lower ones.
-    for shift in (-0.33, 0.33):
-        moved = images.to_uint8(x + shift / 127.5)
+    for shift in (-0.33, 0, 0.33):
+        moved = images.to_levels(x + shift / 127.5)
         assert np.array_equal(moved, levels.transpose(0, 2, 3, 1))
-
-
-def test_values_outside_are_clamped():
-    x = torch.tensor([-9.0, -1.001, 1.001, 9.0]).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
-    assert images.to_uint8(x)[0, :, :, 0].tolist() == [[0, 0], [255, 255]]
-
-
-def test_half_precision_is_rounded_once():
-    x = torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8).bfloat16()
-    assert np.array_equal(images.to_uint8(x), images.to_uint8(x.float()))
+    outside = torch.tensor([-9.0, -1.001, 1.001, 9.0]).reshape(1, 1, 2, 2)
+    assert images.to_levels(outside).flatten().tolist() == [0, 0, 255, 255]
+    half = torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8).bfloat16()  # rounded once
+    assert np.array_equal(images.to_levels(half), images.to_levels(half.float()))
 
 
 def test_masked_picture_is_the_formula_for_every_pair_of_levels():
@@ -91,35 +84,28 @@ def test_gray_pictures_are_gray_files_of_their_depth(folders, dtype):
     assert not results.is_written(folders, "a.png", gt, mask, mark="m")
 
 
-@pytest.mark.parametrize("absent", [{}, {"gts": None}])
-def test_ground_truth_is_optional(folders, tmp_path, absent):
-    del folders["gts"]
+def test_samples_have_names_of_their_own_and_ground_truth_is_optional(folders, tmp_path):
     picture = noise(8, 8, 3)
-    assert len(results.write_result(folders | absent, "a.png", picture, picture, picture)) == 3
+    for number in (1, 2):
+        wanted = folders | {"gts": None}
+        names = {"name": "a.png", "sample_name": f"a_{number}.png"}
+        paths = results.write_result(
+            wanted, sample=picture, gt_u8=picture, mask_u8=picture, **names
+        )
+        assert len(paths) == 3
+    assert {path.name for path in Path(folders["srs"]).iterdir()} == {"a_1.png", "a_2.png"}
+    assert [path.name for path in Path(folders["lrs"]).iterdir()] == ["a.png"]
     assert not (tmp_path / "log" / "gts").exists()
 
 
-def test_samples_have_names_of_their_own(folders):
-    picture = noise(8, 8, 3)
-    for number in (1, 2):
-        results.write_result(
-            folders, "a.png", picture, picture, picture, sample_name=f"a_{number}.png"
-        )
-    assert {path.name for path in Path(folders["srs"]).iterdir()} == {"a_1.png", "a_2.png"}
-    assert [path.name for path in Path(folders["gts"]).iterdir()] == ["a.png"]
-
-
 @pytest.mark.parametrize("name", ["../x.png", "/etc/x.png", "a/b.png", "..", ".", "", "x\0.png"])
-def test_a_name_cannot_leave_its_folder(folders, name):
-    with pytest.raises(UserError, match="plain name"):
-        results.result_path(folders["srs"], name)
-
-
-@pytest.mark.parametrize("names", [("../x.png", None), ("a.png", "../x.png")])
-def test_bad_names_are_refused_before_anything_is_written(folders, tmp_path, names):
+def test_a_name_that_leaves_its_folder_is_refused_before_anything_is_written(
+    folders, tmp_path, name
+):
     picture = noise(8, 8, 3)
-    with pytest.raises(UserError, match="plain name"):
-        results.write_result(folders, names[0], picture, picture, picture, sample_name=names[1])
+    for names in ((name, None), ("a.png", name)) if name else ((name, None),):
+        with pytest.raises(UserError, match="plain name"):
+            results.write_result(folders, names[0], picture, picture, picture, sample_name=names[1])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -340,28 +340,6 @@ def test_a_configuration_in_the_place_of_the_record_stays(here, tmp_path):
     assert own.read_bytes() == before
 
 
-def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not(here, tmp_path):
-    options = write_run(tmp_path, 1)
-    folder = tmp_path / LOG / "inpainted"
-    folder.mkdir(parents=True)
-    machine = files._machine()
-    other = f"{(int(machine, 16) + 1) % 65536:04x}"
-    names = {  # by machine, process and chance
-        "dead": f".{machine}{0x7FFFFE:06x}abcdef.tmp",
-        "own": f".{machine}{os.getpid():06x}abcdef.tmp",
-        "old": f".{other}{1:06x}abcdef.tmp",
-        "living": f".{machine}{os.getppid():06x}abcdef.tmp",
-        "elsewhere": f".{other}{2:06x}abcdef.tmp",
-        "foreign": ".something.tmp",
-    }
-    for name in names.values():
-        (folder / name).touch()
-    os.utime(folder / names["old"], (0, 0))
-    here(*options)
-    left = {path.name for path in folder.iterdir()} - {"00.png"}
-    assert left == {names[key] for key in ("living", "elsewhere", "foreign")}
-
-
 # ---- memory --------------------------------------------------------------------------------------
 
 
@@ -657,7 +635,6 @@ def test_leftovers_of_kills_go_from_every_folder(here, tmp_path):
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".0123456789abcdef.tmp").touch()
-        os.utime(folder / ".0123456789abcdef.tmp", (0, 0))
     assert here(*options).status == 0
     assert [path for folder in folders for path in folder.glob(".*")] == []
 
