@@ -1,10 +1,15 @@
-"""Small networks with random weights, and how far apart two outputs are."""
+"""Small networks with random weights, the golden ones, and how far apart two outputs are."""
 
+from pathlib import Path
+
+import numpy as np
 import torch
+import yaml
 from torch import nn
 
-from guided_diffusion.unet import TrunkConfig, UNetModel
+from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
 
+GOLDEN = Path(__file__).parent / "golden"
 SMALL = TrunkConfig(16, 32, (1, 2), 1, (8,), num_heads=4, num_head_channels=16)
 
 
@@ -25,3 +30,29 @@ def unet(out_channels=6, num_classes=None, **changes):
 def relative(output, reference):
     """Return the largest difference over the largest value of the reference."""
     return ((output - reference).abs().max() / reference.abs().max()).item()
+
+
+def golden_networks(name):
+    """Return a golden case: configuration, expected tensors, network and classifier, or None."""
+    conf = yaml.safe_load((GOLDEN / name / "conf.yml").read_text())
+    expect = {
+        key: torch.tensor(value) for key, value in np.load(GOLDEN / name / "expect.npz").items()
+    }
+
+    def load(network, file):
+        network.load_state_dict(torch.load(GOLDEN / name / file, weights_only=True))
+        return network.eval()
+
+    trunk = TrunkConfig(
+        conf["image_size"], conf["num_channels"], (1, 2), conf["num_res_blocks"],
+        (int(conf["attention_resolutions"]),), conf["num_heads"], conf["num_head_channels"],
+    )  # fmt: skip
+    model = load(UNetModel(trunk, 6, 1000 if conf["class_cond"] else None), "model.pt")
+    if "classifier_path" not in conf:
+        return conf, expect, model, None
+    trunk = TrunkConfig(
+        conf["image_size"], conf["classifier_width"], (1, 2, 3, 4), conf["classifier_depth"],
+        (int(conf["classifier_attention_resolutions"]),), num_head_channels=64,
+    )  # fmt: skip
+    classifier = EncoderUNetModel(trunk, 1000, conf["classifier_pool"])
+    return conf, expect, model, load(classifier, "classifier.pt")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import yaml
+from network_cases import golden_networks
 
 from guided_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
@@ -20,7 +20,6 @@ from guided_diffusion.samplers import Ddim, Ddnm, Repaint
 from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.script_util import create_sampler
 from guided_diffusion.training.losses import training_losses
-from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -67,13 +66,9 @@ def last(steps):
 
 @pytest.mark.parametrize("steps", [25, 1000, 4000])
 def test_linear_betas(steps):
-    betas = get_named_beta_schedule("linear", steps)
-    scale = 1000 / steps
+    betas, scale = get_named_beta_schedule("linear", steps), 1000 / steps
     assert betas.dtype == np.float64
-    assert len(betas) == steps
-    assert betas[0] == pytest.approx(1e-4 * scale, rel=1e-12)
-    assert betas[-1] == pytest.approx(0.02 * scale, rel=1e-12)
-    np.testing.assert_allclose(np.diff(betas), scale * (0.02 - 1e-4) / (steps - 1), rtol=1e-9)
+    np.testing.assert_allclose(betas, scale * np.linspace(1e-4, 0.02, steps), rtol=1e-12)
 
 
 def test_cosine_betas():
@@ -93,7 +88,7 @@ def test_unknown_schedule():
         get_named_beta_schedule("sqrt", 10)
 
 
-@pytest.mark.parametrize("betas", [[0.1], [], [0.1, 0.0], [0.1, 1.0], [-0.1, 0.1], [0.1, np.nan]])
+@pytest.mark.parametrize("betas", [[0.1], [0.1, 0.0], [0.1, 1.0], [0.1, np.nan]])
 def test_impossible_chains(betas):
     with pytest.raises(ValueError, match=r"at least 2 steps|between 0 and 1"):
         GaussianDiffusion(np.array(betas))
@@ -119,36 +114,9 @@ def test_the_network_is_told_original_and_scaled_times(time_scale):
 # --- golden samples and losses -------------------------------------------------------------------
 
 
-def trunk(conf, prefix=""):
-    return TrunkConfig(
-        image_size=conf["image_size"],
-        model_channels=conf["classifier_width" if prefix else "num_channels"],
-        channel_mult=(1, 2, 3, 4) if prefix else (1, 2),
-        num_res_blocks=conf["classifier_depth" if prefix else "num_res_blocks"],
-        attention_resolutions=(int(conf[f"{prefix}attention_resolutions"]),),
-        num_heads=conf["num_heads"],
-        num_head_channels=64 if prefix else conf["num_head_channels"],
-    )
-
-
-def golden_run(name):
-    conf = yaml.safe_load((GOLDEN / name / "conf.yml").read_text())
-    expect = {k: torch.tensor(v) for k, v in np.load(GOLDEN / name / "expect.npz").items()}
-    model = UNetModel(trunk(conf), 6, 1000 if conf["class_cond"] else None)
-    model.load_state_dict(torch.load(GOLDEN / name / "model.pt", weights_only=True))
-    classifier = None
-    if "classifier_path" in conf:
-        classifier = EncoderUNetModel(trunk(conf, "classifier_"), 1000, conf["classifier_pool"])
-        classifier.load_state_dict(torch.load(GOLDEN / name / "classifier.pt", weights_only=True))
-        classifier.eval()
-    return conf, expect, model.eval(), classifier
-
-
-@pytest.mark.parametrize(
-    ("name", "batch_size"), [("plain", 1), ("plain", 2), ("plain", 3), ("guided", 1), ("guided", 2)]
-)
+@pytest.mark.parametrize(("name", "batch_size"), [("plain", 1), ("plain", 3), ("guided", 2)])
 def test_golden_samples_for_every_batch_size(name, batch_size):
-    conf, expect, model, classifier = golden_run(name)
+    conf, expect, model, classifier = golden_networks(name)
     gt = expect["gt_u8"].permute(0, 3, 1, 2).float() / 127.5 - 1
     mask = expect["mask_u8"].permute(0, 3, 1, 2).float() / 255
     diffusion = chain(conf["timestep_respacing"])
@@ -240,7 +208,7 @@ def naive_repaint(network, gradient, gt, mask, times, draw, betas, kept, flags):
             if flags["guided"]:
                 mean = mean + np.exp(log_var) * guide
             x = mean + (t != 0) * np.exp(0.5 * log_var) * eps1
-    return x
+    return x, x0
 
 
 def toy_network(module, flags):
@@ -268,195 +236,82 @@ def toy_gradient(module):
 
 
 SWITCHES = (
-    "learn_sigma",
-    "predict_xstart",
-    "clip_denoised",
-    "use_ddim",
-    "sched_prev",
-    "cumnoise",
+    "learn_sigma", "predict_xstart", "clip_denoised", "use_ddim", "sched_prev", "cumnoise",
     "guided",
-)
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("time_shift", [0, 1, 2])
 @pytest.mark.parametrize(
     "values",
-    [v for v in itertools.product([True, False], repeat=len(SWITCHES)) if v[4] or not v[5]],
+    list(itertools.product([True, False], repeat=len(SWITCHES))),
     ids=lambda v: "".join("01"[x] for x in v),
 )
-def test_all_combinations_against_a_naive_loop(values, time_shift):
+def test_all_combinations_against_a_naive_loop(values):
+    time_shift = sum(values) % 3
     flags = dict(zip(SWITCHES, values, strict=True))
     flags |= {"time_shift": time_shift, "time_scale": 0.5 if time_shift == 2 else 1.0}
     steps, respacing = (1000, "9") if time_shift else (400, "5,4")
     betas = get_named_beta_schedule("linear" if time_shift else "cosine", steps)
     kept = space_timesteps(steps, respacing)
-    times = get_schedule_jump(8, 1, 2, 2)
-    generator = np.random.default_rng(sum(values) + time_shift)
+    times = [7, 6, 7, *get_schedule_jump(7, 1, 2, 2)]  # back to the top once
+    generator = np.random.default_rng(sum(values))
     shape = (2, 3, 4, 4)
     noises = generator.normal(size=(60, *shape)).astype(np.float32)
     gt = generator.uniform(-1, 1, shape).astype(np.float32)
     mask = generator.choice([0.0, 0.3, 1.0], shape).astype(np.float32)
 
-    drawn = iter(noises.astype(np.float64))
-    expected = naive_repaint(
-        toy_network(np, flags),
-        toy_gradient(np),
-        gt.astype(np.float64),
-        mask.astype(np.float64),
-        times,
-        lambda: next(drawn),
-        betas,
-        kept,
-        flags,
-    )
-    diffusion = GaussianDiffusion(
-        respaced_betas(betas, kept),
-        kept,
-        learn_sigma=flags["learn_sigma"],
-        predict_xstart=flags["predict_xstart"],
-        clip_denoised=flags["clip_denoised"],
-        time_scale=flags["time_scale"],
-    )
-    drawn_by_torch = iter(torch.tensor(noises))
-    got = last(
-        repaint(
-            diffusion,
+    drawn, drawn_by_torch = iter(noises.astype(np.float64)), iter(torch.tensor(noises))
+    network, gradient = toy_network(np, flags), toy_gradient(np)
+    exact = gt.astype(np.float64), mask.astype(np.float64), times, drawn.__next__
+    expected = naive_repaint(network, gradient, *exact, betas, kept, flags)
+    keys = ("learn_sigma", "predict_xstart", "clip_denoised", "time_scale")
+    chosen = {key: flags[key] for key in keys}
+    with torch.inference_mode():
+        *_, step = repaint(
+            GaussianDiffusion(respaced_betas(betas, kept), kept, **chosen),
             toy_network(torch, flags),
             torch.tensor(gt),
             torch.tensor(mask),
             times,
-            lambda: next(drawn_by_torch),
+            drawn_by_torch.__next__,
             cond_fn=toy_gradient(torch) if flags["guided"] else None,
             use_ddim=flags["use_ddim"],
             inpa_inj_sched_prev=flags["sched_prev"],
             inpa_inj_sched_prev_cumnoise=flags["cumnoise"],
             inpa_inj_time_shift=time_shift,
         )
-    )
     assert len(list(drawn_by_torch)) == len(list(drawn)) > 0
-    error = np.abs(got.numpy() - expected).max() / max(1.0, np.abs(expected).max())
-    assert error < 1e-5
+    for got, wanted in zip((step.x, step.pred_xstart), expected, strict=True):
+        assert np.abs(got.numpy() - wanted).max() < 1e-5 * max(1.0, np.abs(wanted).max())
 
 
-# --- noise: what is drawn, and when --------------------------------------------------------------
-
-
-class Recorder:
-    """Counts: the k-th draw is noise of its own (k), and draws and network calls are noted."""
-
-    def __init__(self, shape):
-        self.shape, self.draws, self.events, self.seen = shape, [], [], []
-
-    def draw(self):
-        generator = torch.Generator().manual_seed(len(self.draws))
-        self.draws.append(torch.randn(self.shape, generator=generator))
-        self.events.append("draw")
-        return self.draws[-1]
-
-    def model(self, x, t):
-        self.events.append("model")
-        self.seen.append(x)
-        return torch.zeros(self.shape[0], 6, *self.shape[2:])
+# --- what a step is ------------------------------------------------------------------------------
 
 
 WALK = [2, 1, 2, 1, 0, -1]  # down, up, down, down, down
-
-
-@pytest.mark.parametrize("use_ddim", [False, True])
-@pytest.mark.parametrize(
-    ("flags", "order"),
-    [
-        ({}, "x  1 m  u  1 2 m  1 2 m  1 2 m"),
-        ({"inpa_inj_sched_prev": False}, "x  1 m  u  1 m  1 m  1 m"),
-        # One noise for each of the chain's five steps, whatever the walk needs of them.
-        ({"inpa_inj_sched_prev_cumnoise": True}, "x z z z z z  1 m  u  1 m  1 m  1 m"),
-        # Nothing to condition on needs no trajectory.
-        (
-            {"inpa_inj_sched_prev": False, "inpa_inj_sched_prev_cumnoise": True},
-            "x  1 m  u  1 m  1 m  1 m",
-        ),
-    ],
-    ids=["conditioned", "unconditioned", "cumulative", "cumulative-unused"],
-)
-def test_order_of_draws(flags, order, use_ddim):
-    record = Recorder((1, 3, 2, 2))
-    gt = torch.zeros(record.shape)
-    last(repaint(chain("5"), record.model, gt, gt, WALK, record.draw, use_ddim=use_ddim, **flags))
-    assert record.events == ["model" if word == "m" else "draw" for word in order.split()]
-
-
-def test_denoising_noise_is_drawn_before_conditioning_noise():
-    record, diffusion = Recorder((1, 3, 2, 2)), chain("5")
-    gt, mask = torch.full(record.shape, 0.4), torch.ones(record.shape)
-    steps = list(repaint(diffusion, record.model, gt, mask, WALK, record.draw))
-    x_T, eps1_first, undo_noise, eps1, eps2 = record.draws[:5]
-    assert torch.equal(record.seen[0], x_T)  # the first step down is not conditioned
-    mean = diffusion.q_posterior_mean((x_T / diffusion.sqrt_alphas_cumprod[2]).clamp(-1, 1), x_T, 2)
-    deviation = math.exp(
-        0.25 * (diffusion.log_betas[2] + diffusion.posterior_log_variance_clipped[2])
-    )
-    torch.testing.assert_close(steps[0].x, (mean + deviation * eps1_first).float())
-    beta = diffusion.betas[2]
-    undone = math.sqrt(1 - beta) * steps[0].x + math.sqrt(beta) * undo_noise
-    torch.testing.assert_close(steps[1].x, undone)
-    torch.testing.assert_close(record.seen[1], diffusion.q_sample(gt, 2, eps2))
-    assert not torch.allclose(record.seen[1], diffusion.q_sample(gt, 2, eps1), atol=0.1)
-
-
-def test_steps_tell_where_they_are():
-    record = Recorder((1, 3, 2, 2))
-    gt = torch.zeros(record.shape)
-    steps = list(repaint(chain("5"), record.model, gt, gt, WALK, record.draw))
-    assert [step.t for step in steps] == WALK[1:]
-    assert [step.pred_xstart is None for step in steps] == [False, True, False, False, False]
-
-
-def test_cumulative_noise_is_one_trajectory():
-    record, diffusion = Recorder((1, 3, 2, 2)), chain("5")
-    gt, mask = torch.full(record.shape, 0.4), torch.ones(record.shape)
-    last(
-        repaint(
-            diffusion, record.model, gt, mask, WALK, record.draw, inpa_inj_sched_prev_cumnoise=True
-        )
-    )
-    z, levels = gt, []
-    for t in range(3):
-        beta = diffusion.betas[t]
-        z = math.sqrt(1 - beta) * z + math.sqrt(beta) * record.draws[1 + t]
-        levels.append(z)
-    # Both visits at level 2 see the same known pixels; the very first is not conditioned.
-    for seen, level in zip(record.seen[1:], (2, 1, 0), strict=True):
-        torch.testing.assert_close(seen, levels[level])
-
-
-# --- identities of conditioning ------------------------------------------------------------------
 
 
 def bounded_network(x, t):
     return torch.cat([torch.sin(x), torch.cos(3 * x + t[:, None, None, None] / 200)], dim=1)
 
 
-@pytest.mark.parametrize("use_ddim", [False, True])
-def test_all_unknown_is_plain_sampling(use_ddim):
+def test_steps_tell_where_they_are():
+    gt = torch.zeros(1, 3, 2, 2)
+    steps = list(repaint(chain("5"), bounded_network, gt, gt, WALK, noise_source(gt.shape)))
+    assert [step.t for step in steps] == WALK[1:]
+    assert [step.pred_xstart is None for step in steps] == [False, True, False, False, False]
+
+
+# --- identities of conditioning ------------------------------------------------------------------
+
+
+def test_where_nothing_is_known_the_picture_has_no_effect():
     gt, times = torch.rand(2, 3, 4, 4) * 2 - 1, get_schedule_jump(9, 1, 3, 2)
-    drawn = []
-
-    def run(draw, **flags):
-        mask = torch.zeros_like(gt)
-        return last(
-            repaint(chain(), bounded_network, gt, mask, times, draw, use_ddim=use_ddim, **flags)
-        )
-
-    source = noise_source(gt.shape)
-    with_condition = run(lambda: (drawn.append(source()), drawn[-1])[1])
-    kept, is_first, position = [drawn[0]], True, 1
-    for t, t_next in pairwise(times):
-        kept.append(drawn[position])
-        position += 1 if t_next > t or is_first else 2  # eps2 is drawn and has no effect
-        is_first = is_first and t_next > t
-    assert position == len(drawn)
-    remaining = iter(kept)
-    assert torch.equal(with_condition, run(lambda: next(remaining), inpa_inj_sched_prev=False))
+    first, second = (
+        last(repaint(chain(), bounded_network, own, 0 * gt, times, noise_source(gt.shape)))
+        for own in (gt, -gt)
+    )
+    assert torch.equal(first, second)
 
 
 def test_all_known_returns_the_picture_up_to_the_last_noise():
@@ -492,19 +347,6 @@ def test_condition_mixes_by_the_mask():
     assert condition(x, known, mask).tolist() == torch.tensor([1.0, 1.5, 3.0, 0.3]).tolist()
 
 
-def test_results_do_not_depend_on_the_batch():
-    diffusion, times = chain(), get_schedule_jump(12, 1, 4, 2)
-    gt = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    mask = (gt > 0).float()
-
-    def run(rows):
-        sources = [noise_source((1, 3, 4, 4), seed=row) for row in rows]
-        draw = lambda: torch.cat([source() for source in sources])  # noqa: E731
-        return last(repaint(diffusion, bounded_network, gt[rows], mask[rows], times, draw))
-
-    torch.testing.assert_close(run([0, 1, 2]), torch.cat([run([2]), run([0]), run([1])])[[1, 2, 0]])
-
-
 # --- closed forms: where the exact answer is known -----------------------------------------------
 
 
@@ -528,48 +370,26 @@ def gaussian_denoiser(diffusion, mu, s):
     return model
 
 
-@pytest.mark.parametrize("use_ddim", [False, True])
-@pytest.mark.parametrize(("mu", "s"), [(0.3, 0.5), (-0.6, 0.1)])
-def test_sampling_reproduces_a_gaussian(mu, s, use_ddim):
-    diffusion = chain("1000", clip_denoised=False)
-    gt = torch.zeros(4, 3, 40, 40)  # 19,200 independent samples
-    sample = last(
-        repaint(
-            diffusion,
-            gaussian_denoiser(diffusion, mu, s),
-            gt,
-            gt,
-            list(range(999, -2, -1)),
-            noise_source(gt.shape),
-            use_ddim=use_ddim,
-            inpa_inj_sched_prev=False,
-        )
-    )
-    n = sample.numel()
+@pytest.mark.parametrize(
+    ("mu", "s", "use_ddim", "steps", "times"),
+    [
+        (0.3, 0.5, False, 1000, list(range(999, -2, -1))),
+        (-0.6, 0.1, True, 1000, list(range(999, -2, -1))),
+        (0.3, 0.5, False, 250, get_schedule_jump(250, 1, 50, 3)),  # jumps change no distribution
+    ],
+    ids=["ddpm", "ddim", "jumps"],
+)
+def test_sampling_reproduces_a_gaussian(mu, s, use_ddim, steps, times):
+    diffusion = chain(str(steps), clip_denoised=False)
+    gt, model = torch.zeros(4, 3, 40, 40), gaussian_denoiser(diffusion, mu, s)
+    draw, flags = noise_source(gt.shape), {"use_ddim": use_ddim, "inpa_inj_sched_prev": False}
+    sample = last(repaint(diffusion, model, gt, gt, times, draw, **flags))
+    n, more = sample.numel(), 1000 / steps  # 19,200 independent samples; few steps are less exact
     assert sample.mean().item() == pytest.approx(mu, abs=4 * s / math.sqrt(n) + 0.005)
-    assert sample.std().item() == pytest.approx(s, rel=4 / math.sqrt(2 * n) + 0.01)
+    assert sample.std().item() == pytest.approx(s, rel=4 / math.sqrt(2 * n) + 0.005 * more)
     z = (sample - mu) / s
     assert (z**3).mean().item() == pytest.approx(0, abs=0.1)
     assert (z**4).mean().item() == pytest.approx(3, abs=0.2)
-
-
-def test_wide_jumps_keep_a_gaussian():
-    # Climbing and coming down again must not change the distribution.
-    diffusion, mu, s = chain("250", clip_denoised=False), 0.3, 0.5
-    gt = torch.zeros(4, 3, 40, 40)
-    sample = last(
-        repaint(
-            diffusion,
-            gaussian_denoiser(diffusion, mu, s),
-            gt,
-            gt,
-            get_schedule_jump(250, 1, 50, 3),
-            noise_source(gt.shape),
-            inpa_inj_sched_prev=False,
-        )
-    )
-    assert sample.mean().item() == pytest.approx(mu, abs=0.02)
-    assert sample.std().item() == pytest.approx(s, rel=0.03)
 
 
 RHO, SPREAD = 0.8, 0.5
@@ -589,23 +409,15 @@ def pair_denoiser(diffusion):
     return model
 
 
-def posterior_of_pairs(jump_n_sample, seed=0):
+def posterior_of_pairs(jump_n_sample):
     """Slope of the generated right pixel over the known left, and the deviation around it."""
     diffusion = chain("250", clip_denoised=False)
     shape = (4, 3, 400, 2)
-    gt = SPREAD * noise_source(shape, seed=100 + seed)()
+    gt = SPREAD * noise_source(shape, seed=100)()
     mask = torch.zeros(shape)
     mask[..., 0] = 1
-    sample = last(
-        repaint(
-            diffusion,
-            pair_denoiser(diffusion),
-            gt,
-            mask,
-            get_schedule_jump(250, 1, 10, jump_n_sample),
-            noise_source(shape, seed=seed),
-        )
-    )
+    model, times = pair_denoiser(diffusion), get_schedule_jump(250, 1, 10, jump_n_sample)
+    sample = last(repaint(diffusion, model, gt, mask, times, noise_source(shape)))
     known, generated = gt[..., 0], sample[..., 1]
     slope = (known * generated).sum() / known.square().sum()
     return slope.item(), (generated - slope * known).std().item()
@@ -629,41 +441,12 @@ def step_inputs(channels=6):
     return torch.randn(2, channels, 4, 4, generator=generator) * 0.5, x, noise, gradient
 
 
-@pytest.mark.parametrize("t", [0, 1, 7])
-def test_guidance_shifts_the_mean_by_the_variance(t):
-    output, x, noise, gradient = step_inputs()
-    diffusion = chain()
-    plain, x_start = diffusion.p_sample(output, x, t, noise)
-    guided, same_x_start = diffusion.p_sample(output, x, t, noise, gradient)
-    variance = diffusion.pred_log_variance(output, t).exp()
-    torch.testing.assert_close(guided - plain, variance * gradient, rtol=1e-4, atol=1e-6)
-    assert torch.equal(x_start, same_x_start)
-
-
-def test_last_step_adds_no_noise():
-    output, x, noise, _ = step_inputs()
-    diffusion = chain()
-    sample, x_start = diffusion.p_sample(output, x, 0, noise)
-    assert torch.equal(sample, diffusion.p_sample(output, x, 0, 0 * noise)[0])
-    torch.testing.assert_close(sample, x_start)  # coef1 is 1 and coef2 0 there
-    assert not torch.equal(
-        diffusion.p_sample(output, x, 1, noise)[0], diffusion.p_sample(output, x, 1, 0 * noise)[0]
-    )
-
-
-def test_variances_that_are_not_learned():
-    diffusion = chain(learn_sigma=False)
-    output, *_ = step_inputs(channels=3)
-    variances = [math.exp(diffusion.pred_log_variance(output, t)) for t in range(12)]
-    expected = [diffusion.posterior_variance[1], *diffusion.betas[1:]]
-    np.testing.assert_allclose(variances, expected, rtol=1e-6)
-
-
 def test_the_smaller_variance_that_is_not_learned():
     diffusion = chain(learn_sigma=False, fixed_small=True)
     output, *_ = step_inputs(channels=3)
-    variances = [math.exp(diffusion.pred_log_variance(output, t)) for t in range(1, 12)]
-    np.testing.assert_allclose(variances, diffusion.posterior_variance[1:], rtol=1e-6)
+    variances = [math.exp(diffusion.pred_log_variance(output, t)) for t in range(12)]
+    expected = [diffusion.posterior_variance[1], *diffusion.posterior_variance[1:]]
+    np.testing.assert_allclose(variances, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("t", [0, 5, 11])
@@ -694,32 +477,6 @@ def test_pictures_are_clipped_to_the_range_that_is_stated():
     assert torch.equal(found, (10 * output).clamp(-2.5, 2.5))
 
 
-@pytest.mark.parametrize("t", [0, 5])
-def test_learned_variances_lie_between_their_bounds(t):
-    diffusion = chain()
-    low, middle, high = (
-        diffusion.pred_log_variance(torch.full((1, 6, 1, 1), v), t)[0, 0, 0, 0].item()
-        for v in (-1.0, 0.0, 1.0)
-    )
-    assert low == pytest.approx(math.log(diffusion.posterior_variance[max(t, 1)]))
-    assert high == pytest.approx(math.log(diffusion.betas[t]))
-    assert middle == pytest.approx((low + high) / 2)
-
-
-@pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("predict_xstart", [True, False])
-def test_pred_xstart(predict_xstart, clip):
-    diffusion = chain(predict_xstart=predict_xstart)
-    output, x, *_ = step_inputs()
-    abar = diffusion.alphas_cumprod[6]
-    expected = 4 * output[:, :3]
-    if not predict_xstart:
-        expected = (x - math.sqrt(1 - abar) * expected) / math.sqrt(abar)
-    assert expected.abs().max() > 1
-    got = diffusion.pred_xstart(4 * output, x, 6, clip=clip)
-    torch.testing.assert_close(got, expected.clamp(-1, 1) if clip else expected)
-
-
 def test_tables_take_one_step_or_a_batch_of_them():
     diffusion = chain()
     _, x, noise, _ = step_inputs()
@@ -729,65 +486,6 @@ def test_tables_take_one_step_or_a_batch_of_them():
         expected = math.sqrt(abar) * x[i] + math.sqrt(1 - abar) * noise[i]
         torch.testing.assert_close(both[i], expected)
         torch.testing.assert_close(diffusion.q_sample(x, t, noise)[i], expected)
-
-
-@pytest.mark.parametrize("t", [0, 4, 11])
-def test_eps_and_xstart_are_inverse(t):
-    diffusion = chain()
-    _, x, eps, _ = step_inputs()
-    x_start = diffusion.predict_xstart_from_eps(x, t, eps)
-    torch.testing.assert_close(diffusion.q_sample(x_start, t, eps), x, rtol=1e-4, atol=1e-4)
-    back = diffusion.predict_eps_from_xstart(x, t, x_start)
-    torch.testing.assert_close(back, eps, rtol=1e-3, atol=1e-3)
-
-
-def test_undo_is_one_forward_step():
-    diffusion = chain()
-    _, x, noise, _ = step_inputs()
-    beta = diffusion.betas[4]
-    expected = math.sqrt(1 - beta) * x + math.sqrt(beta) * noise
-    torch.testing.assert_close(diffusion.undo(x, 4, noise), expected)
-
-
-@pytest.mark.parametrize("shift", [0, 1, 3])
-def test_time_shift_in_the_loop(shift):
-    record, diffusion = Recorder((1, 3, 2, 2)), chain("9")
-    gt = torch.zeros(record.shape)
-    steps = list(
-        repaint(
-            diffusion,
-            record.model,
-            gt,
-            gt,
-            [3, 2, 1, 2, 1, 0, -1],
-            record.draw,
-            inpa_inj_time_shift=shift,
-        )
-    )
-    beta = diffusion.betas[1 + shift]
-    expected = math.sqrt(1 - beta) * steps[1].x + math.sqrt(beta) * record.draws[4]
-    torch.testing.assert_close(steps[2].x, expected)
-
-
-@pytest.mark.parametrize("t", [0, 6])
-@pytest.mark.parametrize("clip_denoised", [True, False])
-@pytest.mark.parametrize("guided", [True, False])
-def test_ddim_step(t, clip_denoised, guided):
-    diffusion = chain(clip_denoised=clip_denoised)
-    output, x, noise, gradient = step_inputs()
-    abar, before = diffusion.alphas_cumprod[t], diffusion.alphas_cumprod[t - 1] if t else 1.0
-    x_start = (x - math.sqrt(1 - abar) * output[:, :3]) / math.sqrt(abar)
-    if clip_denoised:
-        assert x_start.abs().max() > 1
-        x_start = x_start.clamp(-1, 1)
-    eps = (x - math.sqrt(abar) * x_start) / math.sqrt(1 - abar)
-    if guided:
-        eps = eps - math.sqrt(1 - abar) * gradient
-        x_start = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)  # not clipped again
-    expected = math.sqrt(before) * x_start + math.sqrt(1 - before) * eps
-    sample, got = diffusion.ddim_sample(output, x, t, noise, gradient if guided else None)
-    torch.testing.assert_close(sample, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(got, x_start, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -808,22 +506,6 @@ def test_classifier_gradient(inference):
     assert not got.requires_grad
 
 
-def test_classifier_gradient_through_a_frozen_network_in_inference_mode():
-    classifier = EncoderUNetModel(TrunkConfig(16, 32, (1, 2), 1, (8,), 1, 16), 4, "attention")
-    classifier.eval().requires_grad_(False)
-    torch.manual_seed(0)
-    for parameter in classifier.parameters():
-        parameter.normal_(std=0.1)
-    x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([10, 700]), torch.tensor([3, 1])
-    with torch.inference_mode():
-        got = classifier_gradient(classifier, x.clone(), t.clone(), y, 1.0)
-    source = x.clone().requires_grad_()
-    log_p = torch.log_softmax(classifier(source, t), -1)
-    (log_p[0, 3] + log_p[1, 1]).backward()
-    assert source.grad.abs().max() > 0
-    torch.testing.assert_close(got, source.grad)
-
-
 # --- walks that do not fit -----------------------------------------------------------------------
 
 
@@ -838,22 +520,9 @@ def test_classifier_gradient_through_a_frozen_network_in_inference_mode():
 )
 def test_walks_that_leave_the_chain(times, shift, problem):
     diffusion, gt = chain("5"), torch.zeros(1, 3, 2, 2)
+    # Found before the network is called or noise is drawn: here there are none.
     with pytest.raises(ValueError, match=problem):
-        diffusion.check_times(times, shift)
-    calls = []
-    with pytest.raises(ValueError, match=problem):
-        last(
-            repaint(
-                diffusion,
-                lambda x, t: calls.append(x),
-                gt,
-                gt,
-                times,
-                lambda: calls.append(gt),
-                inpa_inj_time_shift=shift,
-            )
-        )
-    assert not calls  # found before anything is drawn or called
+        last(repaint(diffusion, None, gt, gt, times, None, inpa_inj_time_shift=shift))
 
 
 def test_walks_that_fit():
@@ -872,19 +541,9 @@ def test_a_step_of_ddnm_by_hand(t, eta, falls):
     output, x, noise, known = step_inputs()
     mask = torch.linspace(0, 1, known.numel()).view_as(known)  # soft ones, too
     draws = iter([x, noise])
-    step = next(
-        repaint(
-            diffusion,
-            lambda *_: output,
-            known,
-            mask,
-            [t, t - 1],
-            draws.__next__,
-            sampler="ddnm",
-            ddnm_eta=eta,
-            ddnm_eta_falls=falls,
-        )
-    )
+    flags = {"sampler": "ddnm", "ddnm_eta": eta, "ddnm_eta_falls": falls}
+    walk = [t, t - 1]
+    step = next(repaint(diffusion, lambda *_: output, known, mask, walk, draws.__next__, **flags))
     abar, before = diffusion.alphas_cumprod[t], diffusion.alphas_cumprod[t - 1] if t else 1.0
     eps = output[:, :3]
     x_start = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)
@@ -926,13 +585,9 @@ def test_inpaint_takes_any_shape_and_keeps_what_is_known(sampler):
         two_channel_network, gt, mask, WALK, sampler=sampler, generators=generators
     )
     assert made.shape == gt.shape
+    seed_2 = [torch.Generator().manual_seed(2)]
     alone = diffusion.inpaint(
-        two_channel_network,
-        gt[1:],
-        mask,
-        WALK,
-        sampler=sampler,
-        generators=[torch.Generator().manual_seed(2)],
+        two_channel_network, gt[1:], mask, WALK, sampler=sampler, generators=seed_2
     )
     torch.testing.assert_close(made[1:], alone)
     if isinstance(sampler, Ddnm):  # its last step ends at x_0 itself

@@ -20,16 +20,9 @@ from guided_diffusion.accel.layout import arithmetic, lay_out, precision_on, tru
 from guided_diffusion.accel.memory import keep_freed_memory
 from guided_diffusion.dist_util import use_device
 from guided_diffusion.io.cache import cache_folder
-from guided_diffusion.unet import EncoderUNetModel, UNetEncoder, UNetModel
+from guided_diffusion.unet import UNetEncoder, UNetModel
 
-__all__ = [
-    "accelerate",
-    "accelerate_gradient",
-    "arithmetic",
-    "precision_on",
-    "prepare",
-    "trunk_dtype",
-]
+__all__ = ["accelerate", "arithmetic", "precision_on", "prepare", "trunk_dtype"]
 
 
 def prepare(device: torch.device) -> None:
@@ -41,40 +34,35 @@ def prepare(device: torch.device) -> None:
 
 
 def accelerate(
-    model: nn.Module, device: torch.device, compile: bool | str, check: str = "always"
-) -> Network:
-    """Return a fast callable that computes ``model``: (x, timesteps[, y]) → output, to rounding.
-
-    ``compile`` and ``check`` are the YAML keys. The CPU's kernels compute ``UNetModel`` alone.
-    """
-    if (kernels := _cpu_kernels(model, device, compile)) is not None:
-        return Checked(FusedUNet(kernels, model), model, model, _verdicts(kernels, model, check))
-    lay_out(model, device, at_once=compile is True)
-    if compile is not True:
-        return model
-    return Checked(CompiledBatch(compiled(model, device), device), model, model)
-
-
-def accelerate_gradient(
-    gradient: Callable[..., Tensor],
-    classifier: EncoderUNetModel,
+    network: nn.Module,
     device: torch.device,
     compile: bool | str,
     check: str = "always",
+    gradient: Callable[..., Tensor] | None = None,
 ) -> Network:
-    """Return a fast ``gradient`` of ``classifier``: (x, timesteps, y) → output, to rounding.
+    """Return a fast callable that computes ``network``: (x, timesteps[, y]) → output, to rounding.
 
-    ``gradient`` takes the classifier before its other inputs.
+    With ``gradient`` it computes that of ``network``, which ``gradient`` takes before its other
+    inputs. ``compile`` and ``check`` are the YAML keys; of foreign networks there are no kernels.
     """
-    plain = partial(gradient, classifier)
-    if (kernels := _cpu_kernels(classifier, device, compile)) is not None:
-        fast = partial(gradient, with_fused_convolutions(kernels, classifier))
-        return Checked(fast, plain, classifier, _verdicts(kernels, classifier, check))
-    lay_out(classifier, device, at_once=compile is True)
+
+    def with_gradient(network: Network) -> Network:
+        return partial(gradient, network) if gradient else network
+
+    plain = with_gradient(network)
+    if (kernels := _cpu_kernels(network, device, compile)) is not None:
+        if gradient is None:
+            fast = FusedUNet(kernels, network)
+        else:
+            fast = with_gradient(with_fused_convolutions(kernels, network))
+        kept = None
+        if check != "always":
+            kept = Verdicts(kernels.name, network, partial(samples, kernels, network))
+        return Checked(fast, plain, network, kept)
+    lay_out(network, device)
     if compile is not True:
         return plain
-    fast = CompiledBatch(partial(gradient, compiled(classifier, device)), device)
-    return Checked(fast, plain, classifier)
+    return Checked(CompiledBatch(with_gradient(compiled(network, device)), device), plain, network)
 
 
 def _cpu_kernels(
@@ -94,13 +82,6 @@ def _cpu_kernels(
     has_bfloat16 = kernels.has_bfloat16 and isinstance(network, UNetModel)
     is_known = network.dtype == torch.float32 or (network.dtype == torch.bfloat16 and has_bfloat16)
     return kernels if is_known else None
-
-
-def _verdicts(kernels: cpu_kernels.Kernels, network: UNetEncoder, check: str) -> Verdicts | None:
-    """Return the checks that these kernels passed in earlier runs; None: every run checks anew."""
-    if check == "always":
-        return None
-    return Verdicts(kernels.name, network, partial(samples, kernels, network))
 
 
 # ---- torch.compile -------------------------------------------------------------------------------

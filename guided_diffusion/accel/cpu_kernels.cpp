@@ -10,6 +10,9 @@
 // and once before for its moments. Every output is computed in the same order whatever the batch
 // and the number of threads: results do not depend on either.
 //
+// A function that takes a structure also takes its size in bytes, and returns its own: if the two
+// differ, it has done nothing. It returns -1 if memory runs out.
+//
 // Convolutions multiply floats, or bfloat16 where the processor has instructions for it. Then what
 // goes into a product is rounded, and sums, maps and transforms stay float32.
 
@@ -199,14 +202,15 @@ void pack_weights(const float *weight, int64_t channels, int64_t out_channels, i
     pack(weight, channels, out_channels, values, packed, threads);
 }
 
+// Of 3x3 or of 1x1, which neither resizes nor doubles.
 struct Convolution {
   const float *x[2];     // one or two maps, joined along the channels
   int64_t channels[2];   // of each
   int64_t count, height, width;  // of the maps
-  const float *scale, *shift;    // (N, C) of SiLU(scale x + shift); NULL: x as it is
+  const float *scale, *shift;    // (N, C) of scale x + shift, before 3x3 SiLU of it; NULL: of x
   int64_t resize;                // 1: doubled, -1: halved before the convolution
   const float *weight;           // packed
-  int64_t values;                // a pair of channels there: 9, or 36 if transformed
+  int64_t values;                // a pair of channels there: of 1x1 1; of 3x3 9, or 36 if transformed
   int64_t reduced;               // whether products are of bfloat16
   const float *bias;             // (out_channels), or NULL
   const float *residual;         // (N, H', W', out_channels) to add, or NULL; may be ``out``
@@ -467,13 +471,6 @@ static int64_t convolve_as(const Convolution &conv, int64_t threads) {
   return failed;
 }
 
-extern "C" int64_t convolve(const Convolution *conv, int64_t threads) {
-#if defined(__AVX512BF16__)
-  if (conv->reduced) return convolve_as<bfloat16>(*conv, threads);
-#endif
-  return convolve_as<float>(*conv, threads);
-}
-
 // Means of some vectors of channels in a chunk, with ``added``, and sums of squared distances.
 template <int vectors>
 static inline void chunk_moments(const float *x, int64_t channels, int64_t pixels,
@@ -504,33 +501,35 @@ struct Normalisation {
   int64_t channels[2];
   int64_t count, pixels, groups;
   const float *weight, *bias;  // (C)
-  double eps;
-  const float *added;          // (N or 1, C) to add to the maps before, or NULL
-  int64_t added_stride;        // from one image to the next
-  const float *gain, *offset;  // (N or 1, C) for (1 + gain) norm(x) + offset, or NULL
-  int64_t gain_stride;         // from one image to the next
-  float *moments;              // (N, chunks, 2, C): room to work in
-  float *scale, *shift;        // (N, C): the same as scale x + shift
+  const double *eps;
+  const float *added;  // (N or 1, C) to add to the maps before, or NULL
+  int64_t added_rows;
+  const float *gain_offset;  // (N or 1, 2, C) for (1 + gain) norm(x) + offset, or NULL
+  int64_t gain_offset_rows;
+  float *scale, *shift;  // (N, C): the same as scale x + shift
 };
 
-int64_t chunks_of(int64_t pixels) { return ceil_div(pixels, CHUNK); }
-
-void group_norm(const Normalisation *given, int64_t threads) {
+int64_t group_norm(const Normalisation *given, int64_t bytes, int64_t threads) {
+  if (bytes != sizeof(*given)) return sizeof(*given);
   const Normalisation norm = *given;
-  int64_t channels = norm.channels[0] + norm.channels[1], chunks = chunks_of(norm.pixels);
+  int64_t channels = norm.channels[0] + norm.channels[1], chunks = ceil_div(norm.pixels, CHUNK);
+  Scratch room;
+  float *all_moments = room.floats(norm.count * chunks * 2 * channels);  // (N, chunks, 2, C)
+  if (!all_moments) return -1;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for
     for (int64_t task = 0; task < norm.count * chunks; task++) {
       int64_t n = task / chunks, first = task % chunks * CHUNK;
       int64_t pixels = smaller(CHUNK, norm.pixels - first);
-      float *mean = norm.moments + task * 2 * channels, *squares = mean + channels;
+      float *mean = all_moments + task * 2 * channels, *squares = mean + channels;
       int64_t before = 0;
       for (int part = 0; part < 2; part++) {
         int64_t own = norm.channels[part];
         if (!own) continue;
         const float *x = norm.x[part] + (n * norm.pixels + first) * own;
-        const float *added = norm.added ? norm.added + n * norm.added_stride + before : NULL;
+        const float *added = norm.added;
+        if (added) added += n % norm.added_rows * channels + before;
         int64_t c = 0;
         for (; c + WIDE * LANES <= own; c += WIDE * LANES)
           chunk_moments<WIDE>(x + c, own, pixels, added ? added + c : NULL, mean + c, squares + c);
@@ -543,7 +542,7 @@ void group_norm(const Normalisation *given, int64_t threads) {
     for (int64_t task = 0; task < norm.count * norm.groups; task++) {
       int64_t n = task / norm.groups, size = channels / norm.groups;
       int64_t first = task % norm.groups * size;
-      const float *moments = norm.moments + n * chunks * 2 * channels + first;
+      const float *moments = all_moments + n * chunks * 2 * channels + first;
       double sum = 0, squares = 0;
       for (int64_t chunk = 0; chunk < chunks; chunk++)
         for (int64_t c = 0; c < size; c++)
@@ -556,45 +555,35 @@ void group_norm(const Normalisation *given, int64_t threads) {
           squares += moments[(chunk * 2 + 1) * channels + c] +
                      smaller(CHUNK, norm.pixels - chunk * CHUNK) * d * d;
         }
-      double variance = squares / (size * norm.pixels) + norm.eps;
+      double variance = squares / (size * norm.pixels) + *norm.eps;
       double rstd = 1 / __builtin_sqrt(variance);
       for (int64_t c = first; c < first + size; c++) {
         double scale = rstd * norm.weight[c], shift = norm.bias[c] - mean * scale;
-        if (norm.gain) {
-          double gain = 1 + norm.gain[n * norm.gain_stride + c];
+        if (norm.gain_offset) {
+          const float *row = norm.gain_offset + n % norm.gain_offset_rows * 2 * channels;
+          double gain = 1 + row[c];
           scale *= gain;
-          shift = shift * gain + norm.offset[n * norm.gain_stride + c];
+          shift = shift * gain + row[channels + c];
         }
-        if (norm.added) shift += scale * norm.added[n * norm.added_stride + c];
+        if (norm.added) shift += scale * norm.added[n % norm.added_rows * channels + c];
         norm.scale[n * channels + c] = (float)scale;
         norm.shift[n * channels + c] = (float)shift;
       }
     }
   }
+  return bytes;
 }
-
-struct Pointwise {
-  const float *x[2];   // one or two maps, joined along the channels
-  int64_t channels[2];
-  int64_t count, pixels;
-  const float *scale, *shift;  // (N, C) of scale x + shift; NULL: x as it is
-  const float *weight;         // packed, one value a pair of channels
-  int64_t reduced;             // whether products are of bfloat16
-  const float *bias;           // (out_channels), or NULL
-  const float *residual;       // (N, pixels, out_channels) to add, or NULL; may be ``out``
-  float *out;                  // (N, pixels, out_channels)
-  int64_t out_channels;
-};
 }
 
 // Copies ``rows`` pixels of image n from ``first`` on, both maps side by side, ``stride`` apart.
 template <typename Number>
-static void read_pixels(const Pointwise &conv, int64_t n, int64_t first, int64_t rows,
+static void read_pixels(const Convolution &conv, int64_t n, int64_t first, int64_t rows,
                         int64_t stride, Number *out) {
-  int64_t total = conv.channels[0] + conv.channels[1], before = 0;
+  int64_t total = conv.channels[0] + conv.channels[1], pixels = conv.height * conv.width;
+  int64_t before = 0;
   for (int part = 0; part < 2; part++) {
     int64_t channels = conv.channels[part];
-    const float *x = conv.x[part] + (n * conv.pixels + first) * channels;
+    const float *x = conv.x[part] + (n * pixels + first) * channels;
     const float *scale = conv.scale ? conv.scale + n * total + before : NULL;
     const float *shift = conv.scale ? conv.shift + n * total + before : NULL;
     for (int64_t row = 0; row < rows; row++, x += channels)
@@ -609,11 +598,12 @@ static void read_pixels(const Pointwise &conv, int64_t n, int64_t first, int64_t
 
 // Returns 0, or 1 where memory ran out.
 template <typename Number>
-static int64_t pointwise_as(const Pointwise &conv, int64_t threads) {
+static int64_t pointwise_as(const Convolution &conv, int64_t threads) {
   int64_t channels = conv.channels[0] + conv.channels[1], stride = channels + PAD;
   int64_t padded = ceil_div(conv.out_channels, LANES) * LANES;
   int64_t channel_blocks = ceil_div(padded, BLOCK);
-  int64_t across = ceil_div(conv.pixels, PIXELS), blocks = conv.count * across;
+  int64_t pixels = conv.height * conv.width;
+  int64_t across = ceil_div(pixels, PIXELS), blocks = conv.count * across;
   int64_t parts = blocks < 2 * threads ? smaller(channel_blocks, ceil_div(2 * threads, blocks)) : 1;
   int64_t failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(| : failed)
@@ -625,7 +615,7 @@ static int64_t pointwise_as(const Pointwise &conv, int64_t threads) {
     }
     Number *x = (Number *)(m + PIXELS * BLOCK);
     int64_t part = task / blocks, n = task % blocks / across, first = task % across * PIXELS;
-    int64_t rows = smaller(PIXELS, conv.pixels - first);
+    int64_t rows = smaller(PIXELS, pixels - first);
     read_pixels(conv, n, first, rows, stride, x);
     for (int64_t own = part; own < channel_blocks; own += parts) {
       int64_t channel = own * BLOCK, width = smaller(BLOCK, padded - channel);
@@ -638,7 +628,7 @@ static int64_t pointwise_as(const Pointwise &conv, int64_t threads) {
         int64_t at = channel + c, count = smaller(LANES, conv.out_channels - at);
         vec bias = conv.bias ? load_some(conv.bias + at, count) : (vec){};
         for (int64_t row = 0; row < rows; row++) {
-          int64_t place = (n * conv.pixels + first + row) * conv.out_channels + at;
+          int64_t place = (n * pixels + first + row) * conv.out_channels + at;
           vec value = load(m + row * width + c) + bias;
           if (conv.residual) value += load_some(conv.residual + place, count);
           store_some(conv.out + place, value, count);
@@ -649,20 +639,26 @@ static int64_t pointwise_as(const Pointwise &conv, int64_t threads) {
   return failed;
 }
 
+template <typename Number>
+static int64_t any_size(const Convolution &conv, int64_t threads) {
+  return conv.values == 1 ? pointwise_as<Number>(conv, threads) : convolve_as<Number>(conv, threads);
+}
+
 extern "C" {
 
-int64_t pointwise(const Pointwise *conv, int64_t threads) {
+int64_t convolve(const Convolution *conv, int64_t bytes, int64_t threads) {
+  if (bytes != sizeof(*conv)) return sizeof(*conv);
 #if defined(__AVX512BF16__)
-  if (conv->reduced) return pointwise_as<bfloat16>(*conv, threads);
+  if (conv->reduced) return any_size<bfloat16>(*conv, threads) ? -1 : bytes;
 #endif
-  return pointwise_as<float>(*conv, threads);
+  return any_size<float>(*conv, threads) ? -1 : bytes;
+}
 }
 
 struct Attention {
   const float *qkv;  // (N, tokens, 3 heads width)
   int64_t count, tokens, heads, width;
   int64_t head_step, part_step;  // from one head to the next; from q to k and from k to v
-  float *packed;                 // ``attention_size`` floats of room to work in
   float *out;                    // (N, tokens, heads width)
 };
 
@@ -672,8 +668,6 @@ static int64_t packed_head(const Attention &a) {
   return keys * (a.width + ceil_div(a.width, BLOCK) * BLOCK);
 }
 
-int64_t attention_size(const Attention *a) { return a->count * a->heads * packed_head(*a); }
-}
 
 // Packs the keys of a head as blocks of BLOCK, each (width, BLOCK), and the values behind them as
 // blocks of BLOCK columns, each (tokens, BLOCK); zero where there are none.
@@ -721,19 +715,23 @@ static float exponentials(float *scores, int64_t step, int64_t tokens) {
 
 extern "C" {
 
-// Softmax attention over the tokens. Returns 0, or 1 where memory ran out.
-int64_t attend(const Attention *given, int64_t threads) {
+// Softmax attention over the tokens.
+int64_t attend(const Attention *given, int64_t bytes, int64_t threads) {
+  if (bytes != sizeof(*given)) return sizeof(*given);
   const Attention a = *given;
   int64_t row = 3 * a.heads * a.width, head_size = packed_head(a);
   int64_t blocks = ceil_div(a.tokens, BLOCK), query_blocks = ceil_div(a.tokens, QUERIES);
   float scale = (float)(1 / __builtin_sqrt((double)a.width));
+  Scratch room;
+  float *packed = room.floats(a.count * a.heads * head_size);
+  if (!packed) return -1;
   int64_t failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
 #pragma omp for
     for (int64_t task = 0; task < a.count * a.heads; task++) {
       const float *image = a.qkv + task / a.heads * a.tokens * row;
-      pack_head(a, image + task % a.heads * a.head_step + a.part_step, a.packed + task * head_size);
+      pack_head(a, image + task % a.heads * a.head_step + a.part_step, packed + task * head_size);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < a.count * a.heads * query_blocks; task++) {
@@ -749,7 +747,7 @@ int64_t attend(const Attention *given, int64_t threads) {
       const float *q = a.qkv + (n * a.tokens + first) * row + head % a.heads * a.head_step;
       for (int64_t i = 0; i < rows; i++)
         for (int64_t k = 0; k < a.width; k++) queries[i * stride + k] = q[i * row + k] * scale;
-      const float *keys = a.packed + head * head_size, *values = keys + blocks * BLOCK * a.width;
+      const float *keys = packed + head * head_size, *values = keys + blocks * BLOCK * a.width;
       for (int64_t block = 0; block < blocks; block++)
         products<COLUMNS>(queries, stride, keys + block * BLOCK * a.width, a.width, rows,
                           scores + block * step, false);
@@ -768,13 +766,6 @@ int64_t attend(const Attention *given, int64_t threads) {
       }
     }
   }
-  return failed;
-}
-
-// Bytes of a structure, for callers that have declared it themselves.
-int64_t size_of(int64_t number) {
-  const int64_t sizes[] = {sizeof(Convolution), sizeof(Normalisation), sizeof(Pointwise),
-                           sizeof(Attention)};
-  return sizes[number];
+  return failed ? -1 : bytes;
 }
 }

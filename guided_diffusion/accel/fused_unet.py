@@ -29,11 +29,13 @@ from guided_diffusion.unet import (
 Layer = Callable[[list[Tensor], Tensor], Tensor]  # of one map or two joined ones, and ``emb``
 
 
-class Conv3x3:
-    """A 3×3 convolution whose weights are packed at the first call."""
+class PackedConv:
+    """A convolution of 3×3 or 1×1, also 1-D, whose weights are packed at the first call."""
 
-    def __init__(self, kernels: Kernels, conv: nn.Conv2d) -> None:
-        self._kernels, self._conv = kernels, conv
+    def __init__(
+        self, kernels: Kernels, conv: nn.Conv1d | nn.Conv2d, *, has_bias: bool = True
+    ) -> None:
+        self._kernels, self._conv, self._has_bias = kernels, conv, has_bias
         self._weight: Packed | None = None
         self._bias: Tensor | None = None
         self._transposed: Packed | None = None  # the weights of ``gradient``
@@ -43,18 +45,16 @@ class Conv3x3:
         *maps: Tensor,
         affine: Affine | None = None,
         resize: int = 0,
-        has_bias: bool = True,
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """As ``Kernels.convolve``."""
         if self._weight is None:
             self._weight = self._kernels.pack_weights(self._conv.weight)
-            self._bias = self._conv.bias.float()
+            self._bias = self._conv.bias.float() if self._has_bias else None
             forget_pages(self._conv.weight)
-        bias = self._bias if has_bias else None
         options = {"affine": affine, "resize": resize, "residual": residual, "out": out}
-        return self._kernels.convolve(maps, self._weight, bias, **options)
+        return self._kernels.convolve(maps, self._weight, self._bias, **options)
 
     def gradient(self, grad: Tensor) -> Tensor:
         """(N, H, W, out) → (N, H, W, C): a loss's gradient at the input from that at the output."""
@@ -65,51 +65,27 @@ class Conv3x3:
         return self._kernels.convolve([grad], self._transposed)
 
 
-class Conv1x1:
-    """A convolution of single pixels, 1-D or 2-D, whose weights are packed at the first call."""
-
-    def __init__(self, kernels: Kernels, conv: nn.Conv1d | nn.Conv2d) -> None:
-        self._kernels, self._conv = kernels, conv
-        self._weight: Packed | None = None
-        self._bias: Tensor | None = None
-
-    def __call__(
-        self, *maps: Tensor, affine: Affine | None = None, residual: Tensor | None = None
-    ) -> Tensor:
-        """As ``Kernels.pointwise``."""
-        if self._weight is None:
-            weight = self._conv.weight
-            self._weight = self._kernels.pack_weights(weight.view(*weight.shape[:2], 1, 1))
-            self._bias = self._conv.bias.float()
-            forget_pages(weight)
-        return self._kernels.pointwise(
-            maps, self._weight, self._bias, affine=affine, residual=residual
-        )
-
-
 class FusedResBlock:
     """``ResBlock`` of one map or two joined ones."""
 
     def __init__(self, kernels: Kernels, block: ResBlock) -> None:
         self._kernels, self._block = kernels, block
         skip = block.skip_connection
-        self._conv_skip = Conv1x1(kernels, skip) if isinstance(skip, nn.Conv2d) else None
+        self._conv_skip = PackedConv(kernels, skip) if isinstance(skip, nn.Conv2d) else None
         self._resize = int(block.h_upd is upsample) - int(block.h_upd is downsample)
-        self._conv_in = Conv3x3(kernels, block.in_layers[2])
-        self._conv_out = Conv3x3(kernels, block.out_layers[3])
+        # Its bias is added in the normalisation, which saves a pass.
+        self._conv_in = PackedConv(kernels, block.in_layers[2], has_bias=False)
+        self._conv_out = PackedConv(kernels, block.out_layers[3])
 
     def __call__(self, maps: list[Tensor], emb: Tensor) -> Tensor:
         """One or two (N, H, W, C) → (N, H', W', out)."""
         block, group_norm = self._block, self._kernels.group_norm
         affine = group_norm(maps, block.in_layers[0])
-        h = self._conv_in(*maps, affine=affine, resize=self._resize, has_bias=False)
-        bias = block.in_layers[2].bias.float()[
-            None
-        ]  # added in the normalisation, which saves a pass
+        h = self._conv_in(*maps, affine=affine, resize=self._resize)
+        bias = block.in_layers[2].bias.float()[None]
         norm, emb_out = block.out_layers[0], block.emb_layers[1](emb)
         if block.use_scale_shift_norm:
-            gain, offset = emb_out.chunk(2, dim=1)
-            affine = group_norm([h], norm, added=bias, gain=gain, offset=offset)
+            affine = group_norm([h], norm, added=bias, gain_offset=emb_out)
         else:
             affine = group_norm([h], norm, added=bias + emb_out)
         residual, is_new = self._skip(maps)
@@ -131,8 +107,8 @@ class FusedAttention:
 
     def __init__(self, kernels: Kernels, block: AttentionBlock) -> None:
         self._kernels, self._block = kernels, block
-        self._qkv = Conv1x1(kernels, block.qkv)
-        self._proj_out = Conv1x1(kernels, block.proj_out)
+        self._qkv = PackedConv(kernels, block.qkv)
+        self._proj_out = PackedConv(kernels, block.proj_out)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, H, W, C) → (N, H, W, C)."""
@@ -150,7 +126,7 @@ class FusedUNet:
         self._input_blocks = [self._fused(block) for block in model.input_blocks[1:]]
         self._middle_block = self._fused(model.middle_block)
         self._output_blocks = [self._fused(block) for block in model.output_blocks]
-        self._conv_out = Conv3x3(kernels, model.out[2])
+        self._conv_out = PackedConv(kernels, model.out[2])
 
     def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """``UNetModel.forward``."""
@@ -183,7 +159,7 @@ class FusedUNet:
             attention = FusedAttention(self._kernels, layer)
             return lambda maps, emb: attention(*maps)
         if isinstance(layer, Upsample):
-            conv = Conv3x3(self._kernels, layer.conv)
+            conv = PackedConv(self._kernels, layer.conv)
             return lambda maps, emb: conv(*maps, resize=1)
         if isinstance(layer, Downsample):
             return lambda maps, emb: _downsampled(layer, *maps)
@@ -247,7 +223,7 @@ class FusedConv2d(nn.Module):
 
     def __init__(self, kernels: Kernels, conv: nn.Conv2d) -> None:
         super().__init__()
-        self._conv = Conv3x3(kernels, conv)
+        self._conv = PackedConv(kernels, conv)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, out, H, W), both channels_last."""
@@ -256,7 +232,7 @@ class FusedConv2d(nn.Module):
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, conv: Conv3x3) -> Tensor:
+    def forward(ctx: Any, x: Tensor, conv: PackedConv) -> Tensor:
         ctx.conv = conv
         return conv(_channels_last(x)).permute(0, 3, 1, 2)
 

@@ -49,12 +49,12 @@ def arithmetic(precision: str | None) -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-def lay_out(network: UNetEncoder, device: torch.device, *, at_once: bool = True) -> None:
+@torch.inference_mode(False)  # a gradient may have to pass through the weights
+def lay_out(network: UNetEncoder, device: torch.device) -> None:
     """Change the layout of maps and weights to channels_last, which convolutions read fastest.
 
-    On a CPU, convolutions of doubled maps are folded too. Unless ``at_once``, a CPU copies the
-    weights of a convolution at its first call, so that loading takes no time. The pages of a mapped
-    checkpoint are released once they are copied.
+    On a CPU, convolutions of doubled maps are folded too. There the pages of a mapped checkpoint
+    are released once they are copied.
     """
     if device.type not in ("cpu", "cuda"):
         return
@@ -63,16 +63,14 @@ def lay_out(network: UNetEncoder, device: torch.device, *, at_once: bool = True)
         network.to(memory_format=torch.channels_last)
         return
     swap_modules(network, Upsample, lambda module: FoldedConv2d(module.conv))
-    for block in network.modules():
-        if isinstance(block, ResBlock) and block.h_upd is upsample:
-            block.h_upd, block.in_layers[2] = nn.Identity(), FoldedConv2d(block.in_layers[2])
-    for conv in network.modules():
-        if isinstance(conv, nn.Conv2d | FoldedConv2d):
-            prepare = _fold if isinstance(conv, FoldedConv2d) else _lay_out_weights
-            if at_once:
-                prepare(conv)
-            else:
-                _at_first_call(conv, prepare)
+    for module in network.modules():
+        if isinstance(module, ResBlock) and module.h_upd is upsample:
+            module.h_upd, module.in_layers[2] = nn.Identity(), FoldedConv2d(module.in_layers[2])
+        if isinstance(module, nn.Conv2d):
+            weight = module.weight
+            laid_out = weight.contiguous(memory_format=torch.channels_last)
+            module.weight = nn.Parameter(laid_out, requires_grad=weight.requires_grad)
+            forget_pages(weight)
 
 
 def swap_modules(
@@ -102,20 +100,18 @@ class FoldedConv2d(nn.Module):
     weights are sums, computed once for each of the four output pixels over a pixel of the map.
     """
 
+    @torch.no_grad()
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
-        self.register_buffer("folded", None, persistent=False)  # (4·out, channels, 2, 2)
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Sum the weights; they may not change afterwards."""
         # Along one side: an even output has (w0, w1 + w2) over pixels i - 1 and i, an odd output
         # (w0 + w1, w2) over i and i + 1.
         sums = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
         folded = torch.einsum("pyh,qxw,oihw->pqoiyx", sums, sums, self.weight.float())
         folded = folded.flatten(0, 2).type(self.weight.dtype)
-        self.folded = folded.contiguous(memory_format=torch.channels_last)
+        folded = folded.contiguous(memory_format=torch.channels_last)  # (4·out, channels, 2, 2)
+        self.register_buffer("folded", folded, persistent=False)
+        forget_pages(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, out, 2H, 2W), channels_last."""
@@ -126,25 +122,3 @@ class FoldedConv2d(nn.Module):
         for (row, column), part in zip(product((0, 1), repeat=2), parts, strict=True):
             out[:, :, row::2, column::2] = part[:, :, row : row + height, column : column + width]
         return out
-
-
-def _at_first_call(module: nn.Module, prepare: Callable[[nn.Module], None]) -> None:
-    def once(module: nn.Module, _: tuple) -> None:
-        handle.remove()
-        prepare(module)
-
-    handle = module.register_forward_pre_hook(once)
-
-
-def _fold(conv: FoldedConv2d) -> None:
-    with torch.inference_mode(False):  # a gradient may have to pass through the weights
-        conv.fold()
-    forget_pages(conv.weight)
-
-
-def _lay_out_weights(conv: nn.Conv2d) -> None:
-    weight = conv.weight
-    with torch.inference_mode(False):  # as in _fold
-        laid_out = weight.contiguous(memory_format=torch.channels_last)
-        conv.weight = nn.Parameter(laid_out, requires_grad=weight.requires_grad)
-    forget_pages(weight)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from guided_diffusion.accel.accelerate import (
     accelerate,
-    accelerate_gradient,
     arithmetic,
     precision_on,
     trunk_dtype,
@@ -46,12 +45,9 @@ class Inpainter:
             self.classifier = load_classifier(conf, self.device)
             dtype = trunk_dtype(conf.precision, conf.classifier_use_fp16, self.device)
             self.classifier.convert_trunk(dtype)
-            self.gradient = accelerate_gradient(
-                partial(classifier_gradient, scale=conf.classifier_scale),
-                self.classifier,
-                self.device,
-                conf.compile,
-                conf.check,
+            gradient = partial(classifier_gradient, scale=conf.classifier_scale)
+            self.gradient = accelerate(
+                self.classifier, self.device, conf.compile, conf.check, gradient
             )
 
     @property

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import os
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from network_cases import SMALL, randomised, relative
 
 from guided_diffusion.accel import accelerate as door
-from guided_diffusion.accel.accelerate import CompiledBatch, accelerate, accelerate_gradient
+from guided_diffusion.accel.accelerate import CompiledBatch, accelerate
 from guided_diffusion.accel.layout import trunk_dtype
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.reading import load_conf
@@ -27,6 +26,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([10, 700, 4])
 Y = torch.tensor([1, 3, 0])
+pytestmark = pytest.mark.filterwarnings("error:compile")
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device and -m gpu: compiles for it"
 )
@@ -51,18 +51,13 @@ def with_backend(monkeypatch, backend):
     torch._dynamo.reset()
 
 
-def no_warning():
-    warnings.simplefilter("error", UserWarning)
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param(None, marks=pytest.mark.slow)])
 def test_a_compiled_network_computes_the_same(network, monkeypatch, backend, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     reference = network(X, T, Y)
     with_backend(monkeypatch, backend)
     run = accelerate(network, CPU, True)
-    with torch.inference_mode(), warnings.catch_warnings():
-        no_warning()
+    with torch.inference_mode():
         for count in (3, 3, 1):
             output = run(X[:count], T[:count], Y[:count])
             assert relative(output, reference[:count]) < 1e-5
@@ -71,11 +66,10 @@ def test_a_compiled_network_computes_the_same(network, monkeypatch, backend, tmp
 def test_a_compiled_classifiers_gradient_is_the_same(monkeypatch):
     classifier = randomised(EncoderUNetModel(SMALL, 7, "attention"))
     gradient = partial(classifier_gradient, scale=2.0)
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="compile:")
+    with torch.inference_mode():
         reference = gradient(classifier, X, T, Y)
         with_backend(monkeypatch, "aot_eager")
-        run = accelerate_gradient(gradient, classifier, CPU, True)
+        run = accelerate(classifier, CPU, True, gradient=gradient)
         assert isinstance(run._fast, CompiledBatch)
         assert relative(run(X, T, Y), reference) < 1e-5
 
@@ -102,9 +96,7 @@ def test_where_compiling_fails_one_warning_and_the_plain_network(
         with pytest.warns(UserWarning, match=f"compile: .*{message}") as caught:
             first = run(X, T, Y)
         assert [each.category for each in caught].count(UserWarning) == 1
-        with warnings.catch_warnings():
-            no_warning()
-            second = run(X, T, Y)
+        second = run(X, T, Y)
     assert relative(first, reference) < 1e-6
     assert relative(second, reference) < 1e-6
 
@@ -178,19 +170,16 @@ def test_a_gpus_first_output_is_that_of_a_replayed_graph():
 @pytest.mark.parametrize("is_gradient", [False, True])
 @pytest.mark.usefixtures("switches")
 def test_a_gpu_computes_the_same(network, precision, most, is_gradient):
-    plain, build = network, accelerate
+    gradient = None
     if is_gradient:
-        classifier = randomised(EncoderUNetModel(SMALL, 7, "attention"))
+        network = randomised(EncoderUNetModel(SMALL, 7, "attention"))
         gradient = partial(classifier_gradient, scale=2.0)
-        plain, network = partial(gradient, classifier), classifier
-        build = partial(accelerate_gradient, gradient)
-    reference = plain(X, T, Y)
+    reference = (partial(gradient, network) if gradient else network)(X, T, Y)
     network = copy.deepcopy(network).to(GPU)
     network.convert_trunk(trunk_dtype(precision, False, GPU))
-    run = build(network, GPU, True)
+    run = accelerate(network, GPU, True, gradient=gradient)
     inputs = [tensor.to(GPU) for tensor in (X, T, Y)]
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="compile:")
+    with torch.inference_mode():
         outputs = [run(*(tensor[:count] for tensor in inputs)) for count in (3, 1, 3)]
     for output in outputs:  # after all calls: a graph's own output would have been written over
         assert relative(output.cpu(), reference[: len(output)]) < most

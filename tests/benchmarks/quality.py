@@ -307,7 +307,7 @@ class Block:
             "rows": [],
         }  # fmt: skip
         if self.path.is_file():
-            self._tree = quality_report.read_block(self.path)
+            self._tree = json.loads(self.path.read_text(encoding="utf-8"))
 
     @property
     def rows(self) -> list[dict[str, Any]]:

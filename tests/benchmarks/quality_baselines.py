@@ -26,19 +26,14 @@ class Nearest:
 
     def __call__(self, gt: np.ndarray, holes: np.ndarray) -> np.ndarray:
         """Fill the holes, bool (N, S, S), of the pictures, uint8 (N, S, S, 3)."""
-        known = np.repeat(~holes[..., None], 3, axis=3).reshape(len(gt), -1).astype(np.float32)
-        target = known * gt.reshape(len(gt), -1)
-        best, where = np.full(len(gt), np.inf, np.float32), np.zeros(len(gt), int)
-        for start in range(0, len(self._pictures), 1000):
-            part = self._pictures[start : start + 1000]
-            part = part.reshape(len(part), -1).astype(np.float32)
-            # |m(p - g)|² without |mg|², which is the same for all p.
-            errors = part**2 @ known.T - 2 * part @ target.T
-            lowest = errors.argmin(0)
-            value = errors[lowest, np.arange(len(gt))]
-            where = np.where(value < best, start + lowest, where)
-            best = np.minimum(best, value)
-        return np.where(holes[..., None], self._pictures[where], gt)
+        best, results = np.full(len(gt), np.inf), gt.copy()
+        for picture in self._pictures:
+            errors = ((gt.astype(np.float32) - picture) ** 2).sum(axis=3)
+            error = np.where(holes, 0, errors).sum(axis=(1, 2))
+            is_nearer = error < best
+            best[is_nearer] = error[is_nearer]
+            results[is_nearer] = picture
+        return np.where(holes[..., None], results, gt)
 
 
 class Posterior:

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,11 +23,7 @@ MEASURES = {
     "hole": "MSE in the hole",
     "border": "MSE across its border",
 }
-BASELINES = {
-    "nearest": "nearest training picture",
-    "posterior": "another face with the same known pixels",
-}
-_KINDS = {"repaint": "RePaint", "ddim": "DDIM steps", "ddnm": "DDNM"}
+BASELINES = ("nearest", "posterior")
 
 
 @dataclass(frozen=True)
@@ -49,20 +44,6 @@ class Numbers:
 Blocks = dict[str, dict[str, Numbers]]  # by mask and setting, the cheapest first
 
 
-def read_block(path: Path) -> dict[str, Any]:
-    """Return a block as quality.py writes it; raises UserError for anything else."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        curve_of(tree["setting"])
-        numbers_of(tree)
-        is_whole = all("picture" in row for row in tree["rows"]) and "seconds" in tree
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        is_whole = False
-    if not is_whole:
-        raise UserError("is damaged: remove it, and it is made again", path=path)
-    return tree
-
-
 def numbers_of(tree: dict[str, Any]) -> Numbers:
     """Return the numbers of a block."""
     values = {key: np.array([row[key] for row in tree["rows"]], float) for key in MEASURES}
@@ -70,38 +51,20 @@ def numbers_of(tree: dict[str, Any]) -> Numbers:
 
 
 def read_blocks(out: Path) -> Blocks:
-    """Return the numbers of all blocks below ``out``; raises UserError for a damaged one."""
+    """Return the numbers of all blocks below ``out``."""
     blocks = {}
     for family in FAMILIES:
         paths = sorted((out / "blocks" / family).glob("*.json"))
-        found = [numbers_of(read_block(path)) for path in paths]
+        found = [numbers_of(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
         found.sort(key=lambda block: (block.calls, block.setting))
         if found:
             blocks[family] = {block.setting: block for block in found}
     return blocks
 
 
-def label(setting: str) -> str:
-    """Describe a setting, such as ddnm0.85-r5-t50, in words."""
-    if setting in BASELINES:
-        return BASELINES[setting]
-    return f"{curve_of(setting)}, {re.search(r'[0-9]+$', setting)[0]} steps"
-
-
 def curve_of(setting: str) -> str:
-    """Return the curve that a setting is a point of; a baseline is a curve of its own."""
-    if setting in BASELINES:
-        return setting
-    pattern = r"([a-z]+)([\d.]*)(?:falling(\d+))?(?:-j(\d+))?(?:-r(\d+))?-t([a-z]*)\d+"
-    kind, eta, falls, jump, repeats, spacing = re.fullmatch(pattern, setting).groups()
-    parts = [_KINDS[kind] + f" {eta}" * bool(eta) + f" falling {falls}" * bool(falls)]
-    if repeats or kind == "repaint":
-        parts.append(f"r = {repeats or 1}")
-    if jump:
-        parts.append(f"jumps of {jump}")
-    if spacing:
-        parts.append(f"steps by {spacing}")
-    return ", ".join(parts)
+    """Return the curve that a setting is a point of: its name without the number of steps."""
+    return setting.rstrip("0123456789")
 
 
 def spread(values: Sequence[float] | np.ndarray) -> str:
@@ -162,12 +125,12 @@ def curve_table(blocks: Blocks, measure: str) -> str:
             cells.append(f"{mean} (n = {count})" if count < most else mean)
         else:
             cells.append("")
-        rows.append([label(name), calls[name], *cells])
+        rows.append([name, calls[name], *cells])
     return table([f"{MEASURES[measure]}, n = {most}", "calls", *blocks, "mean"], rows)
 
 
-def differences(blocks: Blocks, reference: str, measure: str = "lpips") -> dict[str, dict]:
-    """Return by setting and mask what it has more than ``reference``, picture by picture.
+def differences(blocks: Blocks, reference: str) -> dict[str, dict]:
+    """Return by setting and mask how much more LPIPS it has than ``reference``, by picture.
 
     The mask ``mean`` is that of a picture over all masks, where both are measured with all.
     """
@@ -175,10 +138,10 @@ def differences(blocks: Blocks, reference: str, measure: str = "lpips") -> dict[
     for family, settings in blocks.items():
         if reference not in settings:
             continue
-        base = settings[reference].values[measure]
+        base = settings[reference].values["lpips"]
         for name, block in settings.items():
             count = min(block.count, len(base))
-            more = block.values[measure][:count] - base[:count]
+            more = block.values["lpips"][:count] - base[:count]
             found.setdefault(name, {})[family] = more
     for values in found.values():
         if values.keys() == blocks.keys():
@@ -197,42 +160,15 @@ def difference_table(blocks: Blocks, reference: str) -> str:
             f"{spread(values[key])} (n = {len(values[key])})" if key in values else ""
             for key in (*blocks, "mean")
         ]
-        rows.append([label(name), *cells])
-    return table([f"LPIPS more than {label(reference)}", *blocks, "mean"], rows)
-
-
-def budget_table(blocks: Blocks) -> str:
-    """Return which setting has the lowest mean LPIPS over all masks, for so many calls at most.
-
-    Settings take part that are measured with all masks, with as many pictures as the most of them.
-    Beside each row's setting stands how much more LPIPS it has, picture by picture, than the one in
-    the last row.
-    """
-    means = {}
-    for name in next(iter(blocks.values())):
-        found = [settings[name] for settings in blocks.values() if name in settings]
-        if len(found) == len(blocks) and found[0].calls:
-            count = min(block.count for block in found)
-            scores = np.mean([block.values["lpips"][:count] for block in found], axis=0)
-            means[name] = found[0].calls, scores
-    most = max((len(scores) for _, scores in means.values()), default=0)
-    best: list[tuple[str, int, np.ndarray]] = []
-    for name, (calls, scores) in means.items():  # the cheapest first
-        if len(scores) == most and (not best or scores.mean() < best[-1][2].mean()):
-            best = [one for one in best if one[1] < calls] + [(name, calls, scores)]
-    rows = [
-        [calls, label(name), spread(scores), spread(scores - best[-1][2])]
-        for name, calls, scores in best
-    ]
-    head = ["calls", f"lowest LPIPS, mean of {', '.join(blocks)}", f"LPIPS, n = {most}"]
-    return table([*head, "more than the last row"], rows)
+        rows.append([name, *cells])
+    return table([f"LPIPS more than {reference}", *blocks, "mean"], rows)
 
 
 # ---- plot ----------------------------------------------------------------------------------------
 
 
-def plot(blocks: Blocks, measure: str = "lpips") -> Figure:
-    """Draw a measure against calls: a panel for each mask, a line for each curve.
+def plot(blocks: Blocks) -> Figure:
+    """Draw LPIPS against calls: a panel for each mask, a line for each curve.
 
     What makes no call is drawn as a dashed line.
     """
@@ -257,11 +193,11 @@ def plot(blocks: Blocks, measure: str = "lpips") -> Figure:
             points = [block for block in settings.values() if curve_of(block.setting) == curve]
             if not points:
                 continue
-            mean = [block.values[measure].mean() for block in points]
+            mean = [block.values["lpips"].mean() for block in points]
             if points[0].calls == 0:
                 handles[curve] = axis.axhline(mean[0], color=colour, linestyle="--")
                 continue
-            error = np.nan_to_num([standard_error(block.values[measure]) for block in points])
+            error = np.nan_to_num([standard_error(block.values["lpips"]) for block in points])
             calls = [block.calls for block in points]
             handles[curve] = axis.errorbar(
                 calls, mean, error, color=colour, marker="o", markersize=3, capsize=2, lw=1
@@ -270,10 +206,9 @@ def plot(blocks: Blocks, measure: str = "lpips") -> Figure:
     for axis in axes[len(blocks) :]:
         axis.set_visible(False)
     figure.supxlabel("network calls a picture", fontsize=10)
-    figure.supylabel(MEASURES[measure], fontsize=10)
-    words = [BASELINES.get(curve, curve) for curve in handles]
+    figure.supylabel("LPIPS", fontsize=10)
     figure.legend(
-        handles.values(), words, loc="outside right upper", fontsize=8,
+        handles.values(), handles.keys(), loc="outside right upper", fontsize=8,
         title="± one standard error", title_fontsize=8,
     )  # fmt: skip
     return figure
@@ -288,8 +223,6 @@ def write(out: Path, reference: str | None = None) -> str:
     with atomic_path(out / "quality.png") as temporary:
         plot(blocks).savefig(temporary, format="png", dpi=100)
     tables = [curve_table(blocks, measure) for measure in ("lpips", "hole")]
-    if any(block.calls for settings in blocks.values() for block in settings.values()):
-        tables.append(budget_table(blocks))
     if reference:
         tables.append(difference_table(blocks, reference))
     return "\n\n".join(tables)

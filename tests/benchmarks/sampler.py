@@ -15,15 +15,12 @@ that exists: the speed is the same.
 
 Prints Markdown tables; ``--markdown`` writes what is printed to a file, ``--json`` all figures. An
 error is the largest beside plain.py in float64, over the largest output. FLOPs are plain.py's
-products and convolutions, counted, and the matrix rate is what a large product reaches. Building,
-loading, compiling and first calls are not timed.
+products and convolutions, counted. Building, loading, compiling and first calls are not timed.
 """
 
 import argparse
-import contextlib
 import ctypes
 import dataclasses
-import functools
 import gc
 import json
 import os
@@ -34,7 +31,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,7 +46,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import plain
 
-from guided_diffusion.accel import build, cpu_kernels
 from guided_diffusion.accel.memory import keep_freed_memory
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.keys import DataConf, InpaintConf
@@ -86,10 +82,8 @@ MODE = re.compile(
     "(-(?P<precision>float32|tf32|float16|bfloat16))?(-(?P<way>compiled|eager))?"
 )
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-FEW_CALLS = 50  # below this the table says that it extrapolates from less
 
 Network = Callable[..., Tensor]  # of x, timesteps and maybe y
-Clock = Callable[[], float]
 
 
 @dataclass
@@ -98,7 +92,6 @@ class Mode:
 
     name: str
     network: Network
-    dtype: torch.dtype  # of the convolutions
     is_plain: bool  # synchronises after every call, and frees memory as usual
     tf32: tuple[bool, bool]  # of matrix products and convolutions: global switches of torch
     error: float = 0.0  # largest, over the largest output, against float64
@@ -143,9 +136,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "device is good for")  # fmt: skip
     parser.add_argument("--rounds", type=positive, default=10)
     parser.add_argument("--calls", type=positive, default=5, help="of each mode in every round")
-    parser.add_argument("--threads", type=positive, help="of the CPU")
-    parser.add_argument("--cpu_time", action="store_true", help="count the process's CPU seconds "
-                        "and not the clock's: for a CPU that others use too")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--markdown", metavar="FILE", help="write there what is printed")
     args = parser.parse_args(argv)
@@ -204,8 +194,8 @@ def with_checkpoints(conf: InpaintConf, folder: str) -> InpaintConf:
 class Benchmark:
     """All modes on one device with one batch size."""
 
-    def __init__(self, conf: InpaintConf, device: torch.device, batch: int, clock: Clock) -> None:
-        self.conf, self.device, self.batch, self.clock = conf, device, batch, clock
+    def __init__(self, conf: InpaintConf, device: torch.device, batch: int) -> None:
+        self.conf, self.device, self.batch = conf, device, batch
         self.diffusion = create_gaussian_diffusion(conf)
         self.times = create_schedule(conf, self.diffusion)
         generator = torch.Generator().manual_seed(1)
@@ -250,11 +240,11 @@ class Benchmark:
         if kind == "plain":
             network = self._plain(dtype)
         elif kind == "ours":
-            network, dtype = self._ours(precision, way)
+            network = self._ours(precision, way)
         else:
             network = self._other(kind, dtype)
         tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        mode = Mode(name, network, dtype, kind == "plain", tf32)
+        mode = Mode(name, network, kind == "plain", tf32)
         self.call(mode)
         return mode
 
@@ -278,14 +268,12 @@ class Benchmark:
             return partial(plain.classifier_gradient, model, scale=self.conf.classifier_scale)
         return partial(plain.unet, model)
 
-    def _ours(self, precision: str | None, way: str | None) -> tuple[Network, torch.dtype]:
+    def _ours(self, precision: str | None, way: str | None) -> Network:
         compile = {"compiled": True, "eager": False, None: "auto"}[way]
         is_half = precision == "float16"
         changes = {"precision": precision, "compile": compile, "classifier_use_fp16": is_half}
         inpainter = Inpainter(dataclasses.replace(self.conf, **changes), self.times)
-        if self.conf.guided:
-            return inpainter.gradient, inpainter.classifier.dtype
-        return inpainter.network, inpainter.model.dtype
+        return inpainter.gradient if self.conf.guided else inpainter.network
 
     def exact(self) -> Tensor:
         """Return the output of one call in float64, made image by image to fit a GPU."""
@@ -305,9 +293,9 @@ class Benchmark:
             for mode in modes:
                 self.prepare(mode.is_plain, mode.tf32)
                 self.call(mode)  # the first finds caches and heap as another mode left them
-                started = self.clock()
+                started = time.perf_counter()
                 self.call(mode, calls)
-                mode.ms.append((self.clock() - started) / calls * 1000)
+                mode.ms.append((time.perf_counter() - started) / calls * 1000)
 
 
 def return_freed_memory() -> None:
@@ -353,46 +341,6 @@ def forget_compiled() -> None:
         torch.cuda.empty_cache()
 
 
-def wake_up(device: torch.device) -> None:
-    """Let the GPU's libraries load before anything is timed."""
-    a = torch.ones(8, 8, 8, 8, device=device)
-    torch.conv2d(a, a[:, :, :3, :3])
-    a[0, 0] @ a[0, 0]
-
-
-@functools.cache
-def matrix_rate(device: torch.device, dtype: torch.dtype, tf32: bool, clock: Clock) -> float:
-    """Return the FLOP/s of a large product of matrices: torch's, or ours on a CPU if better."""
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    is_cuda = device.type == "cuda"
-    side, count = (8192, 3) if is_cuda else (2048, 1)
-    a, b = (torch.randn(side, side, device=device).type(dtype) for _ in range(2))
-    products = [lambda: a @ b]
-    if not is_cuda:
-        keep_freed_memory()
-    if not is_cuda and dtype == torch.float32:
-        with contextlib.suppress(build.KernelError):  # MKL's is slow on other makers' processors
-            products.append(own_product(a, b))
-    spent = []
-    for product in products * 4:
-        if is_cuda:
-            torch.cuda.synchronize(device)
-        started = clock()
-        for _ in range(count):
-            product()
-        if is_cuda:
-            torch.cuda.synchronize(device)
-        spent.append((clock() - started) / count)
-    return 2 * side**3 / min(spent[len(products) :])
-
-
-def own_product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
-    """Return b · aᵀ of two float32 matrices (2048, 2048) as a convolution; raises KernelError."""
-    library = cpu_kernels.load()
-    weight, bias = library.pack_weights(a[:, :, None, None]), a.new_zeros(len(a))
-    return lambda: library.pointwise([b.view(1, 32, 64, -1)], weight, bias)
-
-
 def count_flops(conf: InpaintConf) -> int:
     """Return the floating-point operations of one call for one image; a multiply-add is two."""
     with torch.device("meta"):
@@ -419,7 +367,6 @@ def figures(bench: Benchmark, modes: list[Mode]) -> list[dict]:
     for mode in modes:
         ms, low, high = statistics.median(mode.ms), min(mode.ms), max(mode.ms)
         ratios = [a / b for a, b in zip(modes[0].ms, mode.ms, strict=True)]
-        rate = matrix_rate(bench.device, mode.dtype, mode.tf32[1], bench.clock)
         row = {
             "mode": mode.name,
             "batch_size": bench.batch,
@@ -430,7 +377,6 @@ def figures(bench: Benchmark, modes: list[Mode]) -> list[dict]:
             "seconds_an_image": calls * ms / 1000 / bench.batch,
             "forward_error": mode.error,
             "tflops": flops / ms / 1e9,
-            "share_of_matrix_rate": flops / (ms / 1000) / rate,
         }
         rows.append(row)
     return rows
@@ -440,64 +386,53 @@ def table(rows: list[dict]) -> str:
     """Return the rows in Markdown."""
     first = rows[0]["mode"]
     lines = [f"| mode | ms a call and image | spread | against {first} | spread | s an image | "
-             "error | TFLOP/s | share of matrix rate |",
-             "| --- " * 9 + "|"]  # fmt: skip
+             "error | TFLOP/s |",
+             "| --- " * 8 + "|"]  # fmt: skip
     for row in rows:
         (low, high), (least, most) = row["spread_ms"], row["ratios"]
         cells = [row["mode"], f"{row['ms_a_call_and_image']:.4g}", f"{low:.4g} to {high:.4g}",
                  f"{row['speed_against_first_mode']:.2f}×", f"{least:.2f} to {most:.2f}",
                  f"{row['seconds_an_image']:.4g}", f"{row['forward_error']:.1e}",
-                 f"{row['tflops']:.3g}", f"{row['share_of_matrix_rate']:.0%}"]  # fmt: skip
+                 f"{row['tflops']:.3g}"]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def run(
-    args: argparse.Namespace, device: torch.device, clock: Clock, show: Callable[[str], None]
-) -> Iterable[list[dict]]:
-    """Show the table of each batch size in turn, and yield its figures."""
+def run(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, list[dict]]]:
+    """Yield the table and the figures of each batch size in turn."""
     names = args.modes or default_modes(device)
     with tempfile.TemporaryDirectory() as folder:
-        wake_up(device)
         conf = with_checkpoints(configuration(args, device), folder)
         for batch in args.batch_sizes:
             forget_compiled()  # of the last batch size
-            bench = Benchmark(conf, device, batch, clock)
+            bench = Benchmark(conf, device, batch)
             reference, modes = bench.exact(), [bench.build(name) for name in names]
             bench.measure(modes, reference, args.rounds, args.calls)
             rows, flops = figures(bench, modes), count_flops(conf) / 1e9
             what = "the classifier's gradient" if conf.guided else "the network"
             calls, _ = count_steps(bench.times)
-            show(f"\n{what}, batch size {batch}; {flops:.4g} GFLOP an image and call; "
-                 f"s an image is {calls} calls\n\n{table(rows)}")  # fmt: skip
-            yield rows
+            title = (f"{what}, batch size {batch}; {flops:.4g} GFLOP an image and call; "
+                     f"s an image is {calls} calls")  # fmt: skip
+            yield f"\n{title}\n\n{table(rows)}", rows
             del modes, bench, reference
 
 
 def main() -> None:
     """Print and write what the command line asks for."""
     args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device, lines, results = get_device(args.device), [], []
-    clock = time.process_time if args.cpu_time else time.perf_counter
-
-    def show(text: str) -> None:
-        print(text, flush=True)
-        lines.append(text)
-
+    device, results = get_device(args.device), []
     settings = {
         "machine": machine(device),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
-        "clock": clock.__name__,
         "calls_a_mode": args.rounds * args.calls,
         "command": " ".join(sys.argv[1:]),
     }
-    show(", ".join(f"{key} {value}" for key, value in settings.items() if value))
-    if args.rounds * args.calls < FEW_CALLS:
-        show(f"s an image is extrapolated from {args.rounds * args.calls} calls only")
-    for rows in run(args, device, clock, show):
+    lines = [", ".join(f"{key} {value}" for key, value in settings.items() if value)]
+    print(lines[0], flush=True)
+    for text, rows in run(args, device):
+        print(text, flush=True)
+        lines.append(text)
         results += rows
         if args.json:
             write_text_atomic(args.json, json.dumps({**settings, "results": results}, indent=1))
