@@ -3,7 +3,7 @@
 probe='import sys
 sys.path = [folder for folder in sys.path if folder]
 if sys.version_info < (3, 10): sys.exit("3.10 or newer is needed, and this is %d.%d" % sys.version_info[:2])
-try: import filelock, tqdm
+try: import filelock, gdown, tqdm
 except ImportError as error: sys.exit("%s (%s -m pip install -r requirements.txt)" % (error, sys.executable))'
 # Python, and not the shell, follows links to this file: data/ is filled beside the file itself.
 start='import os, runpy, sys

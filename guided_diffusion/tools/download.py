@@ -1,11 +1,10 @@
 """Fetch the published checkpoints and data into data/: ``sh download.sh``.
 
-Bytes gather in ``NAME.part``, which a later run continues. A file gets its name after its check.
+gdown writes a partial file, which a later run continues. A file gets its name after its check.
 """
 
 import argparse
 import functools
-import http.client
 import json
 import os
 import shutil
@@ -13,31 +12,29 @@ import stat
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import gdown
 from tqdm import tqdm
 
 if __name__ == "__main__":  # as a script its own folder comes first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 from guided_diffusion.cli import OptionParser, command_line
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, printable
 from guided_diffusion.io.files import locked
 from guided_diffusion.tools.catalogue import CATALOGUE, DEFAULT, DRIVE, Published, look_up
 
 ROOT = Path(__file__).resolve().parents[2]
 QUOTA = """Google Drive sent a page in place of the file; usually its daily limit for this file is
 used up (quota): try again in a day, or set REPAINT_MIRROR"""
-BLOCK, JSON_LIMIT, MARGIN = 1 << 18, 1 << 20, 16 << 20  # bytes; MARGIN stays free on the disk
-TRIES = 5  # in a row without a new byte
+JSON_LIMIT, MARGIN = 1 << 20, 16 << 20  # bytes; MARGIN stays free on the disk
+TRIES = 4  # in a row without a new byte
 PASSING = (408, 425, 429)  # HTTP statuses from 400 to 499 after which another try may help
 PLAIN = {0, stat.S_IFREG, stat.S_IFDIR}  # kinds of an archive's entries; 0: not stated
-PACKED = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
 
 class NotFetchedError(Exception):
@@ -55,8 +52,17 @@ class Target:
 
     @property
     def part(self) -> Path:
-        """Where the bytes gather."""
+        """Where a whole file waits for its check."""
         return self.path.with_name(f"{self.path.name}.part")
+
+    def leftovers(self) -> list[Path]:
+        """Return the part and gdown's partial file, whose name begins with the part's."""
+        return list(self.path.parent.glob(f"{self.part.name}*"))
+
+    def remove_leftovers(self) -> None:
+        """Remove all that has arrived of the file."""
+        for path in self.leftovers():
+            path.unlink()
 
 
 def targets_of(entry: Published, mirror: str = "") -> list[tuple[Target, ...]]:
@@ -74,25 +80,20 @@ def targets_of(entry: Published, mirror: str = "") -> list[tuple[Target, ...]]:
 
 
 BAR = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}  # None: but in a terminal
-say = functools.partial(print, flush=True)  # in order with what goes to standard error
+say = functools.partial(print, flush=True)  # flushed, to stay in order with standard error
 human = functools.partial(tqdm.format_sizeof, suffix="B")
 
 
 def complain(text: str) -> None:
     """Print one line to standard error; what a server sent cannot control the terminal."""
-    say("".join(c if c.isprintable() else " " for c in " ".join(text.split())), file=sys.stderr)
-
-
-def size_of(path: Path) -> int:
-    """Return the size of a file in bytes, 0 where there is none."""
-    return path.stat().st_size if path.is_file() else 0
+    say(printable(" ".join(text.split())), file=sys.stderr)
 
 
 # ---- transfers -----------------------------------------------------------------------------------
 
 
 def check_room(target: Target, size: int, missing: int) -> None:
-    """Raise NotFetchedError where a file of ``size`` bytes, ``missing`` of them, is too large."""
+    """Raise NotFetchedError for a ``size`` above the limit, or no room for ``missing`` bytes."""
     if size > target.limit:
         raise NotFetchedError(f"has {human(size)}, expected at most {human(target.limit)}")
     free = shutil.disk_usage(target.path.parent).free
@@ -100,95 +101,60 @@ def check_room(target: Target, size: int, missing: int) -> None:
         raise NotFetchedError(f"needs {human(missing)}, and the disk has {human(free)}")
 
 
-def fetch_http(target: Target, url: str, timeout: int) -> None:
-    """Fill the part from an address that urllib opens; raises NotFetchedError.
+def fill_part(target: Target, address: str, timeout: int) -> None:
+    """Bring a file to ``target.part``; raises NotFetchedError and OSError.
 
-    A transfer that breaks off is continued. ``TRIES`` tries without a new byte end it, or two where
-    no server has answered yet.
+    A transfer that breaks off is continued, until ``TRIES`` tries in a row bring no new byte.
     """
-    failures, most, tries = 0, 0, 1 if url.startswith("file:") else 2
-    while failures < tries:
+    if "://" not in address:  # a folder of this machine
+        size = Path(address).stat().st_size
+        check_room(target, size, size)
+        shutil.copyfile(address, target.part)
+        return
+    failures, most = 0, 0
+    while failures < TRIES:
         time.sleep(failures * timeout / 12)
-        start = size_of(target.part)
-        most = max(most, start)
         try:
-            return _transfer(target, url, start, timeout)
-        except urllib.error.HTTPError as error:
-            error.close()
-            problem, tries = f"HTTP {error.code}", TRIES
-            if start and error.code == 416:  # no byte after ours: all is here, or too much
-                if error.headers.get("Content-Range", f"bytes */{start}") == f"bytes */{start}":
-                    return None
-                target.part.unlink()
-            elif 400 <= error.code < 500 and error.code not in PASSING:
-                break
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            problem = str(getattr(error, "reason", None) or error)[:200]
+            transfer(target, address, timeout)
+            return
+        except gdown.FileURLRetrievalError as error:
+            raise NotFetchedError(QUOTA) from error
+        except (OSError, gdown.DownloadError) as error:  # all exceptions of requests are OSErrors
+            reason = getattr((error.args or [error])[0], "reason", error)
+            problem, response = str(reason)[:200], getattr(error, "response", None)
+            if response is not None:
+                problem = f"HTTP {response.status_code}"
+                if 400 <= response.status_code < 500 and response.status_code not in PASSING:
+                    break
+            elif "byte range" in problem:  # gdown cannot continue what is here
+                target.remove_leftovers()
         failures += 1
-        if size_of(target.part) > most:
-            failures, tries = 0, TRIES
+        size = sum(path.stat().st_size for path in target.leftovers())
+        if size > most:
+            failures, most = 0, size
     raise NotFetchedError(problem)
 
 
-def _transfer(target: Target, url: str, start: int, timeout: int) -> None:
-    """Ask once for all after the first ``start`` bytes; raises as urllib, and NotFetchedError."""
-    headers = {"User-Agent": "repaint-download", "Accept-Encoding": "identity"}
-    headers |= {"Range": f"bytes={start}-"} if start else {}
-    request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=timeout) as answer:
-        if answer.status != 206:
-            start = 0
-        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            target.part.unlink(missing_ok=True)
-            raise OSError("the server sent another part of the file")
-        length = getattr(answer, "length", None)  # None where the server does not say it
-        total = None if length is None else start + length
-        check_room(target, total or start, (total or start) - start)
-        bar = tqdm(desc=target.name, total=total, initial=start, **BAR)
-        with bar, target.part.open("ab" if start else "wb") as stream:
-            for block in iter(lambda: answer.read1(BLOCK), b""):
-                start += len(block)
-                try:
-                    check_room(target, start, len(block))
-                except NotFetchedError:
-                    if total is None:  # it may have no end at all, and would fill the disk
-                        stream.truncate(0)
-                    raise
-                stream.write(block)
-                stream.flush()
-                bar.update(len(block))
-    if total is not None and start < total:
-        raise OSError("the connection broke")
+def transfer(target: Target, address: str, timeout: int) -> None:
+    """Let gdown fetch the rest of a file; raises as gdown, and NotFetchedError as ``check_room``.
 
-
-def fetch_drive(target: Target, address: str, timeout: int) -> None:
-    """Fill the part from Google Drive by gdown; raises NotFetchedError."""
-    try:
-        import gdown
-    except ImportError as error:
-        raise NotFetchedError("needs the package gdown: pip install gdown") from error
-    # gdown appends to this name for its partial file, and finds it again by it.
-    fetched = target.part.with_name(f"{target.part.name}.drive")
+    A file above the limit is removed, and one of unknown size that the disk has no room for.
+    """
+    source = {"id": address.rpartition("/")[2]} if address.startswith(DRIVE) else {"url": address}
+    options = {"quiet": True, "resume": True, "use_cookies": False, "timeout": timeout}
     with tqdm(desc=target.name, **BAR) as bar:
 
         def report(size: int, total: int | None) -> None:
-            check_room(target, max(size, total or 0), (total or size) - size)
             bar.total = total
             bar.update(size - bar.n)
-
-        options = {"quiet": True, "resume": True, "use_cookies": False, "progress": report}
+            check_room(target, max(size, total or 0), (total or size) - size)
 
         try:
-            gdown.download(
-                id=address.rpartition("/")[2], output=str(fetched), timeout=timeout, **options
-            )
-        except gdown.exceptions.FileURLRetrievalError as error:
-            raise NotFetchedError(QUOTA) from error
+            gdown.download(**source, output=str(target.part), progress=report, **options)
         except NotFetchedError:
+            if bar.total is None or bar.total > target.limit:
+                target.remove_leftovers()
             raise
-        except Exception as error:  # gdown passes on the exceptions of its own libraries
-            raise NotFetchedError(f"gdown: {str(error)[:300]}") from error
-    fetched.replace(target.part)
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -234,9 +200,8 @@ def unpack(archive: Path, target: Target) -> str:
         if unpacked > target.limit:
             problem = f"holds {human(unpacked)}, expected at most {human(target.limit)}"
             raise UserError(problem, path=archive)
-        kinds = {stat.S_IFMT(entry.external_attr >> 16) for entry in entries}
-        if not kinds <= PLAIN or not {entry.compress_type for entry in entries} <= PACKED:
-            raise UserError("holds a link, a device or unusual packing", path=archive)
+        if not {stat.S_IFMT(entry.external_attr >> 16) for entry in entries} <= PLAIN:
+            raise UserError("holds a link or a device", path=archive)
         check_room(target, unpacked, unpacked)
         # All is unpacked before the first file is renamed. zipfile removes drives and ".." itself.
         paths = [Path(opened.extract(entry, folder)) for entry in entries if not entry.is_dir()]
@@ -273,8 +238,7 @@ def fetch_from(target: Target, address: str, timeout: int) -> None:
 
     A file that is refused is removed, and fetched once more where an earlier part was continued.
     """
-    is_continued = target.part.exists()
-    fill_part = fetch_drive if address.startswith(DRIVE) else fetch_http
+    is_continued = bool(target.leftovers())
     fill_part(target, address, timeout)
     try:
         check(target, target.part)
@@ -288,14 +252,14 @@ def fetch_from(target: Target, address: str, timeout: int) -> None:
 
 
 def fetch_file(target: Target, timeout: int) -> bool:
-    """Bring one file into its place; return whether it is there. Raises OSError."""
+    """Bring one file into its place; return whether it is there."""
     target.path.parent.mkdir(parents=True, exist_ok=True)
     for address in target.addresses:
         say(f"{target.name}: from {address}")
         try:
             fetch_from(target, address, timeout)
             return True
-        except NotFetchedError as error:
+        except (NotFetchedError, OSError) as error:
             complain(f"{target.name}: {address}: {error}")
     if address.startswith(DRIVE):
         complain(
@@ -338,12 +302,9 @@ def read_settings() -> tuple[str, int]:
     if not (timeout.isascii() and timeout.isdigit() and 0 < int(timeout) < 10**6):
         raise UserError(key="REPAINT_TIMEOUT", expected="whole seconds", got=timeout)
     mirror = os.environ.get("REPAINT_MIRROR", "").removeprefix("file://").rstrip("/")
-    if mirror and not mirror.startswith(("http://", "https://")):
-        if not Path(mirror).is_dir():
-            raise UserError(
-                key="REPAINT_MIRROR", expected="an http(s) address or folder", got=mirror
-            )
-        mirror = Path(mirror).absolute().as_uri()
+    if mirror and not (mirror.startswith(("http://", "https://")) or Path(mirror).is_dir()):
+        expected = "an http(s) address or a folder"
+        raise UserError(key="REPAINT_MIRROR", expected=expected, got=mirror)
     return mirror, int(timeout)
 
 

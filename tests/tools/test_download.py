@@ -3,6 +3,7 @@ import functools
 import http.server
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import gdown
@@ -39,9 +40,9 @@ def archive(entries, compression=zipfile.ZIP_STORED):
 
 @functools.cache
 def checkpoint(seed=0):
-    """A checkpoint of 300 kB."""
+    """A checkpoint of 3 MB, which arrives in six pieces."""
     buffer = io.BytesIO()
-    torch.save({"input_blocks.0.0.weight": torch.full((75_000,), float(seed))}, buffer)
+    torch.save({"input_blocks.0.0.weight": torch.full((750_000,), float(seed))}, buffer)
     return buffer.getvalue()
 
 
@@ -61,6 +62,7 @@ class File:
     status: int = 200
     failures: int = 10**9  # how often to answer with status, or to break off
     break_at: int | None = None  # bytes of an answer after which the connection breaks
+    end: int | None = None  # the place in the file where each connection breaks
     stall: bool = False  # hold the broken connection open
     ranges: bool = True
     length: int | None = None  # what is announced; -1: nothing
@@ -93,7 +95,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if length >= 0:
             self.send_header("Content-Length", str(length))
         self.end_headers()
-        body = file.content[start:]
+        body = file.content[start : file.end]
         broken = failing and file.break_at is not None
         with contextlib.suppress(OSError):
             for _ in range(file.repeat):
@@ -126,8 +128,7 @@ class House:
     def __init__(self, root, monkeypatch, capsys):
         self.root, self._capsys, self._setenv = root, capsys, monkeypatch.setenv
         monkeypatch.setattr(download, "ROOT", root)
-        monkeypatch.setattr(gdown, "download", self._offline)
-        monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+        monkeypatch.setattr(gdown, "download", self._from_here)
         monkeypatch.setenv("REPAINT_TIMEOUT", "1")
         monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
         monkeypatch.delenv("REPAINT_MIRROR", raising=False)
@@ -135,8 +136,10 @@ class House:
             (root / "data" / folder).mkdir(parents=True)
 
     @staticmethod
-    def _offline(**_):
-        raise OSError("no network")
+    def _from_here(*, url="", real=gdown.download, **options):
+        if not url.startswith("http://127.0.0.1:"):
+            raise OSError("no network")
+        return real(url=url, **options)
 
     def run(self, *names, mirror=""):
         self._setenv("REPAINT_MIRROR", str(mirror))
@@ -182,44 +185,51 @@ def test_everything_by_default_from_a_mirror(house, server):
     assert (house.err, len(server.requests), asked) == ("", 5, 5)
 
 
-def test_stalled_connection_is_left_and_continued(house, server):
-    server.files[f"/{CHECKPOINT}"] = File(checkpoint(), break_at=120_000, failures=1, stall=True)
-    started = time.monotonic()
-    assert house.run(CHECKPOINT, mirror=server.url) == 0
-    assert time.monotonic() - started < 15
-    assert house.path(CHECKPOINT).read_bytes() == checkpoint()
-    (_, first), (_, second) = server.requests
-    assert first is None
-    assert re.fullmatch(r"bytes=[1-9]\d*-", second)
-
-
-def test_connection_that_always_breaks_still_gets_through(house, server):
+def test_connection_that_always_breaks_still_gets_through(house, server, monkeypatch):
     # More breaks than tries, but each brings bytes that were not here before.
-    server.files[f"/{CHECKPOINT}"] = File(checkpoint(), break_at=40_000)
+    assert download.BAR["disable"] is None  # tqdm: off, unless standard error is a terminal
+    monkeypatch.setattr(download, "BAR", {**download.BAR, "disable": False, "mininterval": 0})
+    server.files[f"/{CHECKPOINT}"] = File(checkpoint(), break_at=600_000)
     assert house.run(CHECKPOINT, mirror=server.url) == 0
     assert house.path(CHECKPOINT).read_bytes() == checkpoint()
-    assert len(server.requests) == 8 > download.TRIES
+    starts = [wanted for _, wanted in server.requests if wanted]
+    assert len(set(starts)) == len(starts) > download.TRIES
+    assert re.search(r"256x256_diffusion\.pt: +\d+%.*/3\.00M \[\d\d:\d\d<", house.err)
+
+
+def partial(house):
+    """The file into which gdown has written what has arrived."""
+    [path] = house.path("x").parent.glob(f"{CHECKPOINT}.part*.part")
+    return path
 
 
 def test_part_is_kept_where_no_new_byte_arrives_and_continued_by_the_next_run(house, server):
-    file = server.files[f"/{CHECKPOINT}"] = File(checkpoint(), break_at=100_000, ranges=False)
+    file = server.files[f"/{CHECKPOINT}"] = File(checkpoint(), end=1_500_000)
     assert house.run(CHECKPOINT, mirror=server.url) == 1
-    assert f"{CHECKPOINT}: {server.url}/{CHECKPOINT}: the connection broke" in house.err
+    assert f"{CHECKPOINT}: {server.url}/{CHECKPOINT}: Download is incomplete" in house.err
     assert house.err.splitlines()[-1].startswith(f"missing: {CHECKPOINT}")
-    assert house.files() == {f"pretrained/{CHECKPOINT}.part"}
-    file.ranges, file.failures = True, 0
+    arrived = partial(house).stat().st_size
+    assert 0 < arrived <= 1_500_000
+    file.end = None
     assert house.run(CHECKPOINT, mirror=server.url) == 0
-    assert server.requests[-1] == (f"/{CHECKPOINT}", "bytes=100000-")
+    assert server.requests[-1] == (f"/{CHECKPOINT}", f"bytes={arrived}-")
     assert house.files() == {f"pretrained/{CHECKPOINT}"}
 
 
 @pytest.mark.parametrize(
-    "part", [checkpoint()[:5000], checkpoint(), checkpoint() + b"more", checkpoint(7)[:200_000]]
+    ("name", "part", "ranges"),
+    [
+        (".partabcdefgh.part", checkpoint()[:5000], False),
+        (".partabcdefgh.part", checkpoint() + b"more", True),
+        (".partabcdefgh.part", checkpoint(7)[:2_000_000], True),
+        (".part", checkpoint(), True),
+        (".part", checkpoint()[:5000], True),
+    ],
+    ids=["server without ranges", "longer", "another file", "whole", "unfinished"],
 )
-@pytest.mark.parametrize("ranges", [True, False])
-def test_any_part_ends_in_the_whole_file(house, server, part, ranges):
+def test_any_part_ends_in_the_whole_file(house, server, name, part, ranges):
     server.files[f"/{CHECKPOINT}"] = File(checkpoint(), ranges=ranges)
-    house.path(f"{CHECKPOINT}.part").write_bytes(part)
+    house.path(f"{CHECKPOINT}{name}").write_bytes(part)
     assert house.run(CHECKPOINT, mirror=server.url) == 0
     assert house.path(CHECKPOINT).read_bytes() == checkpoint()
     assert house.files() == {f"pretrained/{CHECKPOINT}"}
@@ -232,7 +242,7 @@ def test_missing_file_is_asked_for_once_and_the_next_source_and_file_follow(hous
     assert "64x64_diffusion.pt: from https://openaipublic.blob.core.windows.net/" in house.out
     assert house.err.splitlines()[-1].startswith("missing: 64x64_diffusion.pt (")
     assert house.files() == {"pretrained/256x256_classifier.pt"}
-    assert server.requests.count(("/64x64_diffusion.pt", None)) == 1
+    assert [path for path, _ in server.requests].count("/64x64_diffusion.pt") == 1
 
 
 def test_busy_server_is_asked_again(house, server):
@@ -245,10 +255,10 @@ def test_busy_server_is_asked_again(house, server):
 
 
 def test_what_a_server_says_does_not_control_the_terminal(house, monkeypatch):
-    def answer(*_, **__):
-        raise http.client.BadStatusLine("\x1b]0;title\x07\n\x9b2J")
+    def answer(**_):
+        raise OSError("\x1b]0;title\x07\n\x9b2J")
 
-    monkeypatch.setattr(download.urllib.request, "urlopen", answer)
+    monkeypatch.setattr(gdown, "download", answer)
     assert house.run("lsun_cat") == 1
     assert "title" in house.err
     assert not {"\x1b", "\x07", "\x9b"} & set(house.err)
@@ -300,14 +310,6 @@ def test_one_run_at_a_time(house):
         house.run("lsun_cat")
 
 
-def test_bar_shows_bytes_and_the_remaining_time(house, server, monkeypatch):
-    assert download.BAR["disable"] is None  # tqdm: off, unless standard error is a terminal
-    monkeypatch.setitem(download.BAR, "disable", False)
-    server.files[f"/{CHECKPOINT}"] = File(checkpoint(), break_at=150_000, failures=1, stall=True)
-    assert house.run(CHECKPOINT, mirror=server.url) == 0
-    assert re.search(r"256x256_diffusion\.pt: +\d+%.*/302k \[\d\d:\d\d<", house.err)
-
-
 # ---- the disk ------------------------------------------------------------------------------------
 
 
@@ -317,12 +319,13 @@ def free_disk(monkeypatch, size):
 
 
 def test_margin_of_the_disk_stays_free(house, server, monkeypatch):
-    free_disk(monkeypatch, download.MARGIN + 300_000)
+    free_disk(monkeypatch, download.MARGIN + 2_000_000)
     small = archive({f"data/{PICTURE}": b"picture"})
     serve(server, **{CHECKPOINT: checkpoint(), "data.zip": small})
     assert house.run(CHECKPOINT, "data.zip", mirror=server.url) == 1
-    assert f"{CHECKPOINT}: {server.url}/{CHECKPOINT}: needs 302kB" in house.err
-    assert house.files() == {"datasets/data.zip", PICTURE}
+    assert f"{CHECKPOINT}: {server.url}/{CHECKPOINT}: needs 2.48MB, and the disk has" in house.err
+    assert partial(house).stat().st_size < 600_000
+    assert "datasets/data.zip" in house.files()
 
 
 @pytest.mark.parametrize("length", [-1, None])
@@ -331,7 +334,7 @@ def test_file_that_is_larger_than_published_is_not_fetched(house, server, monkey
     server.files["/data.zip"] = File(bytes(1_000_000), length=length, repeat=50)
     assert house.run("data.zip", mirror=server.url) == 1
     assert "expected at most 900kB" in house.err
-    assert all(path.stat().st_size == 0 for path in house.root.rglob("*.part"))
+    assert house.files() == set()
     server.files["/data.zip"] = File(data_zip())
     assert house.run("data.zip", mirror=server.url) == 0
 
@@ -356,10 +359,7 @@ def test_pictures_and_links_of_the_user_stay_and_lost_ones_come_back(house, serv
         assert house.run("data") == 0  # from the archive that is here
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["{}/victim", "data/{}/victim", "../victim", "data/datasets/../../../victim", "..\\victim"],
-)
+@pytest.mark.parametrize("name", ["{}/victim", "data/datasets/../../../victim", "..\\victim"])
 def test_archive_cannot_write_elsewhere(house, server, tmp_path, name):
     (tmp_path / "victim").write_bytes(b"mine")
     (house.root / "data/pretrained/demo64.pt").write_bytes(b"shipped")
@@ -373,24 +373,19 @@ def test_archive_cannot_write_elsewhere(house, server, tmp_path, name):
     assert not list(house.root.rglob("test.py"))
 
 
-@pytest.mark.parametrize(
-    ("kind", "packing"), [(0o120777, 0), (0o020666, 0), (0o010666, 0), (0, zipfile.ZIP_LZMA)]
-)
-def test_archive_with_links_devices_or_unusual_packing_is_refused(house, server, kind, packing):
+@pytest.mark.parametrize("kind", [0o120777, 0o020666], ids=["link", "device"])
+def test_archive_with_links_or_devices_is_refused(house, server, kind):
     special = zipfile.ZipInfo("data/datasets/special")
     special.create_system, special.external_attr = 3, kind << 16
-    special.compress_type = packing
-    content = archive({f"data/{PICTURE}": b"", special: b"/etc"})
-    serve(server, **{"data.zip": content})
+    serve(server, **{"data.zip": archive({f"data/{PICTURE}": b"", special: b"/etc"})})
     assert house.run("data", mirror=server.url) == 1
-    assert "holds a link, a device or unusual packing" in house.err
+    assert "holds a link or a device" in house.err
     assert house.files() == set()
 
 
 def test_archive_that_unpacks_to_more_than_published_is_refused(house, server, monkeypatch):
     monkeypatch.setattr(catalogue.Published, "limit", 900_000)
     bomb = archive({f"data/{PICTURE}": bytes(10**6)}, zipfile.ZIP_DEFLATED)
-    assert len(bomb) < 5000
     serve(server, **{"data.zip": bomb})
     assert house.run("data", mirror=server.url) == 1
     assert "holds 1.00MB, expected at most 900kB" in house.err
@@ -398,16 +393,15 @@ def test_archive_that_unpacks_to_more_than_published_is_refused(house, server, m
 
 
 def test_archive_that_is_damaged_inside_brings_nothing(house, server):
-    names = [f"data/{PICTURE}", f"data/{PICTURE[:-5]}1.png"]
-    content = bytearray(archive(dict.fromkeys(names, b"picture")))
+    content = bytearray(archive(dict.fromkeys([f"data/{PICTURE}", f"data/{PICTURE}1"], b"picture")))
     content[content.rindex(b"picture")] ^= 1
-    serve(server, **{"data.zip": bytes(content), "lsun_cat.pt": archive({"test.py": b""})})
-    assert house.run("data", mirror=server.url) == 1
-    assert "is damaged: Bad CRC-32" in house.err
-    assert house.files() == set()
-    serve(server, **{"data.zip": archive({"test.py": b""})})
-    assert house.run("data", mirror=server.url) == 1
-    assert "has no files below datasets/" in house.err
+    cases = {bytes(content): "is damaged: Bad CRC-32",
+             archive({"test.py": b""}): "has no files below datasets/"}  # fmt: skip
+    for content, problem in cases.items():
+        serve(server, **{"data.zip": content})
+        assert house.run("data", mirror=server.url) == 1
+        assert problem in house.err
+        assert house.files() == set()
 
 
 # ---- Google Drive --------------------------------------------------------------------------------
@@ -425,15 +419,12 @@ def test_drive(house, monkeypatch):
     assert house.files() == {"pretrained/celeba256_250000.pt"}
 
 
-def test_drive_needs_room_and_gdown(house, monkeypatch):
+def test_drive_needs_room(house, monkeypatch):
     free_disk(monkeypatch, 2 * 10**9)
     monkeypatch.setattr(gdown, "download", lambda progress, **_: progress(100, 2_211_000_000))
     assert house.run("celeba256_250000") == 1
     assert "needs 2.21GB, and the disk has 2.00GB" in house.err
     assert "quota" not in house.err
-    monkeypatch.setitem(sys.modules, "gdown", None)
-    assert house.run("celeba256_250000") == 1
-    assert "pip install gdown" in house.err
 
 
 def test_quota_of_drive_and_the_file_saved_by_hand(house, monkeypatch):
@@ -477,17 +468,6 @@ def test_diffusers_folder_from_a_mirror(house, server, weights):
     assert re.search(r"ddpm-cat-256 +455MB +yes +Apache-2\.0\n", house.out)
 
 
-def test_diffusers_folder_from_the_hub(house, server, monkeypatch):
-    entry = catalogue.look_up("ddpm-cat-256")
-    assert entry.address == "https://huggingface.co/google/ddpm-cat-256/resolve/main"
-    local = entry.address.replace("https://huggingface.co", server.url)
-    monkeypatch.setattr(download, "look_up", lambda _: replace(entry, address=local))
-    folder = "google/ddpm-cat-256/resolve/main"
-    serve(server, **{f"{folder}/{name}": content for name, content in hub_files().items()})
-    assert house.run("ddpm-cat-256") == 0
-    assert house.path("ddpm-cat-256/config.json").read_bytes() == b"{}"
-
-
 def test_diffusers_file_that_is_missing_or_broken_is_named(house, server):
     files = {f"ddpm-cat-256/{name}": content for name, content in hub_files().items()}
     serve(server, **files | {f"ddpm-cat-256/{WEIGHTS}.safetensors": safetensors()[:-5]})
@@ -519,7 +499,9 @@ def test_list_tells_what_is_here(house):
     assert rows["lsun_cat.pt"] == ["2.21GB", "yes", code]
     assert rows["lsun_horse.pt"] == ["2.21GB", "partly", code]
     assert rows["celeba256_250000.pt"] == ["2.21GB", "-", "CC BY-NC-SA 4.0"]
-    assert rows["ddpm-bedroom-256"] == ["455MB", "-", "Apache-2.0"]
+    [[config], *_] = download.targets_of(catalogue.look_up("ddpm-cat-256"))
+    address = "https://huggingface.co/google/ddpm-cat-256/resolve/main/config.json"
+    assert config.addresses == (address,)
 
 
 @pytest.mark.parametrize(
@@ -540,44 +522,28 @@ def test_wrong_command_is_a_user_error(house, monkeypatch, name, timeout, mirror
 # ---- what is published ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "conf", "width", "deepest", "labels"),
-    [
-        ("places256_300000", "test_p256_thick", 256, 1024, None),
-        ("256x256_diffusion", "test_inet256_thick", 256, 1024, 1000),
-        ("256x256_classifier", "test_inet256_thick", 128, 512, None),
-        ("256x256_diffusion_uncond", "inet256_uncond", 256, 1024, None),
-        ("lsun_bedroom", "lsun_bedroom", 256, 1024, None),
-        ("lsun_cat", "lsun_cat", 256, 1024, None),
-        ("lsun_horse", "lsun_horse", 256, 1024, None),
-        ("lsun_horse_nodropout", "lsun_horse_nodropout", 256, 1024, None),
-        ("512x512_diffusion", "inet512", 128, 1024, 1000),
-        ("512x512_classifier", "inet512", 64, 512, None),
-        ("64x64_diffusion", "inet64", 192, 768, 1000),
-        ("64x64_classifier", "inet64", 128, 512, None),
-        ("128x128_diffusion", "inet128", 256, 1024, 1000),
-        ("128x128_classifier", "inet128", 128, 512, None),
-    ],
-)
-def test_every_checkpoint_has_its_configuration_and_size(name, conf, width, deepest, labels):
-    """The network of the configuration is of the published widths and of the catalogue's size."""
+CONFS = {
+    "places256_300000": "test_p256_thick",
+    "256x256_diffusion": "test_inet256_thick", "256x256_classifier": "test_inet256_thick",
+    "256x256_diffusion_uncond": "inet256_uncond",
+    "lsun_bedroom": "lsun_bedroom", "lsun_cat": "lsun_cat", "lsun_horse": "lsun_horse",
+    "lsun_horse_nodropout": "lsun_horse_nodropout",
+    "512x512_diffusion": "inet512", "512x512_classifier": "inet512",
+    "64x64_diffusion": "inet64", "64x64_classifier": "inet64",
+    "128x128_diffusion": "inet128", "128x128_classifier": "inet128",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "conf"), CONFS.items())
+def test_every_checkpoint_has_its_configuration_and_size(name, conf):
+    """The network of the configuration has the published number of parameters."""
     loaded = load_conf(ROOT / "confs" / f"{conf}.yml")
     is_classifier = name.endswith("classifier")
     path = loaded.classifier_path if is_classifier else loaded.model_path
     assert path == f"./data/pretrained/{name}.pt"
     with torch.device("meta"):
         network = (create_classifier if is_classifier else create_model)(loaded)
-    state = network.state_dict()
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    assert shapes["input_blocks.0.0.weight"][0] == width
-    assert shapes["middle_block.0.in_layers.2.weight"][0] == deepest
-    assert shapes.get("label_emb.weight", (None,))[0] == labels
-    # 64x64: three blocks a level, or four in the classifier; everywhere else two.
-    blocks = {"64x64_diffusion": 3, "64x64_classifier": 4}.get(name, 2)
-    levels = {"512": 7, "256": 6, "128": 5, "64x": 4}.get(name[:3], 6)
-    last = max(int(key.split(".")[1]) for key in shapes if key.startswith("input_blocks."))
-    assert last == levels * (blocks + 1) - 1
-    size = sum(tensor.numel() for tensor in state.values()) * 4 / 1e9
+    size = sum(tensor.numel() for tensor in network.state_dict().values()) * 4 / 1e9
     assert catalogue.look_up(name).size == pytest.approx(size, abs=0.0006)
 
 
@@ -591,26 +557,26 @@ class Script:
     """A copy of download.sh beside the package, with chosen programs named python."""
 
     def __init__(self, folder):
-        self.root = folder / "re paint"
+        self.root, self.bin = folder / "re paint", folder / "bin"
         self.root.mkdir()
+        self.bin.mkdir()
         shutil.copy(ROOT / "download.sh", self.root)
         for name in ("guided_diffusion", "confs"):
             shutil.copytree(ROOT / name, self.root / name, ignore=lambda *_: ["__pycache__"])
-        self.bin = folder / "bin"
-        self.bin.mkdir()
         self.python("python3", f'exec "{sys.executable}" "$@"')
-        self.environment = {"PATH": str(self.bin), "HOME": str(folder), "REPAINT_TIMEOUT": "30"}
 
     def python(self, name, text):
         (self.bin / name).write_text(f"#!/bin/sh\n{text}\n")
         (self.bin / name).chmod(0o755)
 
-    def start(self, *words, script=None, shell="sh", **options):
+    def start(self, *words, script=None, shell="sh", mirror="", cwd=None):
         command = [shutil.which(shell), *(["sh"] if shell == "busybox" else [])]
         command = [*command, str(script or self.root / "download.sh"), *words]
-        environment = self.environment | options.pop("env", {})
+        home = str(self.root.parent)
+        environment = {"PATH": str(self.bin), "HOME": home, "CDPATH": home,
+                       "REPAINT_TIMEOUT": "30", "REPAINT_MIRROR": mirror}  # fmt: skip
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, env=environment, **pipes, **options)
+        return subprocess.Popen(command, env=environment, cwd=cwd, **pipes)
 
     def run(self, *words, **options):
         process = self.start(*words, **options)
@@ -630,14 +596,7 @@ def test_every_posix_shell_will_do(script, shell):
     done = script.run("--list", shell=shell)
     assert (done.returncode, done.err) == (0, "")
     assert len(done.out.splitlines()) == 22
-
-
-def test_script_can_be_executed(script):
-    done = subprocess.run(
-        [ROOT / "download.sh", "--help"], env=script.environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0
-    assert "REPAINT_MIRROR" in done.stdout
+    assert os.access(ROOT / "download.sh", os.X_OK)
 
 
 def test_probes_tell_their_own_problems(script):
@@ -664,30 +623,30 @@ def test_link_to_the_script_fills_the_folder_of_the_script(script, tmp_path):
     mirror.mkdir()
     (mirror / CHECKPOINT).write_bytes(checkpoint())
     (tmp_path / "other/tqdm.py").write_text("raise SystemExit('ran')")
-    environment = {"REPAINT_MIRROR": "../mirror", "CDPATH": str(tmp_path)}
-    done = script.run(CHECKPOINT, script=link, cwd=tmp_path / "other", env=environment)
+    other = tmp_path / "other"
+    done = script.run(CHECKPOINT, script=link, cwd=other, mirror="../mirror")
     assert (done.returncode, done.err) == (0, "")
     assert (script.root / "data/pretrained" / CHECKPOINT).read_bytes() == checkpoint()
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_run_keeps_its_part_and_continues(script, server, how):
-    file = server.files[f"/{CHECKPOINT}"] = File(checkpoint(), break_at=200_000, stall=True)
-    environment = {"REPAINT_MIRROR": server.url}
-    process = script.start(CHECKPOINT, env=environment)
-    part = script.root / f"data/pretrained/{CHECKPOINT}.part"
+    file = server.files[f"/{CHECKPOINT}"] = File(checkpoint(), break_at=2_000_000, stall=True)
+    process = script.start(CHECKPOINT, mirror=server.url)
+    folder = script.root / "data/pretrained"
     deadline = time.monotonic() + 30
-    while not (part.exists() and part.stat().st_size >= 150_000):  # it is written in blocks
+    while sum(path.stat().st_size for path in folder.glob("*.part")) < 10**6:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(how)
     _, err = process.communicate(timeout=20)
     if how == signal.SIGINT:
         assert (process.returncode, err) == (130, "interrupted\n")
+    [part] = folder.glob(f"{CHECKPOINT}.part*")
     arrived = part.stat().st_size
     assert part.read_bytes() == checkpoint()[:arrived]
     file.break_at = None
-    done = script.run(CHECKPOINT, env=environment)
+    done = script.run(CHECKPOINT, mirror=server.url)
     assert (done.returncode, done.err) == (0, "")
     assert server.requests[-1] == (f"/{CHECKPOINT}", f"bytes={arrived}-")
 
