@@ -18,16 +18,16 @@ from guided_diffusion.config.checkpoint_flags import (
     check_channels,
     classifier_flags,
     model_flags,
+    shapes_of,
     yaml_text,
 )
 from guided_diffusion.config.network_keys import CHANNEL_MULT_BY_SIZE
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.checkpoints import read_weights
-from guided_diffusion.io.weights import Weights, foreign_form, listed
-from guided_diffusion.models.folders import read_folder
-from guided_diffusion.models.follow import is_folder, is_lucidrains, short_walk
+from guided_diffusion.io.weights import foreign_form, listed
+from guided_diffusion.models.follow import is_folder, is_lucidrains, read_model, short_walk
+from guided_diffusion.models.foreign import Chain
 from guided_diffusion.models.hub import fetch_configuration
-from guided_diffusion.models.lucidrains import read_checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,12 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--image_size", type=_side, metavar="PIXELS",
                         help="side of the pictures, which shapes do not always tell")  # fmt: skip
     args: argparse.Namespace = parser.parse_args(argv)
-    if is_folder(args.path):
-        lines = _of_folder(args.path)
-    elif is_lucidrains(args.path):
-        lines = _of_lucidrains(args.path, args.image_size)
-    else:
-        lines = _of_checkpoint(args.path, args.image_size)
+    is_foreign = is_folder(args.path) or is_lucidrains(args.path)
+    lines = (_of_foreign if is_foreign else _of_checkpoint)(args.path, args.image_size)
     print("\n".join(lines))
     return 0
 
@@ -63,53 +59,42 @@ def _count(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return f"{count / 1e6:,.1f} million parameters" if count > 1e5 else f"{count:,} parameters"
 
 
-# ---- A folder ------------------------------------------------------------------------------------
+# ---- Networks of other programs ------------------------------------------------------------------
 
 
-def _of_folder(path: str) -> list[str]:
+def _of_foreign(path: str, side: int | None) -> list[str]:
+    """Describe a network whose own files decide most keys, and add the usual values of others."""
     fetch_configuration(path)
-    folder = read_folder(path)
-    chain, version = folder.chain, str(folder.unet.get("_diffusers_version", "unknown"))[:20]
+    model = read_model(path)
+    decided = model.keys()
+    if is_folder(path):
+        version = str(model.unet.get("_diffusers_version", "unknown"))[:20]
+        lines = [f"# {path}: a UNet2DModel of diffusers {version}", _about_chain(model.chain)]
+        usual = {"image_size": 256, "noise_schedule": "linear", "predict_v": False}
+    else:
+        kind = f"denoising-diffusion-pytorch {model.version[:20]}".strip()
+        lines = [f"# {path}: a network of {kind}, {_count(model.shapes)}"]
+        usual = {"image_size": 64, "noise_schedule": "cosine", "predict_v": True}
+        usual |= {} if model.heads else {"num_heads": 4}
+    if model.has_chain:
+        del usual["noise_schedule"]
+    guesses = {k: v for k, v in {**usual, "diffusion_steps": 1000}.items() if k not in decided}
+    stated = {"image_size": side} if side and "image_size" in guesses else {}
+    if names := [key for key in guesses if key not in stated]:
+        lines.append(f"# warning: the files do not tell {', '.join(names)}; below are guesses")
+    lines.append(f"# These follow the files and may be left out: {', '.join(_yaml(decided))}")
+    walk = short_walk({}, decided.get("diffusion_steps"))
+    return [*lines, *_yaml({"model_path": path, **guesses, **stated, **walk})]
+
+
+def _about_chain(chain: Chain) -> str:
     outputs = "the picture" if chain.predict_xstart else "v" if chain.predict_v else "noise"
     variance = "learned" if chain.learn_sigma else "posterior" if chain.fixed_small else "beta"
     clip = f"clipped to {chain.clip_range:g}" if chain.clip_denoised else "not clipped"
-    lines = [
-        f"# {path}: a UNet2DModel of diffusers {version}",
+    return (
         f"# chain: {len(chain.betas):,} steps with betas from {chain.betas[0]:.3g} to "
-        f"{chain.betas[-1]:.3g}; predicts {outputs}, {clip}; variance: {variance}",
-    ]
-    keys: dict[str, Any] = {"model_path": path}
-    if "image_size" not in folder.keys():  # noqa: SIM118 - not a dictionary
-        lines.append("# warning: config.json has no sample_size; 256 is a guess")
-        keys["image_size"] = 256
-    if not folder.scheduler_path:
-        lines.append("# warning: has no scheduler_config.json; the chain's keys are a guess")
-        keys |= {"diffusion_steps": 1000, "noise_schedule": "linear"}
-        keys |= {"predict_xstart": False, "predict_v": False}
-    follow = ", ".join(_yaml(folder.keys()))
-    lines.append(f"# These follow the folder and may be left out: {follow}")
-    return [*lines, *_yaml({**keys, **short_walk({}, len(chain.betas))})]
-
-
-def _of_lucidrains(path: str, side: int | None) -> list[str]:
-    checkpoint = read_checkpoint(path)
-    decided = checkpoint.keys()
-    version = f" {checkpoint.version[:20]}" if checkpoint.version else ""
-    keys: dict[str, Any] = {"model_path": path, "image_size": side or 64}
-    if "predict_v" not in decided:
-        keys["predict_v"] = True
-    if not checkpoint.has_chain:
-        keys |= {"diffusion_steps": 1000, "noise_schedule": "cosine"}
-    if not checkpoint.heads:
-        keys["num_heads"] = 4
-    guesses = [key for key in list(keys)[1:] if not (side and key == "image_size")]
-    lines = [f"# {path}: a network of denoising-diffusion-pytorch{version}, "
-             f"{_count(checkpoint.shapes)}"]  # fmt: skip
-    if guesses:
-        lines.append(f"# warning: the file does not tell {', '.join(guesses)}; below are guesses")
-    lines.append(f"# These follow the file and may be left out: {', '.join(_yaml(decided))}")
-    steps = decided.get("diffusion_steps")
-    return [*lines, *_yaml({**keys, **short_walk({}, steps)})]
+        f"{chain.betas[-1]:.3g}; predicts {outputs}, {clip}; variance: {variance}"
+    )
 
 
 # ---- A checkpoint --------------------------------------------------------------------------------
@@ -117,17 +102,21 @@ def _of_lucidrains(path: str, side: int | None) -> list[str]:
 
 def _of_checkpoint(path: str, side: int | None) -> list[str]:
     weights = read_weights(Path(path))
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
+    shapes = shapes_of(weights.tensors)
     if form := foreign_form(list(shapes)):
         raise UserError(f"holds {form}", path=path)
     check_channels(path, shapes)
-    flags = model_flags(shapes, side or _likely_side(shapes))
-    if flags:
-        return _of_network(path, weights, shapes, flags, side)
-    flags = classifier_flags(shapes, side or 256)
-    if flags:
-        about = f"# {path}: a classifier of noisy pictures, {_about(weights, shapes)}"
-        return [about, *_note(weights), *_yaml({"classifier_path": path, **flags})]
+    types = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.tensors.values()}
+    about = f"{_count(shapes)} in {' and '.join(sorted(types)[:3])}"
+    notes = [f"# {weights.note}"] if weights.note else []
+    if flags := model_flags(shapes, side or _likely_side(shapes)):
+        is_improved = flags.get("resblock_updown") is False
+        kind = "improved-diffusion or guided-diffusion" if is_improved else "guided-diffusion"
+        lines = _of_network(path, flags, side)
+        return [f"# {path}: a network of {kind}, {about}", *notes, *lines]
+    if flags := classifier_flags(shapes, side or 256):
+        lines = _yaml({"classifier_path": path, **flags})
+        return [f"# {path}: a classifier of noisy pictures, {about}", *notes, *lines]
     problem = "is not a whole network of guided-diffusion's kind"
     raise UserError(problem, path=path, got=f"tensors named {listed(list(shapes))}")
 
@@ -141,47 +130,23 @@ def _likely_side(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return (32 if len(sides) > 2 else 16) * top // max(sides)
 
 
-def _about(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    types = sorted(
-        {str(tensor.dtype).removeprefix("torch.") for tensor in weights.tensors.values()}
-    )
-    return f"{_count(shapes)} in {' and '.join(sorted(types)[:3])}"
-
-
-def _note(weights: Weights) -> list[str]:
-    return [f"# {weights.note}"] if weights.note else []
-
-
-def _of_network(
-    path: str,
-    weights: Weights,
-    shapes: Mapping[str, tuple[int, ...]],
-    flags: dict[str, Any],
-    side: int | None,
-) -> list[str]:
-    is_improved = flags.get("resblock_updown") is False
-    kind = "improved-diffusion or guided-diffusion" if is_improved else "guided-diffusion"
-    lines = [f"# {path}: a network of {kind}, {_about(weights, shapes)}", *_note(weights)]
-    mult, size = flags["channel_mult"], flags["image_size"]
-    if flags["in_channels"] == 3:  # as by default
-        del flags["in_channels"]
-    if side is not None:
-        flags["image_size"] = size = side
-    elif CHANNEL_MULT_BY_SIZE.get(size) != mult:
+def _of_network(path: str, flags: dict[str, Any], side: int | None) -> list[str]:
+    """Return the keys that shapes tell, ``flags``, and the usual values of the others."""
+    lines, size = [], side or flags["image_size"]
+    flags["image_size"] = size
+    is_usual = CHANNEL_MULT_BY_SIZE.get(size) == flags["channel_mult"]
+    if side is None and not is_usual:
         lines.append(
             f"# warning: shapes cannot tell image_size; {size} is a guess, and "
             "attention_resolutions go with it (--image_size states another)"
         )
-    if CHANNEL_MULT_BY_SIZE.get(size) == mult:
-        del flags["channel_mult"]
     published = SILENT_FLAGS.get((size, flags["num_channels"], flags["num_res_blocks"]), {})
     if published and flags["class_cond"] and flags["learn_sigma"]:
         lines.append("# the shapes are those of a published checkpoint: below are its keys")
         return [*lines, *_yaml({"model_path": path, **flags, **published})]
-    guesses = {**_heads(flags, mult, is_improved), "use_new_attention_order": False}
-    guesses |= {"norm_groups": 32, "noise_schedule": "linear", "diffusion_steps": 1000,
-                "predict_xstart": False, "predict_v": False,
-                "rescale_timesteps": False}  # fmt: skip
+    guesses = {**_heads(flags), "use_new_attention_order": False, "norm_groups": 32,
+               "noise_schedule": "linear", "diffusion_steps": 1000, "predict_xstart": False,
+               "predict_v": False, "rescale_timesteps": False}  # fmt: skip
     lines.append(
         f"# warning: shapes cannot tell {', '.join(guesses)}: below are the usual values; if the "
         "results are noise, the training had others"
@@ -189,10 +154,10 @@ def _of_network(
     return [*lines, *_yaml({"model_path": path, **flags, **guesses})]
 
 
-def _heads(flags: Mapping[str, Any], mult: Sequence[float], is_improved: bool) -> dict[str, Any]:
+def _heads(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the usual attention heads of this kind of network that its widths allow."""
-    widths = [int(m * flags["num_channels"]) for m in mult]
-    if is_improved and all(width % 4 == 0 for width in widths):
+    widths = [int(m * flags["num_channels"]) for m in flags["channel_mult"]]
+    if flags.get("resblock_updown") is False and all(width % 4 == 0 for width in widths):
         return {"num_heads": 4, "num_head_channels": -1}
     common = math.gcd(*widths)
     return {"num_head_channels": next(n for n in (64, 32, common) if common % n == 0)}

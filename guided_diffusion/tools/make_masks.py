@@ -17,6 +17,7 @@ from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import open_regular
 from guided_diffusion.io.images import open_image
+from guided_diffusion.io.paths import check_folder
 from guided_diffusion.io.results import read_mark, write_image
 from guided_diffusion.masks import FAMILIES, MAX_SIZE, MIN_SIZE, generated_share, make_mask
 
@@ -48,6 +49,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--kind",
         required=True,
+        choices=FAMILIES,
         metavar="FAMILY",
         help="thin or thick: random strokes; ev2li: every other line known; nn2: one pixel in "
         "four known; ex64: only the centre known; genhalf: only the left half known",
@@ -55,30 +57,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=1, help="how many masks (default: 1)")
     parser.add_argument("--size", type=int, default=256, help="side in pixels (default: 256)")
     parser.add_argument("--seed", type=int, default=0, help="0 or above (default: 0)")
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder for 000000.png, 000001.png, ..."
-    )
-    parser.add_argument(
-        "--preview",
-        action="store_true",
-        help="also write a contact sheet of the first 64, DIR_preview.png, beside the folder",
-    )
+    out_help = "folder for 000000.png, 000001.png, ..."
+    parser.add_argument("--out", required=True, metavar="DIR", help=out_help)
+    preview_help = "also write a contact sheet of the first 64, DIR_preview.png, beside the folder"
+    parser.add_argument("--preview", action="store_true", help=preview_help)
     options = parser.parse_args(argv)
     if not options.out:
         raise UserError("the path is empty", key="--out")
-    if options.kind not in FAMILIES:
-        raise UserError(key="--kind", expected=f"one of {', '.join(FAMILIES)}", got=options.kind)
-    for key, low, high in (
-        ("count", 1, MAX_COUNT),
-        ("size", MIN_SIZE, MAX_SIZE),
-        ("seed", 0, 2**63 - 1),
-    ):
-        if not low <= getattr(options, key) <= high:
-            raise UserError(
-                key=f"--{key}",
-                expected=f"a whole number in {low}..{high}",
-                got=getattr(options, key),
-            )
+    limits = {"count": (1, MAX_COUNT), "size": (MIN_SIZE, MAX_SIZE), "seed": (0, 2**63 - 1)}
+    for key, (low, high) in limits.items():
+        got = getattr(options, key)
+        if not low <= got <= high:
+            raise UserError(key=f"--{key}", expected=f"a whole number in {low}..{high}", got=got)
     return options
 
 
@@ -98,13 +88,9 @@ def _prepare_folder(folder: Path, written: set[str]) -> None:
 
     Raises UserError where it cannot be made, or a file that is no mask would be overwritten.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        present = {path.name for path in folder.iterdir()}
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror or error})"
-        raise UserError(problem, path=folder, key="--out") from error
-    for name in sorted(written & present):
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sorted(written & {path.name for path in folder.iterdir()}):
         if not _is_mask(folder / name):
             problem = "is no mask and would be overwritten: take another folder, or remove it"
             raise UserError(problem, path=folder / name, key="--out")

@@ -73,6 +73,9 @@ PAPER = {
 }  # fmt: skip
 
 
+Numbers = dict[str, float]
+
+
 @dataclass(frozen=True)
 class Run:
     """The folders of a run by their YAML keys, and the results of each picture.
@@ -121,10 +124,9 @@ def find_run(conf_path: str | None, folder: str | None) -> Run:
     path, record = log_dir / "run.yml", {}
     if path.is_file():
         conf = load_conf(path, InpaintConf)
-        record = read_yaml(path).get("record")
-        record = record if isinstance(record, dict) else {}
+        record = read_yaml(path).get("record") or {}
     folders = {key: str(log_dir / RESULT_FOLDERS[key]) for key in ("srs", "gts", "gt_keep_masks")}
-    if conf is not None and (folder is None or not Path(folders["srs"]).is_dir()):
+    if conf and (folder is None or not Path(folders["srs"]).is_dir()):
         folders = {key: getattr(conf.data.paths, key) for key in folders}
     for key, path_of_key in folders.items():
         if not path_of_key or not Path(path_of_key).is_dir():
@@ -133,8 +135,8 @@ def find_run(conf_path: str | None, folder: str | None) -> Run:
     if record.get("state") == "started":
         warnings.warn(f"{path}: this run has not ended, and results of an earlier one may be "
                       "among its own", stacklevel=2)  # fmt: skip
-    count = conf.samples_per_image if conf is not None else 1
-    names = [result_path(folders["srs"], name).name for name in _names(record, "seeds")]
+    count = conf.samples_per_image if conf else 1
+    names = [result_path(folders["srs"], str(name)).name for name in record.get("seeds", ())]
     if not names:
         pictures = [output_name(path) for path in list_images(folders["gts"])]
         names = [name for picture in pictures for name in sample_names(picture, count)]
@@ -142,14 +144,8 @@ def find_run(conf_path: str | None, folder: str | None) -> Run:
     ending, results = rf"{r'_[0-9]+' if count > 1 else ''}\.\w+$", {}
     for name in names:
         results.setdefault(re.sub(ending, ".png", name), []).append(name)
-    failures = frozenset(_names(record, "failures"))
+    failures = frozenset(map(str, record.get("failures", ())))
     return Run(conf.name if conf else log_dir.name, log_dir, folders, results, count, failures)
-
-
-def _names(record: dict[str, Any], key: str) -> list[str]:
-    """Return the names of results under a key of a run's record."""
-    names = record.get(key)
-    return [str(name) for name in names] if isinstance(names, dict) else []
 
 
 def read_like(path: Path, gt: Image.Image | None = None) -> Image.Image:
@@ -174,8 +170,7 @@ def comparable(result: Image.Image, gt: Image.Image) -> tuple[np.ndarray, np.nda
     if all(map(is_deep, images)):
         return tuple(np.asarray(image).astype(np.uint16)[:, :, None] for image in images)
     if result.has_transparency_data != gt.has_transparency_data:
-        images = [image if is_deep(image) else image.convert("RGBA") for image in images]
-        images = [image.convert("RGB") if image.mode == "RGBA" else image for image in images]
+        images = [i if is_deep(i) else i.convert("RGBA").convert("RGB") for i in images]
     is_gray = all(image.mode in ("1", "L", "LA") or is_deep(image) for image in (result, gt))
     arrays = (np.asarray(to_rgb(image)) for image in images)
     return tuple(array[:, :, :1] if is_gray else array for array in arrays)
@@ -184,57 +179,43 @@ def comparable(result: Image.Image, gt: Image.Image) -> tuple[np.ndarray, np.nda
 # ---- measures ------------------------------------------------------------------------------------
 
 
-class Meter:
-    """LPIPS, PSNR and SSIM of a result; raises ``UserError`` where a package or file is missing."""
+def compare(lpips: LPIPS, result: np.ndarray, gt: np.ndarray, hole: np.ndarray) -> Numbers:
+    """Return lpips, psnr and ssim of a result, and of its hole as lpips_hole and so on.
 
-    def __init__(self, alexnet: str | None = None) -> None:
-        try:
-            import torchmetrics.functional.image as image_metrics
-        except ImportError as error:
-            problem = f"PSNR and SSIM need torchmetrics ({error})"
-            raise UserError(f"{problem}: pip install -r requirements-metrics.txt") from error
-        self._torchmetrics = image_metrics
-        self._lpips: LPIPS = load_lpips(alexnet)
+    Pictures are uint8 or uint16 (H, W, C), C = 1 or 3, with H, W >= 31; ``hole`` is bool (H, W).
+    NaN where there is no hole; the PSNR of equal pictures is infinite.
+    """
+    import torchmetrics.functional.image as image_metrics  # load_lpips has told where it is missing
 
-    def compare(self, result: np.ndarray, gt: np.ndarray, hole: np.ndarray) -> dict[str, float]:
-        """Return lpips, psnr and ssim of a result, and of its hole as lpips_hole and so on.
-
-        Pictures are uint8 or uint16 (H, W, C), C = 1 or 3, with H, W >= 31; ``hole`` is bool
-        (H, W). NaN where there is no hole; the PSNR of equal pictures is infinite.
-        """
-        peak = float(np.iinfo(gt.dtype).max)
-        x, y = (torch.from_numpy(picture.astype(np.float64)) for picture in (result, gt))
-        region = torch.from_numpy(hole)
-        image = self._torchmetrics.structural_similarity_index_measure
-        planes = (picture.permute(2, 0, 1)[None] for picture in (x, y))
-        full = image(*planes, data_range=peak, return_full_image=True)[1][0].mean(0)
-        psnr = functools.partial(self._torchmetrics.peak_signal_noise_ratio, data_range=peak)
-        whole, inside = self.lpips(result, gt, hole)
-        return {
-            "lpips": whole,
-            "psnr": psnr(x, y).item(),
-            "ssim": full[SSIM_BORDER:-SSIM_BORDER, SSIM_BORDER:-SSIM_BORDER].mean().item(),
-            "lpips_hole": inside,
-            "psnr_hole": psnr(x[region], y[region]).item() if hole.any() else math.nan,
-            "ssim_hole": full[region].mean().item(),
-        }
-
-    def lpips(self, x: np.ndarray, y: np.ndarray, hole: np.ndarray) -> tuple[float, float]:
-        """Return LPIPS between two pictures and between their holes, as ``compare`` takes them."""
-        tensors = (to_model_range(picture.copy())[None].expand(1, 3, -1, -1) for picture in (x, y))
-        whole, inside = self._lpips(*tensors, torch.from_numpy(hole)[None])
-        return whole.item(), inside.item()
-
-    def diversity(self, samples: Sequence[np.ndarray], hole: np.ndarray) -> tuple[float, float]:
-        """Return the mean LPIPS over all pairs of samples of one picture, whole and hole."""
-        pairs = [self.lpips(x, y, hole) for x, y in itertools.combinations(samples, 2)]
-        return tuple(statistics.fmean(values) for values in zip(*pairs, strict=True))
+    peak = float(np.iinfo(gt.dtype).max)
+    x, y = (torch.from_numpy(picture.astype(np.float64)) for picture in (result, gt))
+    region = torch.from_numpy(hole)
+    planes = (picture.permute(2, 0, 1)[None] for picture in (x, y))
+    ssim = image_metrics.structural_similarity_index_measure
+    full = ssim(*planes, data_range=peak, return_full_image=True)[1][0].mean(0)
+    psnr = functools.partial(image_metrics.peak_signal_noise_ratio, data_range=peak)
+    whole, inside = distance(lpips, result, gt, hole)
+    return {
+        "lpips": whole,
+        "psnr": psnr(x, y).item(),
+        "ssim": full[SSIM_BORDER:-SSIM_BORDER, SSIM_BORDER:-SSIM_BORDER].mean().item(),
+        "lpips_hole": inside,
+        "psnr_hole": psnr(x[region], y[region]).item() if hole.any() else math.nan,
+        "ssim_hole": full[region].mean().item(),
+    }
 
 
-def measure(run: Run, meter: Meter) -> list[dict[str, Any]]:
+def distance(lpips: LPIPS, x: np.ndarray, y: np.ndarray, hole: np.ndarray) -> tuple[float, float]:
+    """Return LPIPS between two pictures and between their holes, as ``compare`` takes them."""
+    tensors = (to_model_range(picture.copy())[None].expand(1, 3, -1, -1) for picture in (x, y))
+    whole, inside = lpips(*tensors, torch.from_numpy(hole)[None])
+    return whole.item(), inside.item()
+
+
+def measure(run: Run, lpips: LPIPS) -> list[dict[str, Any]]:
     """Return a row for each picture: its name, the hole's share, all numbers, and the samples.
 
-    Numbers are those of ``Meter.compare`` averaged over the samples, whose own are under
+    Numbers are those of ``compare`` averaged over the samples, whose own are under
     ``samples``; with two samples or more also ``diversity`` and ``diversity_hole``. Warns of
     missing results and of gray pictures. Raises ``UserError`` where no picture remains, and for
     files that cannot be read or do not fit each other.
@@ -251,11 +232,13 @@ def measure(run: Run, meter: Meter) -> list[dict[str, Any]]:
         hole = np.asarray(to_rgb(mask))[:, :, 0] < 128
         pairs = [comparable(read_like(path, gt), gt) for path in found.values()]
         gray += pairs[0][1].shape[2] == 1
-        each = [meter.compare(*pair, hole) for pair in pairs]
+        each = [compare(lpips, *pair, hole) for pair in pairs]
         row = {key: statistics.fmean(numbers[key] for numbers in each) for key in each[0]}
         if len(pairs) > 1:
-            diversity = meter.diversity([result for result, _ in pairs], hole)
-            row["diversity"], row["diversity_hole"] = diversity
+            two_of = itertools.combinations([result for result, _ in pairs], 2)
+            distances = [distance(lpips, *two, hole) for two in two_of]
+            means = map(statistics.fmean, zip(*distances, strict=True))
+            row["diversity"], row["diversity_hole"] = means
         samples = [{"name": n} | numbers for n, numbers in zip(found, each, strict=True)]
         rows.append({"name": name, "hole_share": float(hole.mean())} | row | {"samples": samples})
     if not rows:
@@ -282,74 +265,75 @@ def mean_of(rows: Sequence[dict[str, Any]], key: str) -> Mean:
 # ---- output --------------------------------------------------------------------------------------
 
 
+def markdown(*rows: Sequence[object]) -> str:
+    """Return a Markdown table, whose first row is the heading."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
 def summary_table(run: Run, rows: Sequence[dict[str, Any]]) -> str:
     """Return the Markdown table of means."""
+
+    def cell(key: str) -> str:
+        mean = mean_of(rows, key)
+        fewer = f" (n = {mean.n})" if 0 < mean.n < len(rows) else ""
+        return f"{mean.text(2 if key.startswith('psnr') else 4)}{fewer}"
+
     samples = sum(len(row["samples"]) for row in rows)
     share = statistics.fmean(row["hole_share"] for row in rows)
-    lines = [
-        f"{run.name}: n = {len(rows)} pictures, {samples} results, holes of {share:.1%} on average",
-        "",
-        "| mean ± standard error | whole picture | hole only |",
-        "| --- | --- | --- |",
-    ]
-    for key, title in TITLES.items():
-        cells = []
-        for column in (key, f"{key}_hole"):
-            mean = mean_of(rows, column)
-            fewer = f" (n = {mean.n})" if 0 < mean.n < len(rows) else ""
-            cells.append(f"{mean.text(2 if key == 'psnr' else 4)}{fewer}")
-        if any(key in row for row in rows):
-            lines.append(f"| {title} | {' | '.join(cells)} |")
+    first = f"n = {len(rows)} pictures, {samples} results, holes of {share:.1%} on average"
+    found = [key for key in TITLES if any(key in row for row in rows)]
+    means = [(TITLES[key], cell(key), cell(f"{key}_hole")) for key in found]
+    text = f"{run.name}: {first}\n\n"
+    text += markdown(("mean ± standard error", "whole picture", "hole only"), *means)
     if equal := sum(math.isinf(row["psnr"]) for row in rows):
-        lines += ["", f"{equal} of them equal gt: an infinite PSNR, which the mean leaves out."]
-    return "\n".join(lines)
+        text += f"\n\n{equal} of them equal gt: an infinite PSNR, which the mean leaves out."
+    return text
 
 
 def each_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the Markdown table with a row for each picture."""
     keys = [key for key in COLUMNS if any(key in row for row in rows)]
-    lines = [f"| picture | {' | '.join(keys)} |", f"| --- |{' --- |' * len(keys)}"]
-    for row in rows:
-        cells = [f"{row[key]:.4f}" if key in row else "–" for key in keys]
-        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    cells = [[f"{row[key]:.4f}" if key in row else "–" for key in keys] for row in rows]
+    named = [(row["name"], *numbers) for row, numbers in zip(rows, cells, strict=True)]
+    return markdown(("picture", *keys), *named)
 
 
-def paper_place(name: str) -> tuple[str, str]:
-    """Return data set and mask of the paper's table, by a run's name such as test_c256_thick."""
+def paper_figure(name: str) -> tuple[str, str, float]:
+    """Return data set, mask and LPIPS of the paper, by a run's name such as test_c256_thick."""
     sets, masks = "|".join(PAPER_SETS), "|".join(PAPER)
     found = re.search(rf"(?<![a-z0-9])({sets})_({masks})(?![a-z0-9])", name)
     if found is None:
         expected = f"a name with {sets}, _, and one of {masks}, such as test_c256_thick"
         problem = "the paper's figures are chosen by the run's name"
         raise UserError(problem, key="--paper", expected=expected, got=name)
-    return found[1], found[2]
+    title, *figures = PAPER[found[2]]
+    figure = figures[list(PAPER_SETS).index(found[1])]
+    return PAPER_SETS[found[1]], f"{found[2]} ({title})", figure
 
 
 def paper_table(run: Run, rows: Sequence[dict[str, Any]]) -> str:
     """Return the Markdown table of the paper's LPIPS beside that of the run."""
-    data_set, mask = paper_place(run.name)
-    title, *figures = PAPER[mask]
-    figure, here = figures[list(PAPER_SETS).index(data_set)], mean_of(rows, "lpips")
-    return "\n".join([
-        f"| data set | mask | LPIPS in the paper | LPIPS here (n = {here.n}) |",
-        "| --- | --- | --- | --- |",
-        f"| {PAPER_SETS[data_set]} | {mask} ({title}) | {figure} | {here.text()} |",
-        "",
-        "The published configurations take 100 pictures without saying which: the figures compare "
-        "only if gt_path holds the same ones.",
-    ])  # fmt: skip
+    here = mean_of(rows, "lpips")
+    heading = ("data set", "mask", "LPIPS in the paper", f"LPIPS here (n = {here.n})")
+    table = markdown(heading, (*paper_figure(run.name), here.text()))
+    return (
+        f"{table}\n\nThe published configurations take 100 pictures without saying which: the "
+        "figures compare only if gt_path holds the same ones."
+    )
 
 
 def write_numbers(run: Run, rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
-    """Write ``metrics.csv``, a row for each result, and ``metrics.json``; return their paths."""
+    """Write ``metrics.csv``, a row for each result, and ``metrics.json``; return their paths.
+
+    JSON has no NaN and no infinity: there they are null.
+    """
     means = {key: vars(mean) for key in COLUMNS if (mean := mean_of(rows, key)).n}
     tree = {
         "name": run.name, "pictures": len(rows), "samples_per_image": run.samples_per_image,
         "means": means, "each": rows,
     }  # fmt: skip
-    text = json.dumps(_finite(tree), indent=1, ensure_ascii=False, allow_nan=False)
-    write_text_atomic(out / "metrics.json", _as_utf8(text) + "\n")
+    finite = json.loads(json.dumps(tree), parse_constant=lambda _: None)
     table = io.StringIO()
     keys = [key for key in COLUMNS if key in rows[0]["samples"][0] or key in means]
     names = ["picture", "result", "hole_share", *keys]
@@ -358,22 +342,13 @@ def write_numbers(run: Run, rows: Sequence[dict[str, Any]], out: Path) -> list[P
     for row in rows:
         for sample in row["samples"]:
             writer.writerow(row | sample | {"picture": row["name"], "result": sample["name"]})
-    write_text_atomic(out / "metrics.csv", _as_utf8(table.getvalue()))
-    return [out / "metrics.csv", out / "metrics.json"]
-
-
-def _as_utf8(text: str) -> str:
-    """Escape what is not UTF-8 in the names of files, which may be any bytes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _finite(tree: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by None."""
-    if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+    texts = {
+        out / "metrics.csv": table.getvalue(),
+        out / "metrics.json": json.dumps(finite, indent=1, ensure_ascii=False) + "\n",
+    }
+    for path, text in texts.items():  # the names of files may be any bytes
+        write_text_atomic(path, text.encode("utf-8", "backslashreplace").decode())
+    return list(texts)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -402,8 +377,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     run = find_run(args.conf_path, args.folder)
     if args.paper:
-        paper_place(run.name)  # before anything is measured
-    rows = measure(run, Meter(args.alexnet))
+        paper_figure(run.name)  # before anything is measured
+    rows = measure(run, load_lpips(args.alexnet))
     tables = [summary_table(run, rows)]
     if args.each:
         tables.append(each_table(rows))

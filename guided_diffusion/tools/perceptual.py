@@ -4,12 +4,10 @@ Both pictures go through AlexNet. After each of its five convolutions the featur
 are scaled to length one, their squared differences are weighted by a trained head, and the mean
 over all places is the layer's share; LPIPS is the sum over layers. 0 is "the same".
 
-The heads come with torchmetrics (and with lpips, byte for byte the same file); AlexNet's weights
-are those of torchvision. Neither torchvision nor lpips is imported: AlexNet's features are five
-convolutions, and a torchvision that does not fit its torch cannot be imported at all.
+The heads come with torchmetrics; AlexNet's weights are those of torchvision, which is not imported:
+a torchvision that does not fit its torch cannot be.
 """
 
-import hashlib
 import importlib.util
 import os
 from pathlib import Path
@@ -18,58 +16,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from guided_diffusion.config.checkpoint_flags import shapes_of
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.checkpoints import load_state_dict
-from guided_diffusion.io.weights import is_plain
+from guided_diffusion.io.weights import check_fits
 
 # Where torchvision, and lpips by it, get AlexNet; the name holds the beginning of its SHA-256.
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
-HEADS_SHA256 = "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"
-_HEADS_FILES = {  # of whichever package is installed
-    "torchmetrics": "functional/image/lpips_models/alex.pth",
-    "lpips": "weights/v0.1/alex.pth",
-}
-_CONVOLUTIONS = (0, 3, 6, 8, 10)  # their places in torchvision's alexnet().features
-_POOLED_BEFORE = (3, 6)
-_SHAPES = {  # AlexNet's convolutions: output and input channels, side
-    0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3),
-    10: (256, 256, 3, 3),
-}  # fmt: skip
 MIN_SIDE = 31  # pixels; the two poolings of a smaller picture leave nothing
 
 
 class LPIPS(nn.Module):
-    """LPIPS 0.1 with AlexNet.
+    """LPIPS 0.1 with AlexNet; its parameters are random until they are loaded."""
 
-    ``alexnet`` holds ``features.N.weight`` and ``.bias`` of the five convolutions, ``heads``
-    ``linN.model.1.weight`` (1, C, 1, 1), N = 0 to 4. Raises KeyError or RuntimeError where a
-    tensor is missing or has another shape.
-    """
-
-    def __init__(self, alexnet: dict[str, Tensor], heads: dict[str, Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        for number, place in enumerate(_CONVOLUTIONS):
-            out, into, side, _ = _SHAPES[place]
-            stride, padding = (4, 2) if place == 0 else (1, side // 2)
-            conv = nn.Conv2d(into, out, side, stride, padding)
-            conv.load_state_dict({k: alexnet[f"features.{place}.{k}"] for k in ("weight", "bias")})
-            self.add_module(f"conv{number}", conv)
-            head = nn.Conv2d(out, 1, 1, bias=False)
-            head.load_state_dict({"weight": heads[f"lin{number}.model.1.weight"]})
-            self.add_module(f"head{number}", head)
+        self.features = nn.Sequential(  # those of torchvision's alexnet(), but for the last pooling
+            *(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+            *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+            *(nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
+        )
+        widths = (64, 192, 384, 256, 256)
+        self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in widths)
         # ImageNet's mean and deviation, moved from pixels in [0, 1] to [-1, 1].
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
+        self.shift = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
+        self.scale = torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
         self.eval().requires_grad_(False)
 
-    def features(self, x: Tensor) -> list[Tensor]:
+    def directions(self, x: Tensor) -> list[Tensor]:
         """Return the five layers' features, each place of length one; x is (N, 3, H, W)."""
         h, found = (x - self.shift) / self.scale, []
-        for number, place in enumerate(_CONVOLUTIONS):
-            if place in _POOLED_BEFORE:
-                h = functional.max_pool2d(h, 3, 2)
-            h = functional.relu(getattr(self, f"conv{number}")(h))
-            found.append(h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        for layer in self.features:
+            h = layer(h)
+            if isinstance(layer, nn.ReLU):
+                found.append(h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10))
         return found
 
     @torch.inference_mode()
@@ -82,11 +64,12 @@ class LPIPS(nn.Module):
         their sum averaged over the hole's pixels; NaN without a hole. A place of the map sees up to
         195 pixels around it, so known pixels next to the hole count too. (Zhang et al., eq. 1.)
         """
-        whole = torch.zeros(len(x), device=x.device)
-        maps = torch.zeros(len(x), *x.shape[2:], device=x.device)
-        pairs = zip(self.features(x), self.features(y), strict=True)
-        for number, (ours, theirs) in enumerate(pairs):
-            layer = getattr(self, f"head{number}")((ours - theirs).square())
+        whole = torch.zeros(len(x))
+        maps = torch.zeros(len(x), *x.shape[2:])
+        for head, ours, theirs in zip(
+            self.heads, self.directions(x), self.directions(y), strict=True
+        ):
+            layer = head((ours - theirs).square())
             whole += layer.mean((1, 2, 3))
             maps += functional.interpolate(layer, x.shape[2:], mode="bilinear")[:, 0]
         return whole, (maps * hole).sum((1, 2)) / hole.sum((1, 2))
@@ -99,25 +82,26 @@ def load_lpips(alexnet: str | os.PathLike | None = None) -> LPIPS:
     """Return LPIPS with its weights; ``alexnet`` is a file for AlexNet's, None fetches it.
 
     The file is a ``state_dict`` of torchvision's ``alexnet``, saved by torch. Raises ``UserError``
-    where a package or file is missing, wrong, or cannot be fetched.
+    where torchmetrics or the file is missing, the file is not AlexNet's, or cannot be fetched.
     """
-    heads = load_state_dict(heads_file())
-    state = _fetch_alexnet() if alexnet is None else read_alexnet(alexnet)
-    return LPIPS(state, heads)
+    lpips, heads = LPIPS(), load_state_dict(heads_file())
+    found = _fetch_alexnet() if alexnet is None else load_state_dict(alexnet)
+    state = {name: tensor for name, tensor in found.items() if name.startswith("features.")}
+    state |= {f"heads.{n}.weight": heads[f"lin{n}.model.1.weight"] for n in range(len(lpips.heads))}
+    check_fits(alexnet or ALEXNET_URL, state, shapes_of(lpips.state_dict()))
+    lpips.load_state_dict(state)
+    return lpips
 
 
 def heads_file() -> Path:
-    """Return the file of LPIPS's trained heads; raises ``UserError`` if no package has it."""
-    for package, name in _HEADS_FILES.items():
-        spec = importlib.util.find_spec(package)  # finds without importing
-        for folder in (spec and spec.submodule_search_locations) or ():
-            path = Path(folder) / name
-            if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == HEADS_SHA256:
-                return path
-    raise UserError(
-        "LPIPS needs the trained heads that torchmetrics ships, which is not installed: "
-        "pip install -r requirements-metrics.txt"
-    )
+    """Return the file of LPIPS's trained heads; raises ``UserError`` without torchmetrics."""
+    spec = importlib.util.find_spec("torchmetrics")  # finds without importing
+    if spec is None:
+        raise UserError(
+            "LPIPS, PSNR and SSIM need torchmetrics, which is not installed: "
+            "pip install -r requirements-metrics.txt"
+        )
+    return Path(spec.origin).parent / "functional/image/lpips_models/alex.pth"
 
 
 def _fetch_alexnet() -> dict[str, Tensor]:
@@ -129,24 +113,3 @@ def _fetch_alexnet() -> dict[str, Tensor]:
         reason = getattr(error, "reason", None) or error
         problem = f"AlexNet's weights cannot be fetched ({reason}); --alexnet FILE takes a file"
         raise UserError(problem, path=ALEXNET_URL) from error
-
-
-def read_alexnet(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Return ``features.N.weight`` and ``.bias`` of a file in torchvision's format, in float32.
-
-    Raises ``UserError`` naming the file and the tensor that is missing, has another shape or does
-    not hold floating-point numbers.
-    """
-    state = load_state_dict(path)
-    found = {}
-    for place, shape in _SHAPES.items():
-        for name, wanted in (("weight", shape), ("bias", shape[:1])):
-            key = f"features.{place}.{name}"
-            got: object = tuple(state[key].shape) if key in state else "none"
-            if got == wanted and not is_plain(state[key]):
-                got = state[key].dtype
-            if got != wanted:
-                expected = f"AlexNet's {wanted}, floating-point numbers"
-                raise UserError(path=path, key=key, expected=expected, got=got)
-            found[key] = state[key].float()
-    return found

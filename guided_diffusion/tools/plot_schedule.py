@@ -21,20 +21,12 @@ if TYPE_CHECKING:  # slow to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_WALK, _CLIMB = "#1f4e79", "#e07b39"
-_COMPARED = ("#1f4e79", "#e07b39", "#3a8f5c", "#a34a86", "#b59a1e", "#4aa3c7", "#777777")
 _STYLE = {
-    "axes.linewidth": 0.6,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.titlesize": 10,
     "axes.xmargin": 0.01,
     "font.size": 9,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.8,
     "pdf.fonttype": 42,  # text that journals accept and readers can search
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
 }
 _CROWDED = 600  # with more transitions than this, an inset shows the first climb
 _INSET = (20, 100)  # transitions before and after the first climb in the inset
@@ -57,11 +49,10 @@ def plot_schedules(schedules: dict[str, list[int]]) -> "Figure":
             legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0.2)
         else:
             for number, (label, times) in enumerate(schedules.items()):
-                color = _COMPARED[number % len(_COMPARED)]
                 text = f"{count_steps(times)[0]:,} network calls: {label}"
                 # Earlier lines are wider, so that a line below an equal one can be seen.
                 width = 0.8 + 0.8 * (len(schedules) - 1 - number)
-                axes.plot(times, color=color, linewidth=width, label=text)
+                axes.plot(times, linewidth=width, label=text)
             legend = axes.legend(loc="upper right")
         axes.set_ylim(bottom=_floor(*schedules.values()))
         for line, text in zip(legend.get_lines(), legend.get_texts(), strict=True):
@@ -74,8 +65,7 @@ def _draw_schedule(axes: "Axes", times: list[int]) -> None:
     crowded = len(times) > _CROWDED
     _draw_panel(axes, times, linewidth=0.4 if crowded else 1.1)
     ups = [i for i, (t, t_next) in enumerate(pairwise(times)) if t_next > t]
-    upper_right = times[int(0.57 * len(times)) :]
-    if crowded and ups and max(upper_right) < 0.5 * max(times):
+    if crowded and ups:
         start, stop = max(0, ups[0] - _INSET[0]), ups[0] + _INSET[1]
         window = times[start : stop + 1]
         inset = axes.inset_axes((0.6, 0.5, 0.4, 0.5))
@@ -95,9 +85,9 @@ def _draw_panel(axes: "Axes", times: list[int], linewidth: float) -> None:
         elif x and x[-1] == i:
             x.append(math.nan)
             y.append(math.nan)
-    axes.plot(times, color=_WALK, linewidth=linewidth, label="denoise")
-    axes.plot(x, y, color=_CLIMB, linewidth=linewidth, label="undo")
-    axes.fill_between(x, y, _floor(times), color=_CLIMB, alpha=0.2, linewidth=0)
+    axes.plot(times, linewidth=linewidth, label="denoise")
+    axes.plot(x, y, color="C1", linewidth=linewidth, label="undo")
+    axes.fill_between(x, y, _floor(times), color="C1", alpha=0.2, linewidth=0)
 
 
 def _floor(*schedules: list[int]) -> float:
@@ -110,35 +100,30 @@ def measure_call(conf: InpaintConf, times: list[int]) -> tuple[float, str]:
     Runs the first transitions of the schedule ``times`` with batches of the configured size. Raises
     UserError for a device or checkpoint that cannot be used, and if memory is too small.
     """
-    from guided_diffusion.dist_util import is_out_of_memory
-
-    try:
-        return _time_call(conf, times)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        n = conf.data.batch_size
-        problem = f"the network with {n} image{'s' * (n > 1)} at once does not fit into memory"
-        raise UserError(problem, key="data.batch_size") from error
-
-
-def _time_call(conf: InpaintConf, times: list[int]) -> tuple[float, str]:
     import torch
 
+    from guided_diffusion.dist_util import is_out_of_memory
     from guided_diffusion.run.inpainter import Inpainter
 
-    inpainter, n = Inpainter(conf, times), conf.data.batch_size
-    gt = torch.zeros((n, 3, conf.image_size, conf.image_size), device=inpainter.device)
+    n = conf.data.batch_size
 
     def run(transitions: int) -> int:
+        gt = torch.zeros((n, conf.in_channels, *[conf.image_size] * 2), device=inpainter.device)
         with torch.inference_mode():
             steps = list(islice(inpainter.steps(gt, torch.ones_like(gt), range(n)), transitions))
             steps[-1].x.sum().item()  # reading a number waits for the GPU
         return sum(step.pred_xstart is not None for step in steps)
 
-    run(_WARM_UP)
-    started = time.perf_counter()
-    calls = run(_TIMED)
+    try:
+        inpainter = Inpainter(conf, times)
+        run(_WARM_UP)
+        started = time.perf_counter()
+        calls = run(_TIMED)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = f"the network with {n} image{'s' * (n > 1)} at once does not fit into memory"
+        raise UserError(problem, key="data.batch_size") from error
     seconds = (time.perf_counter() - started) / calls / n
     device = inpainter.device
     return seconds, torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -19,16 +19,6 @@ from guided_diffusion.tools import plot_schedule
 ROOT = Path(scheduler.__file__).resolve().parent.parent
 
 
-def run(*words, cwd):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "guided_diffusion" / "scheduler.py"), *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", str(cwd))},
-    )
-
-
 def write_conf(path, **params):
     lines = "".join(f"  {key}: {value}\n" for key, value in params.items())
     path.write_text(
@@ -39,20 +29,18 @@ def write_conf(path, **params):
     return path
 
 
-def png_size(path):
-    with Image.open(path) as image:
-        image.load()
-        return image.size
-
-
 def test_program_plots_the_default(tmp_path):
-    result = run(cwd=tmp_path)
+    program = ROOT / "guided_diffusion" / "scheduler.py"
+    environment = {**os.environ, "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", str(tmp_path))}
+    result = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
     assert (result.returncode, result.stderr) == (0, "")
     cost, where = result.stdout.splitlines()
     assert cost == "default: 4,570 transitions, 2,410 network calls, 2,160 undos"
     assert where == "plot: schedule.png"
-    assert [path.name for path in tmp_path.glob("[!.]*.png")] == ["schedule.png"]
-    assert png_size(tmp_path / "schedule.png") == (2100, 960)
+    with Image.open(tmp_path / "schedule.png") as image:
+        assert image.size == (2100, 960)
 
 
 @pytest.mark.parametrize(
@@ -75,29 +63,10 @@ def test_mistakes_are_told_in_one_line(words, told, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_mistake_ends_the_program_with_status_2(tmp_path):
-    (tmp_path / "schedule.png").write_text("from before")
-    result = run("--out", "x.jpg", cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: --out:")
-    assert len(result.stderr.splitlines()) == 1
-
-
-def test_an_impossible_schedule_names_file_and_key(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scheduler, "MAX_TRANSITIONS", 1000)
-    path = write_conf(tmp_path / "endless.yml", t_T=20, jump_n_sample=1000)
-    with pytest.raises(UserError, match=r"endless\.yml: schedule_jump_params: .*1,000 transitions"):
-        plot_schedule.main(["--conf_path", str(path)])
-
-
-def test_a_walk_that_does_not_fit_its_chain_is_told(tmp_path, monkeypatch):
+def test_a_walk_that_does_not_fit_its_chain_names_file_and_key(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_conf(tmp_path / "high.yml", t_T=21)
     with pytest.raises(UserError, match=r"high\.yml: .*t_T.*at most 20"):
-        plot_schedule.main(["--conf_path", str(path)])
-    path = write_conf(tmp_path / "low.yml", t_T=19)
-    with pytest.warns(UserWarning, match="t_T: 19"):
         plot_schedule.main(["--conf_path", str(path)])
 
 
@@ -122,7 +91,6 @@ def test_measure(tmp_path, monkeypatch, capsys):
     ("error", "expected"),
     [
         (MemoryError(), (UserError, "data.batch_size: .*1 image")),
-        (RuntimeError("CUDA out of memory. Tried"), (UserError, "data.batch_size: .*1 image")),
         (RuntimeError("a defect"), (RuntimeError, "a defect")),
     ],
 )
@@ -136,34 +104,29 @@ def test_only_want_of_memory_is_one_line(tmp_path, monkeypatch, error, expected)
         plot_schedule.measure_call(conf, [1, 0])
 
 
-def test_plot_of_a_configuration(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    path = write_conf(tmp_path / "short.yml", t_T=20, jump_length=5, jump_n_sample=2)
-    assert plot_schedule.main(["--conf_path", str(path), "--out", "plots/short.PDF"]) == 0
-    assert "short: 50 transitions, 35 network calls, 15 undos" in capsys.readouterr().out
-    assert (tmp_path / "plots" / "short.PDF").read_bytes().startswith(b"%PDF-")
-    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["short.PDF"]
-
-
-def test_comparison_plot(tmp_path, monkeypatch, capsys):
+def test_plots_of_configurations(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     paths = []
     for folder, count in (("one", 1), ("two", 2)):  # the same file name twice
         (tmp_path / folder).mkdir()
-        name = f"{folder}/same.yml"
-        paths.append(write_conf(tmp_path / name, t_T=20, jump_length=5, jump_n_sample=count))
-    assert plot_schedule.main(["--compare", *map(str, paths)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{paths[0]}: 20 transitions, 20 network calls, 0 undos"
-    assert lines[1] == f"{paths[1]}: 50 transitions, 35 network calls, 15 undos"
-    assert png_size(tmp_path / "schedule.png") == (2100, 960)
+        params = {"t_T": 20, "jump_length": 5, "jump_n_sample": count}
+        paths.append(str(write_conf(tmp_path / folder / "same.yml", **params)))
+    costs = ("20 transitions, 20 network calls, 0 undos", "50 transitions, 35 network calls, 15")
+    assert plot_schedule.main(["--compare", *paths]) == 0
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert first == f"{paths[0]}: {costs[0]}"
+    assert second.startswith(f"{paths[1]}: {costs[1]}")
+    assert plot_schedule.main(["--conf_path", paths[1], "--out", "plots/short.PDF"]) == 0
+    assert f"same: {costs[1]}" in capsys.readouterr().out
+    assert (tmp_path / "plots" / "short.PDF").read_bytes().startswith(b"%PDF-")
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["short.PDF"]
 
 
 def line_through(axes, label):
     return next(line for line in axes.get_lines() if line.get_label().startswith(label))
 
 
-@pytest.mark.parametrize("params", [{"t_T": 250}, {"t_T": 20, "jump_length": 5}, {"t_T": 9}])
+@pytest.mark.parametrize("params", [{"t_T": 250}, {"t_T": 20, "jump_length": 5}])
 def test_what_the_plot_of_one_walk_shows(params):
     times = get_schedule_jump(**params)
     calls, undos = count_steps(times)
