@@ -4,6 +4,7 @@ Checkpoints have guided-diffusion's names: ``model001000.pt``, ``ema_0.9999_0010
 ``opt001000.pt`` after 1,000 steps.
 """
 
+import copy
 import dataclasses
 import hashlib
 import os
@@ -29,8 +30,7 @@ from guided_diffusion.io.files import remove_leftovers, write_checkpoint, write_
 from guided_diffusion.io.listing import list_images
 from guided_diffusion.io.paths import check_folder, refuse_inside
 from guided_diffusion.io.weights import check_fits, foreign_form
-from guided_diffusion.models.follow import is_folder
-from guided_diffusion.training.pictures import TrainingImages, classes_of, names_below
+from guided_diffusion.training.pictures import TrainingImages, first_of, names_below
 from guided_diffusion.training.trainer import Trainer
 from guided_diffusion.unet import UNetModel
 
@@ -40,7 +40,8 @@ FREE_KEYS = (
     *("log_interval", "save_interval", "sample_interval", "sample_mask", "sample_count"),
     *("sample_respacing", "device", "compile", "microbatch", "use_checkpoint"),
 )
-_NAMED = 5  # pictures that a message names; it counts the others
+# What an optimizer's file holds.
+_PARTS = {"step", "settings", "pictures", "classes", "optimizer", "sampler"}
 
 
 # ---- Names ---------------------------------------------------------------------------------------
@@ -66,12 +67,9 @@ def _saved_steps(conf: TrainConf) -> list[int]:
 
 def newest_step(conf: TrainConf) -> int | None:
     """Return the last step of which all files exist, or None."""
-    complete = (
-        step
-        for step in reversed(_saved_steps(conf))
-        if all(path.exists() for path in weight_paths(conf, step))
-    )
-    return next(complete, None)
+    steps = _saved_steps(conf)
+    whole = [step for step in steps if all(path.exists() for path in weight_paths(conf, step))]
+    return whole[-1] if whole else None
 
 
 def last_saved(conf: TrainConf) -> str:
@@ -172,27 +170,40 @@ def class_notes(images: TrainingImages) -> list[str]:
 
 
 def load(trainer: Trainer, step: int) -> None:
-    """Let ``trainer`` go on from the checkpoints of ``step``."""
+    """Let ``trainer`` go on from the checkpoints of ``step``; raises UserError as ``load_into``."""
     networks = (trainer.model, *trainer.emas.values())
     for path, network in zip(weight_paths(trainer.conf, step), networks, strict=True):
-        network.load_state_dict(load_state_dict(path))
-    state = load_opt(trainer.conf, step, mmap=False)
-    trainer.optimizer.load_state_dict(state["optimizer"])
+        load_into(network, path)
+    state = load_opt(trainer.conf, step)
+    trainer.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it will change
     if trainer.sampler:
         trainer.sampler.load_state_dict(state["sampler"])
     trainer.step = step
 
 
-def load_opt(conf: TrainConf, step: int, *, mmap: bool = True) -> dict:
-    """Return the optimizer's file of ``step``; raises UserError if it is damaged or another's.
+def load_into(network: UNetModel, path: str | os.PathLike, *, key: str | None = None) -> None:
+    """Give a network the weights of a checkpoint; raises UserError where they do not fit.
 
-    Tensors mapped from the file are good for a look; those that will be changed have to be read.
+    ``key`` is the YAML key of ``path``.
+    """
+    state = load_state_dict(path)
+    if form := foreign_form(list(state)):
+        expected = "a checkpoint in guided-diffusion's layout"
+        raise UserError(path=path, key=key, expected=expected, got=form)
+    check_fits(path, state, shapes_of(network.state_dict()), key=key)
+    network.load_state_dict(state)
+
+
+def load_opt(conf: TrainConf, step: int) -> dict:
+    """Return the optimizer's file of ``step``, its tensors mapped from the file.
+
+    Raises UserError if it is damaged or another's.
     """
     path = checkpoint_path(conf, "opt", step)
     try:
         with zipfile.ZipFile(path) as archive:
             is_whole = archive.testzip() is None  # torch looks at no checksums
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}", path=path) from error
     except Exception as error:  # a damaged file makes torch raise nearly anything
@@ -201,37 +212,9 @@ def load_opt(conf: TrainConf, step: int, *, mmap: bool = True) -> dict:
         is_whole = False
     if not is_whole:
         raise UserError("is damaged and cannot be resumed", path=path)
-    is_ours = isinstance(state, dict) and isinstance(state.get("settings"), dict)
-    if not is_ours or state.get("step") != step or not {"optimizer", "sampler"} <= state.keys():
+    if not isinstance(state, dict) or not state.keys() >= _PARTS or state["step"] != step:
         raise UserError(f"is not an optimizer's file of step {step} of this program", path=path)
     return state
-
-
-def recorded_classes(conf: TrainConf, step: int) -> list[str]:
-    """Return the classes of the training of ``step`` in the order of their labels.
-
-    Earlier programs recorded the pictures alone, and sorted the classes as text.
-    """
-    state = load_opt(conf, step)
-    return state.get("classes") or classes_of(state.get("pictures", []))
-
-
-def load_initial(model: UNetModel, path: str) -> None:
-    """Give ``model`` the weights of a checkpoint; raises UserError where they do not fit."""
-    expected = "a checkpoint in guided-diffusion's layout"
-    if is_folder(path):
-        raise UserError(path=path, key="init_from", expected=expected, got="a folder")
-    state = load_state_dict(path)
-    if form := foreign_form(list(state)):
-        raise UserError(path=path, key="init_from", expected=expected, got=form)
-    check_fits(path, state, shapes_of(model.state_dict()), key="init_from")
-    model.load_state_dict(state)
-
-
-def check_weights(conf: TrainConf, model: UNetModel, step: int) -> None:
-    """Raise UserError naming the file of ``step`` whose weights are not this network's."""
-    for path in weight_paths(conf, step):
-        check_fits(path, load_state_dict(path), shapes_of(model.state_dict()))
 
 
 def export(conf: TrainConf, path: str) -> str:
@@ -317,7 +300,7 @@ def _check_settings(conf: TrainConf, step: int) -> None:
     then, now = defaults | state["settings"], run_settings(conf, names)
     changed = [name for name in now if then[name] != now[name]]
     if changed:
-        pictures = _difference(state.get("pictures", names), names)
+        pictures = _difference(state["pictures"], names)
         raise UserError(
             f"cannot be resumed with other settings{pictures}; put them back, or start anew in "
             "another out_dir, with init_from",
@@ -330,9 +313,6 @@ def _check_settings(conf: TrainConf, step: int) -> None:
 
 def _difference(then: Sequence[str], now: Sequence[str]) -> str:
     """Return the names of missing and of new pictures, for a message."""
-    parts = []
-    for word, names in (("missing", set(then) - set(now)), ("new", set(now) - set(then))):
-        few = sorted(names)[:_NAMED]
-        rest = f" and {len(names) - len(few)} more" if len(names) > len(few) else ""
-        parts += [f"{word}: {', '.join(map(printable, few))}{rest}"] if names else []
+    differences = {"missing": set(then) - set(now), "new": set(now) - set(then)}
+    parts = [f"{word}: {first_of(sorted(names))}" for word, names in differences.items() if names]
     return f" ({'; '.join(parts)})" if parts else ""

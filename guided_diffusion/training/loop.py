@@ -164,13 +164,11 @@ def build_and_train(conf: TrainConf, device: torch.device, start: int) -> None:
     try:
         with seeded(conf.seed):
             model = create_model(conf)
-        if start:
-            checkpoints.check_weights(conf, model, start)
-        elif conf.init_from:
-            checkpoints.load_initial(model, conf.init_from)
+        if conf.init_from and not start:
+            checkpoints.load_into(model, conf.init_from, key="init_from")
         checkpoints.check_disk(conf, sum(p.numel() for p in model.parameters()))
-        goes_on = start and conf.class_cond
-        images = TrainingImages(conf, checkpoints.recorded_classes(conf, start) if goes_on else ())
+        classes = checkpoints.load_opt(conf, start)["classes"] if start else ()
+        images = TrainingImages(conf, classes)
         with _messages_name_checkpoint(conf), process_group(device):
             refuse_differences(conf, images.names, start)
             trainer = Trainer(conf, model, diffusion, device)

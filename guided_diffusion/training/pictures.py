@@ -10,7 +10,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
@@ -20,7 +20,7 @@ from PIL import Image
 
 from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.dist_util import is_main, local_world_size, rank, world_size
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, printable
 from guided_diffusion.io.colours import to_gray, to_srgb
 from guided_diffusion.io.images import (
     Header,
@@ -42,7 +42,7 @@ THREADS = 4  # that cut batches: more would wait for the disk, or slow a trainin
 # A random crop shows at least this share of the short side: the field's usual augmentation.
 _SMALLEST_CROP = 0.8
 _MOST_BAD = 0.01  # share of the pictures that may become unreadable; one always may
-_NAMED = 5  # bad files that a message names; it counts the others
+_NAMED = 5  # things that a message names; it counts the others
 
 
 class TrainingImages:
@@ -111,31 +111,34 @@ class TrainingImages:
 
     def _readable(self, index: int) -> tuple[int, np.ndarray]:
         """Return picture ``index``, or the next of the same side of the split that can be read."""
-        while True:
-            if index in self._cache:
-                return index, self._cache[index]
+        while index not in self._cache:
             if index not in self.bad:
                 try:
                     pixels = self._scale(index, self._read(index))
                 except UserError as error:
-                    self.bad[index] = error
-                    self._limit_bad()
+                    self._note_bad(index, error)
                 else:
-                    if self._reserve(pixels.nbytes):
-                        self._cache[index] = pixels
+                    self._keep(index, pixels)
                     return index, pixels
             side = self.train if index in self.train else self.held_out
             index = int(side[(np.searchsorted(side, index) + 1) % len(side)])
+        return index, self._cache[index]
 
-    def _limit_bad(self) -> None:
+    def _note_bad(self, index: int, error: UserError) -> None:
+        """Warn of a picture that has become unreadable; raise UserError if there are too many."""
+        with self._lock:
+            is_new = index not in self.bad
+            self.bad[index] = error
         most = max(1, int(_MOST_BAD * len(self.train)))
         if len(self.bad) > most:
             raise UserError(
-                f"too many pictures have become unreadable: {_list_of(list(self.bad.values()))}",
+                f"too many pictures have become unreadable: {first_of(self.bad.values(), '; ')}",
                 path=self.conf.data_dir,
                 expected=f"at most {most} of {len(self.train)}",
                 got=len(self.bad),
             )
+        if is_new:
+            warnings.warn(f"{error}; another takes its place", stacklevel=2)
 
     def _labels(self, files: Sequence[str]) -> np.ndarray:
         """Return each file's label, its first-level subfolder, and determine the order of these."""
@@ -177,7 +180,8 @@ class TrainingImages:
         looks = in_threads(self._look, items, "reading pictures", is_main(), memory=self.memory)
         bad = [look for look in looks if isinstance(look, UserError)]
         if bad:
-            counted = UserError(f"{len(bad)} of {len(looks)} pictures are bad: {_list_of(bad)}")
+            listed = first_of(bad, "; ")
+            counted = UserError(f"{len(bad)} of {len(looks)} pictures are bad: {listed}")
             raise bad[0] if len(bad) == 1 else counted
         small = sum(min(headers[index].size) < self.conf.image_size for index in chosen)
         if small:
@@ -202,33 +206,25 @@ class TrainingImages:
             count = len(header.frames)
             notes.append(f"has {count} frames, and the first is taken; all_frames: true takes all")
         try:
-            if self._reserve(self._bytes(header.size)):
+            if self._free_bytes > 0:
                 image = self._read(index)
                 notes += notes_on_picture(image, self.conf.depth, frames=False)
-                self._cache[index] = self._scale(index, image)
+                self._keep(index, self._scale(index, image))
         except UserError as error:
             return error
         return notes
-
-    def _bytes(self, size: tuple[int, int]) -> int:
-        """Return about how much memory a decoded picture of this width and height takes."""
-        depth = 3 if self.conf.in_channels == 3 else 2  # gray may have 16 bits
-        if not self.conf.random_crop:
-            return depth * self.conf.image_size**2
-        side = self._side(min(size))
-        return depth * side * round(max(size) / min(size) * side)
 
     def _side(self, short: int) -> int:
         """Return the length to which random crops scale a short side before they are drawn."""
         size = self.conf.image_size
         return max(size, min(math.ceil(size / _SMALLEST_CROP), short))
 
-    def _reserve(self, count: int) -> bool:
-        """Take ``count`` bytes of the memory for decoded pictures, if it has them."""
+    def _keep(self, index: int, pixels: np.ndarray) -> None:
+        """Keep a decoded picture, unless the memory for them is full: then no other is kept."""
         with self._lock:
-            fits = count <= self._free_bytes
-            self._free_bytes -= count * fits
-            return fits
+            self._free_bytes -= pixels.nbytes
+            if self._free_bytes >= 0:
+                self._cache[index] = pixels
 
     def _read(self, index: int) -> Image.Image:
         """Read a picture as RGB, or as gray of 8 or 16 bits where the network has one channel."""
@@ -299,10 +295,11 @@ def split_by_name(names: Sequence[str], share: float) -> tuple[np.ndarray, np.nd
     return np.flatnonzero(~out), np.flatnonzero(out)
 
 
-def _list_of(errors: Sequence[UserError]) -> str:
-    """Name the first of several bad files with their problems, and count the others."""
-    rest = f"; and {len(errors) - _NAMED} more" if len(errors) > _NAMED else ""
-    return "; ".join(str(error) for error in errors[:_NAMED]) + rest
+def first_of(things: Iterable[object], separator: str = ", ") -> str:
+    """Name the first few things, such as bad files with their problems, and count the others."""
+    texts = list(map(str, things))
+    rest = [f"and {len(texts) - _NAMED} more"] if len(texts) > _NAMED else []
+    return printable(separator.join(texts[:_NAMED] + rest))
 
 
 # ---- The batch of a step -------------------------------------------------------------------------
@@ -313,19 +310,15 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield this process's part of each step's batch, as ``TrainingImages.batch`` gives it.
 
-    ``threads`` cut the batches of the next steps meanwhile. Warns of each picture that has become
-    unreadable; raises UserError where there are too many.
+    ``threads`` cut the batches of the next steps meanwhile. Raises as ``TrainingImages.batch``.
     """
     threads = threads or threads_within(images.memory, THREADS)
-    pool, todo, warned = ThreadPoolExecutor(threads), iter(steps), set()
+    pool, todo = ThreadPoolExecutor(threads), iter(steps)
     ahead = collections.deque(pool.submit(_cut, images, n) for n in islice(todo, 2 * threads))
     try:
         while ahead:
             batch = ahead.popleft().result()
             ahead.extend(pool.submit(_cut, images, step) for step in islice(todo, 1))
-            for index in set(images.bad) - warned:
-                warned.add(index)
-                warnings.warn(f"{images.bad[index]}; another takes its place", stacklevel=2)
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,41 +43,33 @@ COLUMNS = (
 # ---- The log -------------------------------------------------------------------------------------
 
 
+def _read(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the lines of a log and their numbers, without what a power cut has damaged."""
+    text = path.read_text("utf-8", "replace") if path.is_file() else ""
+    for line in text.split("\n")[1:-1]:
+        with contextlib.suppress(ValueError):
+            numbers = [float(value or "nan") for value in line.split(",")]
+            yield line, dict(zip(COLUMNS, numbers, strict=True))
+
+
 def read_log(path: Path) -> list[Row]:
-    """Return the rows of a log, without its damaged lines; none where there is no file."""
-    text, rows = path.read_bytes().decode("utf-8", "replace") if path.is_file() else "", []
-    for line in text.splitlines(keepends=True)[1:]:
-        values = line.split(",")
-        if len(values) == len(COLUMNS) and line.endswith("\n"):
-            with contextlib.suppress(ValueError):
-                numbers = [float(value.strip() or "nan") for value in values]
-                rows.append(dict(zip(COLUMNS, numbers, strict=True)))
-    return rows
+    """Return the rows of a log; none where there is no file."""
+    return [row for _, row in _read(path)]
 
 
 def restart_log(path: Path, step: int) -> None:
-    """Write the log anew with its rows up to ``step``: later steps will be trained again.
-
-    Warns of damaged lines, which are lost, but not of a last line that a kill has cut.
-    """
-    rows = read_log(path)
-    damaged = path.read_bytes().count(b"\n") - 1 - len(rows) if path.is_file() else 0
-    if damaged > 0:
-        warnings.warn(f"{path}: {damaged} damaged lines of the log are left out", stacklevel=2)
-    kept = [_csv_line(row) for row in rows if row["step"] <= step]
-    write_text_atomic(path, ",".join(COLUMNS) + "\n" + "".join(kept))
-
-
-def _csv_line(row: Row) -> str:
-    values = (row.get(name, math.nan) for name in COLUMNS)
-    return ",".join("" if math.isnan(value) else f"{value:.7g}" for value in values) + "\n"
+    """Write the log anew with its lines up to ``step``: later steps will be trained again."""
+    kept = [line for line, row in _read(path) if row["step"] <= step]
+    write_text_atomic(path, "\n".join([",".join(COLUMNS), *kept, ""]))
 
 
 def append_log(path: Path, row: Row) -> None:
     """Add one row in a single write; raises UserError where the system refuses."""
+    values = (row.get(name, math.nan) for name in COLUMNS)
+    line = ",".join("" if math.isnan(value) else f"{value:.7g}" for value in values)
     try:
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(_csv_line(row))
+        with path.open("a", encoding="utf-8", newline="\n") as stream:
+            stream.write(f"{line}\n")
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", path=path) from error
 

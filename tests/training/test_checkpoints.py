@@ -61,8 +61,7 @@ def test_files_have_the_names_that_users_of_guided_diffusion_know(tmp_path, monk
     assert torch.equal(state["out.2.weight"], trainer.model.out[2].weight)
 
 
-def test_the_newest_set_is_the_last_that_is_complete(tmp_path):
-    conf = tiny_conf(tmp_path)
+def test_the_newest_set_is_the_last_that_is_complete(conf):
     assert newest_step(conf) is None
     for step in (9, 20, 1_000_000):
         saved(conf, step)
@@ -76,8 +75,7 @@ def test_the_newest_set_is_the_last_that_is_complete(tmp_path):
 # ---- resuming ------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_holds_a_training_is_not_written_over(tmp_path):
-    conf = tiny_conf(tmp_path)
+def test_a_folder_that_holds_a_training_is_not_written_over(conf):
     assert check(conf, CPU, resume=False) == check(conf, CPU, resume=True) == 0
     saved(conf)
     with pytest.raises(UserError, match="already holds a training, of 3 steps; add --resume"):
@@ -96,10 +94,9 @@ def test_other_settings_are_refused_by_name(tmp_path):
         check(conf, CPU, resume=True)
 
 
-@pytest.mark.parametrize("rates", ["0.5", "0.99,0.5"])
-def test_another_average_does_not_hide_a_training(tmp_path, rates):
-    saved(tiny_conf(tmp_path))
-    conf = tiny_conf(tmp_path, ema_rate=rates)
+def test_another_average_does_not_hide_a_training(tmp_path, conf):
+    saved(conf)
+    conf = tiny_conf(tmp_path, ema_rate="0.5")
     for resume, message in ((True, "ema_rate: cannot be"), (False, "already holds a training")):
         with pytest.raises(UserError, match=message):
             check(conf, CPU, resume=resume)
@@ -122,28 +119,14 @@ def test_missing_and_new_pictures_are_named_and_moved_ones_are_taken(tmp_path):
         path = folder / f"{number:02d}.png"
         path.rename(path.with_name(f"new-{number}.png") if number == 6 else tmp_path / path.name)
     message = (
-        r"data_dir: .*missing: 00\.png, 01\.png, 02\.png, 03\.png, 04\.png and 2 more; "
+        r"data_dir: .*missing: 00\.png, 01\.png, 02\.png, 03\.png, 04\.png, and 2 more; "
         r"new: new-6\.png\).*expected '12 pictures .*found '6 pictures"
     )
     with pytest.raises(UserError, match=message):
         check(tiny_conf(tmp_path, data_dir=str(folder)), CPU, resume=True)
 
 
-def test_a_training_of_before_pictures_had_names_is_resumed(tmp_path):
-    conf = tiny_conf(tmp_path)
-    saved(conf)
-    path = checkpoint_path(conf, "opt", 3)
-    state = torch.load(path)
-    del state["pictures"]
-    torch.save(state, path)
-    assert check(conf, CPU, resume=True) == 3
-    (tmp_path / "pictures" / "00.png").unlink()
-    with pytest.raises(UserError, match=r"settings; put .*expected '12 pictures .*found '11"):
-        check(conf, CPU, resume=True)
-
-
-def test_what_a_killed_training_left_is_removed_and_nothing_else(tmp_path):
-    conf = tiny_conf(tmp_path)
+def test_what_a_killed_training_left_is_removed_and_nothing_else(tmp_path, conf):
     (tmp_path / "out").mkdir()
     leftover, other = (tmp_path / "out" / n for n in (".0123456789abcdef.tmp", ".notes.tmp"))
     for path in (leftover, other):
@@ -162,35 +145,24 @@ class Evil:
         return (os.mkdir, ("executed",))
 
 
-def flipped(path):
-    """Return a checkpoint with one bit of one number flipped, in the middle of the file."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    return bytes(content)
-
-
-@pytest.mark.parametrize("spoil", [lambda _: b"", lambda _: b"PK damaged", flipped])
-def test_a_damaged_optimizer_is_one_line(tmp_path, spoil):
-    conf = tiny_conf(tmp_path)
-    trainer, images = make_trainer(conf), TrainingImages(conf)
-    for batch in batches(images, range(3)):
-        trainer.train_step(*batch)
-    checkpoints.save(trainer, images)
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_a_damaged_optimizer_is_one_line(conf, is_cut):
+    saved(conf)
     path = checkpoint_path(conf, "opt", 3)
-    path.write_bytes(spoil(path))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"pictures") + 30] ^= 1  # which only its checksum tells
+    path.write_bytes(content[:200] if is_cut else content)
     with pytest.raises(UserError, match=r"opt000003.pt: is damaged and cannot be resumed"):
         check(conf, CPU, resume=True)
 
 
-def test_nothing_in_an_optimizer_is_executed(tmp_path, monkeypatch):
-    conf = tiny_conf(tmp_path)
+def test_nothing_in_an_optimizer_is_executed(tmp_path, conf, monkeypatch):
     saved(conf)
     path = checkpoint_path(conf, "opt", 3)
     torch.save({**torch.load(path), "extra": Evil()}, path)
     monkeypatch.chdir(tmp_path)
-    for mmap in (True, False):
-        with pytest.raises(UserError, match=r"opt000003\.pt: is damaged"):
-            checkpoints.load_opt(conf, 3, mmap=mmap)
+    with pytest.raises(UserError, match=r"opt000003\.pt: is damaged"):
+        checkpoints.load_opt(conf, 3)
     assert not Path("executed").exists()
 
 
@@ -210,13 +182,10 @@ def test_what_the_system_refuses_is_not_called_damage(tmp_path, monkeypatch, err
         checkpoints.load_opt(tiny_conf(tmp_path), 6)
 
 
-@pytest.mark.parametrize(
-    "state", [{"state": {}}, dict.fromkeys(("step", "settings", "optimizer", "sampler"), 3), None]
-)
-def test_somebody_elses_optimizer_is_one_line(tmp_path, state):
-    conf = tiny_conf(tmp_path)
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_somebody_elses_optimizer_is_one_line(conf, is_ours):
     saved(conf, 6)
-    other = torch.load(checkpoint_path(conf, "opt", 6)) if state is None else state
+    other = torch.load(checkpoint_path(conf, "opt", 6)) if is_ours else {"state": {}}
     saved(conf, 3)
     checkpoint_path(conf, "opt", 6).unlink()
     torch.save(other, checkpoint_path(conf, "opt", 3))
@@ -225,17 +194,16 @@ def test_somebody_elses_optimizer_is_one_line(tmp_path, state):
 
 
 @pytest.mark.parametrize("kind", ["model", "ema_0.9999_", "opt"])
-def test_files_of_another_network_are_refused(tmp_path, kind):
-    conf = tiny_conf(tmp_path)
+def test_files_of_another_network_are_refused(tmp_path, conf, kind):
     other = tiny_conf(tmp_path, out_dir=str(tmp_path / "other"), num_channels=64)
     saved(conf)
     saved(other)
-    model = create_model(conf)
-    checkpoints.check_weights(conf, model, 3)
+    trainer = make_trainer(conf)
+    checkpoints.load(trainer, 3)
     checkpoint_path(other, kind, 3).replace(checkpoint_path(conf, kind, 3))
     with pytest.raises(UserError, match=rf"{kind}000003\.pt: .*(time_embed|num_channels)"):
         check(conf, CPU, resume=True)
-        checkpoints.check_weights(conf, model, 3)
+        checkpoints.load(trainer, 3)
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -279,10 +247,8 @@ def test_a_full_disk_is_found_before_it_is_full(tmp_path, monkeypatch):
     [
         ({"depth_min": -100.0, "depth_max": 4095.0, "all_formats": True}, 250),
         ({"diffusion_steps": 100}, 100),
-        ({"timestep_respacing": "20"}, 20),
         ({"timestep_respacing": "20,30"}, 50),
-        ({"learn_sigma": False, "noise_schedule": "cosine", "predict_xstart": True}, 250),
-        ({"predict_v": True, "norm_groups": 8}, 250),
+        ({"learn_sigma": False, "noise_schedule": "cosine", "norm_groups": 8}, 250),
     ],
 )
 def test_the_yaml_beside_the_checkpoint_runs_at_once(tmp_path, changes, steps):
@@ -342,27 +308,24 @@ def test_the_newest_first_average_is_exported_in_half_precision(tmp_path, name):
     assert exported.keys() == state.keys()
     assert all(torch.equal(exported[key], state[key].half()) for key in state)
     model = create_model(conf)
-    checkpoints.load_initial(model, str(tmp_path / name))
+    checkpoints.load_into(model, tmp_path / name)
     assert model.time_embed[0].weight.dtype == torch.float32
     assert torch.equal(model.time_embed[0].weight, exported["time_embed.0.weight"].float())
 
 
-def test_weights_beyond_half_precision_are_exported_as_they_are(tmp_path):
-    conf = tiny_conf(tmp_path)
+def test_weights_beyond_half_precision_are_exported_as_they_are(tmp_path, conf):
     saved(conf)
     state = torch.load(average(conf))
     state["out.2.bias"] += 70_000
     torch.save(state, average(conf))
-    message = export(conf, str(tmp_path / "small.pt"))
-    assert "out.2.bias" in message
+    assert "out.2.bias" in export(conf, str(tmp_path / "small.pt"))
     exported = torch.load(tmp_path / "small.pt")
     assert torch.equal(exported.pop("out.2.bias"), state["out.2.bias"])
     assert {value.dtype for value in exported.values()} == {torch.float16}
 
 
-@pytest.mark.parametrize("name", ["out/model000003.pt", "out/opt000003.pt", "pictures/00.png"])
-def test_only_an_earlier_export_is_replaced(tmp_path, name):
-    conf = tiny_conf(tmp_path)
+@pytest.mark.parametrize("name", ["out/model000003.pt", "pictures/00.png"])
+def test_only_an_earlier_export_is_replaced(tmp_path, conf, name):
     saved(conf)
     path = tmp_path / name
     before = path.read_bytes()
@@ -382,6 +345,10 @@ def test_an_export_needs_a_name_and_a_checkpoint(tmp_path):
 
 def test_weights_to_start_from_have_to_fit(tmp_path):
     small, large = tiny_conf(tmp_path), tiny_conf(tmp_path, channel_mult="2")
-    torch.save(create_model(small).state_dict(), tmp_path / "small.pt")
+    path = tmp_path / "small.pt"
+    torch.save(create_model(small).state_dict(), path)
     with pytest.raises(UserError, match=r"small.pt: init_from: does not fit the network: .*size"):
-        checkpoints.load_initial(create_model(large), str(tmp_path / "small.pt"))
+        checkpoints.load_into(create_model(large), path, key="init_from")
+    torch.save({"temb.dense.0.weight": torch.ones(1)}, path)
+    with pytest.raises(UserError, match=r"small.pt: init_from: .*layout, found a network of DDPM"):
+        checkpoints.load_into(create_model(large), path, key="init_from")

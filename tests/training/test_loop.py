@@ -81,8 +81,7 @@ def meet(monkeypatch, *processes):
         loop.refuse_differences(*process)
 
 
-def test_processes_that_agree_go_on_whatever_their_folders_are_called(tmp_path, team, monkeypatch):
-    conf = tiny_conf(tmp_path)
+def test_processes_that_agree_go_on_whatever_their_folders_are_called(conf, team, monkeypatch):
     other = dataclasses.replace(conf, data_dir="elsewhere", out_dir="there", cache_gb=1)
     meet(monkeypatch, (conf, ["a.png"], 3), (other, ["a.png"], 3))
 

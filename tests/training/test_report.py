@@ -89,29 +89,17 @@ def test_the_log_is_cut_back_to_the_step_from_which_a_training_goes_on(tmp_path)
     assert path.read_text().splitlines() == before[:4]
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda lines: [*lines[:2], lines[2].replace(b"0.6666667", b"0.6e-"), *lines[3:]],
-        lambda lines: [*lines[:2], b"\xe4\xf6\xfc\n", *lines[2:]],
-        lambda lines: [*lines[:2], b"\0" * 50 + b"\n", *lines[2:]],
-        lambda lines: [*lines[:2], b'"' + lines[2], *lines[3:]],
-    ],
-    ids=["cut in a number", "Latin-1", "zeros", "a quote"],
-)
-def test_damaged_lines_are_counted_and_left_out(tmp_path, spoil):
+@pytest.mark.parametrize("damage", [b"2,0.6e-", b"\xe4\xf6\xfc", b"\0" * 50, b'"2'])
+def test_damaged_lines_are_left_out(tmp_path, damage):
     path = tmp_path / "log.csv"
     restart_log(path, 0)
     for step in (1, 2, 3, 4):
         append_log(path, {"step": step, "loss": step / 3})
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(spoil(lines)))
-    with pytest.warns(UserWarning, match=r"log\.csv: 1 damaged lines"):
-        restart_log(path, 3)
-    after = path.read_bytes().splitlines(keepends=True)
-    assert set(after) <= set(lines)
-    assert lines[3] in after
-    assert lines[4] not in after
+    path.write_bytes(b"".join([*lines[:2], damage + b"\n", *lines[3:]]))
+    assert [row["step"] for row in read_log(path)] == [1, 3, 4]
+    restart_log(path, 3)
+    assert path.read_bytes().splitlines(keepends=True) == [*lines[:2], lines[3]]
 
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
@@ -147,8 +135,7 @@ def test_who_knows_everything_has_no_error_left_and_who_knows_nothing_has_it_all
     assert math.isclose(best["held_out"], np.mean([best[f"held_out_q{q}"] for q in range(4)]))
 
 
-def test_each_quartile_has_its_own_times(tmp_path):
-    conf = tiny_conf(tmp_path)
+def test_each_quartile_has_its_own_times(conf):
     seen = []
 
     def predictor(labels):

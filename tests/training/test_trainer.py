@@ -129,16 +129,10 @@ def test_dropout_is_drawn_anew_in_every_step(tmp_path, monkeypatch, dropout):
     assert torch.allclose(first, second, rtol=1e-4, equal_nan=True) == (dropout == 0)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"learn_sigma": False, "predict_xstart": True}, {"predict_v": True}, {"use_kl": True}],
-    ids=str,
-)
-def test_every_objective_is_learnt(tmp_path, changes):
-    trainer = make_trainer(tiny_conf(tmp_path, batch_size=8, lr=3e-3, **changes))
-    rng = np.random.default_rng(0)
+def test_the_loss_falls(tmp_path):
+    trainer = make_trainer(tiny_conf(tmp_path, batch_size=8, lr=3e-3))
     images = TrainingImages(trainer.conf)
-    x = images.batch(images.train, rng)[0].float() / 127.5 - 1
+    x = images.batch(images.train, np.random.default_rng(0))[0].float() / 127.5 - 1
     x = x.repeat(10, 1, 1, 1)
     t = torch.linspace(0, 999, len(x)).long()
     noise = draw_noise(np.arange(len(x)), x.shape[1:])
@@ -187,16 +181,12 @@ def test_labels_reach_the_network(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"dropout": 0.2, "random_crop": True, "ema_rate": "0.9,0.99", "microbatch": 2},
-        {
-            "schedule_sampler": "loss-second-moment",
-            "diffusion_steps": 2,
-            "noise_schedule": "cosine",
-        },
+        {"schedule_sampler": "loss-second-moment", "diffusion_steps": 2,
+         "noise_schedule": "cosine"},
     ],
-    ids=["plain", "all kinds of chance", "sampler with a memory"],
-)
+    ids=["all kinds of chance", "sampler with a memory"],
+)  # fmt: skip
 def test_interrupted_and_resumed_is_the_same_to_the_last_bit(tmp_path, changes):
     changes = {**changes, "iterations": 9, "log_interval": 2}
     whole = tiny_conf(tmp_path, out_dir=str(tmp_path / "whole"), **changes)
@@ -222,9 +212,7 @@ def test_interrupted_and_resumed_is_the_same_to_the_last_bit(tmp_path, changes):
     logs = [read_log(Path(conf.out_dir) / "log.csv") for conf in (whole, cut)]
     for row in (*logs[0], *logs[1]):
         del row["images_per_s"]
-    assert [list(map(str, row.values())) for row in logs[0]] == [
-        list(map(str, row.values())) for row in logs[1]
-    ]
+    assert str(logs[0]) == str(logs[1])
     assert [row["step"] for row in logs[0]] == [2, 3, 4, 6, 8, 9]
 
 
