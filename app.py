@@ -25,37 +25,46 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     os.environ["GRADIO_TEMP_DIR"] = f"{tempfile.gettempdir()}/repaint-page-{secrets.token_hex(8)}"
 
 import argparse
+import base64
+import contextlib
 import errno
+import html
 import inspect
+import io
+import re
 import shutil
 import signal
 import socket
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from guided_diffusion import raise_on_ctrl_c
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.errors import UserError
-from page.jobs import CHOICES, PAINTED, RANGES, UPLOADED, Worker
-from page.words import EDITOR, LABELS, SUBJECTS
-
-
-def without_gradio() -> None:
-    """Say what is missing."""
-    raise UserError("gradio is not installed: pip install -r requirements-app.txt")
-
+from guided_diffusion.image_datasets import list_images
+from guided_diffusion.io.images import origin_of, read_rgb, to_levels
+from page.jobs import CHOICES, PAINTED, RANGES, UPLOADED, Job, Worker
+from page.words import EDITOR, LABELS, MESSAGES, SUBJECTS
 
 try:
     import gradio as gr
-
-    from page.visitors import Page
 except ImportError:
-    command_line(without_gradio)
+    gr = None
 
 MAX_UPLOAD_MB = 200
-SWEEP_SECONDS = 15.0
+PREVIEW_SIZE = 1600  # longest side in pixels of what the browser shows and paints on
+MAX_EXAMPLES = 6
+# An open tab touches its files every minute. Files that nothing has touched for so long are
+# deleted: those of closed tabs, answers to programs, and uploads, aborted ones too.
+TOUCH_SECONDS, KEPT_SECONDS = 60.0, 600.0
 FONTS = ["system-ui", "sans-serif"]  # none is fetched from elsewhere
 STATUS_STYLE = """
     min-height: 2em;
@@ -65,7 +74,218 @@ STATUS_STYLE = """
 """
 
 
-def build_page(page: Page) -> tuple[gr.Blocks, gr.I18n]:
+@dataclass
+class Visitor:
+    """A tab: what it works on, and what came of it."""
+
+    picture: Path | None = None
+    size: tuple[int, int] = (0, 0)  # of the picture: width and height as a person sees it
+    job: Job | None = None  # the last
+    shown: Job | None = None  # whose results can be seen
+
+
+class Page:
+    """What visitors and programs ask for."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker, self.folder = worker, worker.folder
+        self.examples: list[tuple[str, str]] = []  # paths and thumbnails
+        with contextlib.suppress(UserError):  # a page for visitors' pictures needs none of its own
+            for path in list_images(worker.conf.data.gt_path)[:MAX_EXAMPLES]:
+                with contextlib.suppress(UserError):
+                    self.examples.append((path, data_url(self.read(path), 128)))
+
+    def read(self, path: str | Path) -> Image.Image:
+        """Read a picture as RGB, and deep gray as bright as the network sees it."""
+        is_made = Path(path).name.startswith(("result", "square"))
+        return read_rgb(str(path), None if is_made else self.worker.conf.depth)
+
+    def upload(self, value: Any, name: str = "picture") -> str:
+        """Return the path of a file that was uploaded; raises UserError for anything else."""
+        path = value.get("path") if isinstance(value, dict) else None
+        if not isinstance(path, str) or self.folder not in Path(path).resolve().parents:
+            raise UserError(key=name, expected="a file, such as handle_file(...)", got=repr(value))
+        return path
+
+    def touch(self, visitor: Visitor, mask: str | None) -> None:
+        """Keep the files of a tab, which is still open."""
+        shown = visitor.shown and visitor.shown.picture
+        for path in map(Path, filter(None, (visitor.picture, shown, mask))):
+            if self.folder in path.parents and path.exists():  # it is no example
+                os.utime(path.parent)
+
+    def sweep(self) -> None:
+        """Delete what nothing has touched for a while."""
+        for path in self.folder.iterdir():
+            with contextlib.suppress(OSError):  # it is gone already
+                if time.time() - path.stat().st_mtime > KEPT_SECONDS:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    # ---- What the page asks for ----
+
+    def choose(self, visitor: Visitor, value: dict, request: "gr.Request") -> tuple[dict, str]:
+        """Take an upload, an example or a result as the picture to work on, and show it."""
+        say = speaker(request)
+        try:
+            if "result" in value:
+                path = visitor.shown.results[value["result"]]
+            elif "example" in value:
+                path = self.examples[value["example"]][0]
+            else:
+                path = self.upload(value)
+            image = self.read(path)
+            visitor.picture = Path(path)
+            visitor.size = origin_of(image).size
+            return {"picture": data_url(image)}, ""
+        except Exception as error:
+            return {"error": explain(error, say)}, ""
+
+    def run(
+        self, visitor: Visitor, value: dict | None, request: "gr.Request", *settings: Any
+    ) -> Iterator[tuple]:
+        """Do what the button asks for; yield the states of status, editor and downloads."""
+        say = speaker(request)
+        self.cancel(visitor, request)
+        try:
+            if not (visitor.picture and visitor.picture.exists()):  # as after a night
+                raise UserError("no picture")
+            strokes = (value or {}).get("strokes")
+            for job in self.work(say, visitor.picture, settings, strokes, visitor.size):
+                visitor.job = job
+                yield status(job.told, job), gr.skip(), gr.skip()
+        except Exception as error:
+            is_error = not isinstance(error, CancelledError)
+            yield status(explain(error, say), is_error=is_error), gr.skip(), gr.skip()
+            return
+        if visitor.shown and visitor.shown.folder != visitor.picture.parent:
+            shutil.rmtree(visitor.shown.folder, ignore_errors=True)
+        visitor.shown = job
+        before, *results = (data_url(self.read(path)) for path in (job.original, *job.results))
+        files = gr.update(value=[str(path) for path in job.downloads()], visible=True)
+        yield status(job.told), {"before": before, "results": results}, files
+
+    def cancel(self, visitor: Visitor, request: "gr.Request") -> str:
+        """End a visitor's job at the next network call, and say so at once."""
+        job, say = visitor.job, speaker(request)
+        if not job or job.work.done():
+            return status(say("nothing runs"))
+        job.is_cancelled = True
+        return status(say("cancelled", told=job.told))
+
+    # ---- What programs ask for ----
+
+    def inpaint(
+        self,
+        picture: dict,
+        mask: dict | None = None,
+        hole: str = UPLOADED,
+        method: str = "fast",
+        samples: int = 1,
+        seed: int | None = None,
+        full_size: bool = True,
+        mask_grow: int = 0,
+        mask_hole: str = "auto",
+        request: "gr.Request" = None,
+    ) -> tuple[str, list, list, list]:  # of what it yields, for Gradio's documentation
+        """Inpaint a picture in the hole of a mask file, or of a mask that is drawn (hole="thick").
+
+        Returns a message, the picture before and after, all results, and all files.
+        """
+        say = speaker(request)
+        try:
+            if hole == PAINTED:
+                raise UserError(key="hole", expected=", ".join(CHOICES["hole"][1:]), got=hole)
+            path = self.upload(picture)
+            self.read(path)
+            file = mask and self.upload(mask, "mask")
+            settings = (hole, file, mask_hole, method, samples, seed, full_size, mask_grow)
+            for job in self.work(say, Path(path), settings):
+                yield job.told, [], [], []
+        except Exception as error:
+            raise gr.Error(explain(error, say), print_exception=False) from error
+        pictures = [[job.original, job.results[0]], job.results, job.downloads()]
+        yield job.told, *([gr.FileData(path=str(p)) for p in paths] for paths in pictures)
+
+    # ---- What both ask for ----
+
+    def work(self, say: Callable[..., str], *request: Any) -> Iterator[Job]:
+        """Yield a job, with what is to be told of it, until it is finished.
+
+        Raises UserError for what cannot be done, and CancelledError.
+        """
+        job = self.worker.start(*request)
+        try:
+            while not (job.work.done() or job.is_cancelled):
+                with contextlib.suppress(OSError):  # it failed, which left no files
+                    os.utime(job.folder)
+                count, seconds = self.worker.count_before(job), time.monotonic() - job.since
+                left = seconds / max(1, job.calls) * (job.total - job.calls)
+                phase = "waiting" if count else job.phase
+                job.told = say(phase, count=count, seconds=round(seconds), calls=job.calls,
+                               total=job.total, left=round(left))  # fmt: skip
+                yield job
+                wait([job.work], 0.3)
+            if job.is_cancelled:
+                raise CancelledError(say("cancelled", told=job.told))
+            job.work.result()
+        finally:
+            job.is_cancelled = True  # the visitor left, or the job is over anyway
+        parts = [say("done", seconds=round(job.seconds), seed=job.settings["seed"])]
+        if job.settings["full_size"] and job.results[0].suffix != job.picture.suffix:
+            parts.append(say("as png", kind=job.picture.suffix[1:].upper()))
+        job.told = " · ".join([*parts, *map(say, job.notes)])
+        yield job
+
+
+# ---- What is said --------------------------------------------------------------------------------
+
+
+def speaker(request: "gr.Request") -> Callable[..., str]:
+    """Return what finds and fills messages in the visitor's language.
+
+    The folders of this machine, which are nobody's business, are left out.
+    """
+    place = (request.headers.get("accept-language") or "").lower().startswith("zh")
+
+    def say(key: str, **values: object) -> str:
+        text = MESSAGES[key][place].format(**values) if key in MESSAGES else key
+        return re.sub(r"(?<![\w.:/])(?:/[^\s/:]+)+/(?=[^\s/])", "", text)
+
+    return say
+
+
+def explain(error: Exception, say: Callable[..., str]) -> str:
+    """Say what went wrong; of a fault in the program only that there was one."""
+    if isinstance(error, UserError | CancelledError):
+        return say(str(error))
+    traceback.print_exception(error)
+    return say("fault")
+
+
+def status(text: str, job: Job | None = None, *, is_error: bool = False) -> str:
+    """Return a line as HTML, with the bar and the predicted picture of a job."""
+    parts = [f'<p id="told" class="{"error" * is_error}" role="status">{html.escape(text)}</p>']
+    if job and job.calls:
+        parts.insert(0, f'<progress value="{job.calls}" max="{job.total}"></progress>')
+        levels = np.concatenate(list(to_levels(job.predicted)), axis=1)
+        url = data_url(Image.fromarray(levels.squeeze()))  # gray has one channel
+        parts.append(f'<img id="preview" alt="" src="{url}">')
+    return "".join(parts)
+
+
+def data_url(image: Image.Image, size: int = PREVIEW_SIZE) -> str:
+    """Return a picture of at most ``size`` pixels a side as a URL: JPEG, and PNG if it is small."""
+    stream = io.BytesIO()
+    image.thumbnail((size, size))
+    kind = "PNG" if max(image.size) <= 512 else "JPEG"
+    image.save(stream, kind, quality=90)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+# ---- The page ------------------------------------------------------------------------------------
+
+
+def build_page(page: Page) -> tuple["gr.Blocks", "gr.I18n"]:
     """Return the page and its words."""
     conf = page.worker.conf
     file = Path(conf.model_path).name
@@ -77,18 +297,19 @@ def build_page(page: Page) -> tuple[gr.Blocks, gr.I18n]:
     )  # fmt: skip
     words = gr.I18n(en=english, **{"zh-CN": chinese, "zh-TW": chinese})
     here = Path(__file__).parent / "page"
-
+    template, style, script = (
+        (here / f"editor.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )
     choices = {name: [(words(key), key) for key in keys] for name, keys in CHOICES.items()}
 
     with gr.Blocks(title="RePaint", analytics_enabled=False) as demo:
+        visitor = gr.State(Visitor())
         gr.Markdown(words("title"))
         gr.Markdown(words("model"))
         with gr.Row():
             with gr.Column(scale=3):
                 editor = gr.HTML(
-                    html_template=(here / "editor.html").read_text(encoding="utf-8"),
-                    css_template=(here / "editor.css").read_text(encoding="utf-8"),
-                    js_on_load=(here / "editor.js").read_text(encoding="utf-8"),
+                    html_template=template, css_template=style, js_on_load=script,
                     apply_default_css=False, elem_id="editor", most_mb=MAX_UPLOAD_MB,
                     examples=[thumbnail for _, thumbnail in page.examples],
                     words=[{key: both[place] for key, both in EDITOR.items()}
@@ -103,7 +324,7 @@ def build_page(page: Page) -> tuple[gr.Blocks, gr.I18n]:
                     hole = gr.Dropdown(choices["hole"], value=PAINTED, label=words("hole"))
                     mask = gr.File(label=words("mask"), file_types=["image"], height=120,
                                    elem_id="mask")  # fmt: skip
-                    with gr.Column(visible=False) as rules:
+                    with gr.Column(visible=False) as rules:  # a radio that is hidden loses its keys
                         mask_hole = gr.Radio(choices["mask_hole"], value="auto",
                                              label=words("mask_hole"))  # fmt: skip
                     method = gr.Radio(choices["method"], value="fast", label=words("method"))
@@ -116,19 +337,18 @@ def build_page(page: Page) -> tuple[gr.Blocks, gr.I18n]:
                                  visible=False)  # fmt: skip
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         settings = [hole, mask, mask_hole, method, samples, seed, full_size, mask_grow]
-        run.click(page.run, [editor, *settings], [state, editor, files],
+        run.click(page.run, [visitor, editor, *settings], [state, editor, files],
                   concurrency_limit=None, trigger_mode="multiple", **quiet)  # fmt: skip
-        cancel.click(page.cancel, None, state, queue=False, **quiet)
-        editor.chosen(page.choose, editor, [editor, state], concurrency_limit=2, **quiet)
-        editor.painted(None, None, hole, js=f"() => '{PAINTED}'", **quiet)
-        mask.upload(page.use_mask, mask, [mask, hole], **quiet)
-        mask.clear(page.use_mask, mask, [mask, hole], **quiet)
+        cancel.click(page.cancel, visitor, state, queue=False, **quiet)
+        editor.chosen(page.choose, [visitor, editor], [editor, state], concurrency_limit=2, **quiet)
+        for event, key in (editor.painted, PAINTED), (mask.clear, PAINTED), (mask.upload, UPLOADED):
+            event(None, None, hole, js=f"() => '{key}'", **quiet)
         hole.change(
             lambda hole: (gr.update(visible=hole in (PAINTED, UPLOADED)),
                           gr.update(visible=hole == UPLOADED)),
             hole, [mask, rules], **quiet,
         )  # fmt: skip
-        demo.unload(page.leave)
+        gr.Timer(TOUCH_SECONDS).tick(page.touch, [visitor, mask], None, queue=False, **quiet)
         gr.api(page.inpaint, api_name="inpaint", concurrency_limit=None)
         document_api(demo.fns[max(demo.fns)])
     return demo, words
@@ -166,22 +386,24 @@ def refuse_used_port(host: str, port: int) -> None:
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {port} is in use: --port {port + 1}") from error
-        raise UserError(str(error), key="--host", got=host) from error
+        is_used = error.errno == errno.EADDRINUSE
+        problem = f"port {port} is in use: --port {port + 1}" if is_used else f"--host: {error}"
+        raise UserError(problem) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the configuration, then serve the page until Ctrl-C."""
+    if gr is None:
+        raise UserError("gradio is not installed: pip install -r requirements-app.txt")
     args = parse_args(argv)
     refuse_used_port(args.host, args.port)
-    worker = Worker(args.conf_path, args.overrides)
+    folder = Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
+    worker = Worker(folder, args.conf_path, args.overrides)
     raise_on_ctrl_c()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that files are deleted then too
-    folder = Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
     folder.mkdir(mode=0o700)
     try:
-        page = Page(worker, folder)
+        page = Page(worker)
         demo, words = build_page(page)
         demo.queue(max_size=None)
         demo.launch(
@@ -192,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         addresses = f"http://{args.host}:{args.port}", demo.share_url  # None: there is no such
         print(" and ".join(filter(None, addresses)), flush=True)
         while True:
-            time.sleep(SWEEP_SECONDS)
+            time.sleep(TOUCH_SECONDS / 4)
             page.sweep()
     finally:
         gr.close_all(verbose=False)

@@ -33,29 +33,21 @@ LABELS = {
     "seed": ("Seed (empty: a new one each time)", "随机种子（留空则每次不同）"),
     "full_size": ("Keep the photo's own size", "保持照片原有尺寸"),
     "mask_grow": ("Enlarge the hole (pixels)", "将空洞向外扩大（像素）"),
-    "files": (
-        "Downloads. test.py makes the same again from repeat.yml",
-        "下载（可用 repeat.yml 重现）",
-    ),
+    "files": ("Downloads. repeat.yml is for test.py", "下载（repeat.yml 用于 test.py）"),
 }
 MESSAGES = {
-    "starting": ("Starting", "正在开始"),
     "waiting": ("{count} before you", "前面还有 {count} 个任务"),
     "loading": ("Loading the network: {seconds} s", "正在加载网络：{seconds} 秒"),
     "preparing": ("Reading the picture: {seconds} s", "正在读取图片：{seconds} 秒"),
-    "running": (
-        "Step {calls} of {total}, {left} s left",
-        "第 {calls} / {total} 步，剩余 {left} 秒",
-    ),
+    "running": ("Step {calls} of {total}, {left} s left", "第 {calls}/{total} 步，剩 {left} 秒"),
     "writing": ("Writing the result: {seconds} s", "正在写入结果：{seconds} 秒"),
     "done": ("Done in {seconds} s · seed {seed}", "完成，用时 {seconds} 秒 · 种子 {seed}"),
-    "cancelled": ("Cancelled at step {calls} of {total}", "已取消（第 {calls} / {total} 步）"),
-    "cancelled early": ("Cancelled before the first step", "已在第一步之前取消"),
+    "as png": ("The result is a PNG, not a {kind}", "结果是 PNG，不是 {kind}"),
+    "cancelled": ("Cancelled ({told})", "已取消（{told}）"),
     "nothing runs": ("Nothing runs that could be cancelled", "没有可取消的任务"),
     "no picture": ("Choose a picture first", "请先选择图片"),
     "no mask": ("Choose a mask file first", "请先选择掩码文件"),
     "nothing painted": ("Paint over what is to be replaced", "请先涂抹要替换的部分"),
-    "queue full": ("Too many are waiting: try again later", "排队人数过多，请稍后再试"),
     "fault": ("The program failed: see its terminal", "程序出错，详情见终端"),
 }
 EDITOR = {  # these the browser chooses
