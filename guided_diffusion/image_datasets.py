@@ -27,7 +27,7 @@ from guided_diffusion.io.holes import (
 )
 from guided_diffusion.io.images import (
     Source,
-    crop_of,
+    center_crop,
     name_of,
     origin_of,
     read_rgb,
@@ -264,10 +264,10 @@ def read_photo(pair: Pair, options: ReadOptions) -> Image.Image:
 def crop_photo(pair: Pair, image: Image.Image, size: int, options: ReadOptions) -> np.ndarray:
     """Cut what ``read_photo`` returned to (size, size, C)."""
     if not pair.is_alpha:
-        return crop_of(pair.gt_path, image, size)
+        return center_crop(image, size, pair.gt_path)
     # Scaled with their transparency, colours at the hole's rim do not mix with what is below it.
     mode = "RGBA" if options.channels == 3 else "LA"
-    pixels = crop_of(pair.gt_path, image.convert("RGBA").convert(mode), size)
+    pixels = center_crop(image.convert("RGBA").convert(mode), size, pair.gt_path)
     return np.ascontiguousarray(pixels[:, :, :-1])
 
 
@@ -286,7 +286,7 @@ def crop_mask(
 ) -> np.ndarray:
     """Turn what ``read_mask`` returned into what ``load_mask`` returns."""
     if options.keeps_mask and not pair.is_alpha:
-        mask = crop_of(pair.mask_file, image, size)
+        mask = center_crop(image, size, pair.mask_file)
         return 255 - mask if options.invert_mask else mask
     known = _known(pair, image, options)
     if options.mask_grow or options.mask_hard:
@@ -294,7 +294,7 @@ def crop_mask(
         if photo is None or is_of_the_square(image.size, photo, size):
             photo, grow = image.size, _scaled(grow, min(image.size), photo)
         known = shape_mask(known, photo, grow=grow, hard=options.mask_hard)
-    mask = crop_of(pair.mask_file, Image.fromarray(known), size)[:, :, 0]
+    mask = center_crop(Image.fromarray(known), size, pair.mask_file)[:, :, 0]
     # Scaling has made the rim soft again.
     mask = harden(mask, 255) if options.mask_hard else mask
     return np.repeat(mask[:, :, None], options.channels, axis=2)

@@ -198,8 +198,6 @@ def _errors_of(source: Source) -> Iterator[None]:
         raise
     except Image.UnidentifiedImageError as error:
         raise UserError(f"not a picture in a known format {error}", path=path) from error
-    except Image.DecompressionBombError as error:
-        raise UserError("has too many pixels to read safely", path=path) from error
     except FileNotFoundError as error:
         dangling = "a link to a file that does not exist" if Path(path).is_symlink() else None
         raise UserError(dangling or "no such file", path=path) from error
@@ -281,20 +279,20 @@ def _transparent_pixels(image: Image.Image) -> tuple[int, int]:
 # ---- cutting -----------------------------------------------------------------------------------
 
 
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Scale a picture's short side to ``size`` and cut out the middle: (size, size, 3).
+def center_crop(image: Image.Image, size: int, source: Source = "") -> np.ndarray:
+    """Scale a picture's short side to ``size`` and cut out the middle: (size, size, C).
 
-    Gray pictures give (size, size). Halved by box means while at least twice too large, then one
-    bicubic step; a smaller picture is enlarged. Raises ``ValueError`` for a strip so narrow that
-    enlarging it would take more than ``PIL.Image.MAX_IMAGE_PIXELS``.
+    Halved by box means while at least twice too large, then one bicubic step; a smaller picture is
+    enlarged. Raises ``UserError`` naming its ``source`` for a strip so narrow that enlarging it
+    would take more than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
-    pixels = np.asarray(scale_short_side(image, size))
+    pixels = np.atleast_3d(scale_short_side(image, size, source))
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size].copy()
 
 
-def scale_short_side(image: Image.Image, size: int) -> Image.Image:
-    """Scale as ``center_crop`` does, without the cut; raises ``ValueError`` as it does."""
+def scale_short_side(image: Image.Image, size: int, source: Source = "") -> Image.Image:
+    """Scale as ``center_crop`` does, without the cut; raises ``UserError`` as it does."""
     is_deep_gray = image.mode == "I;16"  # Pillow scales it as floats only
     image = image.convert("I").convert("F") if is_deep_gray else image
     while min(image.size) >= 2 * size:
@@ -302,9 +300,8 @@ def scale_short_side(image: Image.Image, size: int) -> Image.Image:
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(
-            f"too narrow a strip ({image.width} x {image.height}) to scale to {size} pixels"
-        )
+        problem = f"too narrow a strip ({image.width} x {image.height}) to scale to {size} pixels"
+        raise UserError(problem, path=name_of(source))
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     if is_deep_gray:
         image = Image.fromarray(np.rint(image).clip(0, 65535).astype(np.uint16))
@@ -316,15 +313,7 @@ def load_crop(source: Source, size: int, depth: tuple[float, float] | None = Non
 
     ``depth`` is that of ``read_rgb``.
     """
-    return crop_of(source, read_rgb(source, depth), size)
-
-
-def crop_of(source: Source, image: Image.Image, size: int) -> np.ndarray:
-    """Cut as ``center_crop``, but to (size, size, C), and raise ``UserError`` naming the file."""
-    try:
-        return np.atleast_3d(center_crop(image, size))
-    except ValueError as error:
-        raise UserError(str(error), path=name_of(source)) from error
+    return center_crop(read_rgb(source, depth), size, source)
 
 
 # ---- tensors -----------------------------------------------------------------------------------

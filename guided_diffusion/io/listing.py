@@ -36,7 +36,17 @@ def list_images(
     path = os.fspath(path)
     if not path:
         raise UserError("the path is empty", key=key)
-    found = sorted(_list_remote(path, key) if "://" in path else _list_local(path, key, nor))
+    try:
+        found = sorted(_list_remote(path) if "://" in path else _list_local(path))
+    except UserError:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        problem = f"no such file or folder{nor}{looked_in(path)}"
+        raise UserError(problem, path=path, key=key) from None
+    except Exception as error:  # each storage service has exceptions of its own
+        problem = getattr(error, "strerror", None) or f"cannot be listed: {str(error)[:200]}"
+        path = repr(path) if "\0" in path else getattr(error, "filename", None) or path
+        raise UserError(problem, path=path, key=key) from error
     if found == [path]:
         return found
     chosen = _with_suffix(found, IMAGE_SUFFIXES)
@@ -75,18 +85,9 @@ def stem_of(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _list_local(path: str, key: str | None, nor: str) -> list[str]:
-    try:
-        if stat.S_ISDIR(os.stat(path).st_mode):  # noqa: PTH116 - a Path would lose "./"
-            return list(_walk(path))
-    except OSError as error:
-        problem = f"no such file or folder{nor}{looked_in(path)}"
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            path, problem = error.filename or path, error.strerror or str(error)
-        raise UserError(problem, path=path, key=key) from error
-    except ValueError as error:  # a null character
-        raise UserError(str(error), path=repr(path), key=key) from error
-    return [path]
+def _list_local(path: str) -> Iterable[str]:
+    is_folder = stat.S_ISDIR(os.stat(path).st_mode)  # noqa: PTH116 - a Path would lose "./"
+    return _walk(path) if is_folder else [path]
 
 
 def _walk(top: str) -> Iterator[str]:
@@ -117,24 +118,19 @@ def _is_foreign(name: str) -> bool:
     return name.startswith(".") or name.lower() in _FOREIGN_FOLDERS
 
 
-def _list_remote(path: str, key: str | None) -> list[str]:
+def _list_remote(path: str) -> list[str]:
     bf = _blobfile(path)
-    try:
-        if not bf.isdir(path):
-            if bf.exists(path):
-                return [path]
-            raise UserError("no such file or folder", path=path, key=key)
-        return [
-            f"{folder.rstrip('/')}/{name}"
-            for folder, _, names in bf.walk(path)
-            for name in names
-            if name.lower().endswith(_ALL_SUFFIXES)
-            and not any(map(_is_foreign, f"{folder}/{name}".removeprefix(path).split("/")))
-        ]
-    except UserError:
-        raise
-    except Exception as error:  # each storage service has exceptions of its own
-        raise UserError(f"cannot be listed: {str(error)[:200]}", path=path, key=key) from error
+    if not bf.isdir(path):
+        if bf.exists(path):
+            return [path]
+        raise FileNotFoundError
+    return [
+        f"{folder.rstrip('/')}/{name}"
+        for folder, _, names in bf.walk(path)
+        for name in names
+        if name.lower().endswith(_ALL_SUFFIXES)
+        and not any(map(_is_foreign, f"{folder}/{name}".removeprefix(path).split("/")))
+    ]
 
 
 def output_name(path: str) -> str:
@@ -148,15 +144,13 @@ def open_bytes(path: str) -> io.BufferedIOBase:
     """Open a local or remote file; raises UserError if it is not a regular file, or empty."""
     if "://" in path:
         with _blobfile(path).BlobFile(path, "rb") as remote:
-            data = remote.read()
-        stream: io.BufferedIOBase = io.BytesIO(data)
-        size = len(data)
+            stream: io.BufferedIOBase = io.BytesIO(remote.read())
     else:
         stream = open_regular(path)
-        size = os.fstat(stream.fileno()).st_size
-    if size == 0:
+    if not stream.read(1):
         stream.close()
         raise UserError("is empty", path=path)
+    stream.seek(0)
     return stream
 
 

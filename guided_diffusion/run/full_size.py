@@ -207,7 +207,7 @@ def cut_out(
     """
     inside, around = _inside(mask, cut)
     pixels = np.pad(photo[inside], (*around, (0, 0)), mode="edge")
-    picture = center_crop(as_image(pixels), size).reshape(size, size, photo.shape[2])
+    picture = center_crop(as_image(pixels), size)
     is_known = _shrink_known(known_in(mask, cut), size)
     return picture, np.repeat(is_known[:, :, None], photo.shape[2], axis=2)
 

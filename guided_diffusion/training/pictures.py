@@ -24,7 +24,7 @@ from guided_diffusion.errors import UserError, printable
 from guided_diffusion.io.colours import to_gray, to_srgb
 from guided_diffusion.io.images import (
     Header,
-    crop_of,
+    center_crop,
     read_header,
     read_rgb,
     read_upright,
@@ -107,7 +107,7 @@ class TrainingImages:
 
     def middle(self, index: int) -> np.ndarray:
         """Return the middle crop of a picture, uint8 or uint16 (S, S, C)."""
-        return crop_of(self.paths[index], self._read(index), self.conf.image_size)
+        return center_crop(self._read(index), self.conf.image_size, self.paths[index])
 
     def _readable(self, index: int) -> tuple[int, np.ndarray]:
         """Return picture ``index``, or the next of the same side of the split that can be read."""
@@ -236,18 +236,16 @@ class TrainingImages:
     def _scale(self, index: int, image: Image.Image) -> np.ndarray:
         """Return the middle crop (S, S, C), or for random crops all that they are cut from."""
         if not self.conf.random_crop:
-            return crop_of(self.paths[index], image, self.conf.image_size)
-        try:
-            return _pixels_of(scale_short_side(image, self._side(min(image.size))))
-        except ValueError as error:
-            raise UserError(str(error), path=self.paths[index]) from error
+            return center_crop(image, self.conf.image_size, self.paths[index])
+        side = self._side(min(image.size))
+        return np.atleast_3d(scale_short_side(image, side, self.paths[index]))
 
     def _augment(self, pixels: np.ndarray, draw: np.ndarray) -> np.ndarray:
         """Cut by four numbers in [0, 1): the short side's length, down, across, mirror."""
         size = self.conf.image_size
         if self.conf.random_crop:
             side = size + int(draw[0] * (min(pixels.shape[:2]) - size + 1))
-            pixels = _pixels_of(scale_short_side(as_image(pixels), side))
+            pixels = np.atleast_3d(scale_short_side(as_image(pixels), side))
             top = int(draw[1] * (pixels.shape[0] - size + 1))
             left = int(draw[2] * (pixels.shape[1] - size + 1))
             pixels = pixels[top : top + size, left : left + size]
@@ -259,12 +257,6 @@ def _header(path: str) -> Header | UserError:
         return read_header(path)
     except UserError as error:
         return error
-
-
-def _pixels_of(image: Image.Image) -> np.ndarray:
-    """Return an image as (H, W, C)."""
-    pixels = np.asarray(image)
-    return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
 def names_below(folder: str, paths: Sequence[str]) -> list[str]:
