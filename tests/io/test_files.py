@@ -175,18 +175,6 @@ def test_synced_before_it_gets_its_name(tmp_path, monkeypatch):
     assert events == ["sync", "name", "sync"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-def test_what_the_system_refuses_is_one_line_with_the_path(tmp_path, monkeypatch, code):
-    def refuse(fd):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(UserError, match=os.strerror(code)) as caught:
-        write_image(tmp_path / "x.png", PIXELS)
-    assert caught.value.path == tmp_path / "x.png"
-    assert list(tmp_path.iterdir()) == []
-
-
 FULL_DISK = """
 import resource, sys, torch
 import numpy as np
