@@ -74,13 +74,7 @@ def test_linear_betas(steps):
 def test_cosine_betas():
     golden = np.load(GOLDEN / "losses.npz")["cosine_betas_1000"]
     np.testing.assert_allclose(get_named_beta_schedule("cosine", 1000), golden, rtol=0, atol=1e-12)
-
-    def alphabar(u):
-        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    short = [min(1 - alphabar((i + 1) / 7) / alphabar(i / 7), 0.999) for i in range(7)]
-    np.testing.assert_allclose(get_named_beta_schedule("cosine", 7), short, rtol=1e-12)
-    assert short[-1] == 0.999
+    assert get_named_beta_schedule("cosine", 7)[-1] == 0.999
 
 
 def test_unknown_schedule():
@@ -341,12 +335,6 @@ def test_all_known_returns_the_picture_up_to_the_last_noise():
     torch.testing.assert_close(result, (gt + left * drawn[-1]).clamp(-1, 1))
 
 
-def test_condition_mixes_by_the_mask():
-    x, known = torch.tensor([1.0, 1.0, 1.0, 0.1]), torch.tensor([3.0, 3.0, 3.0, 0.3])
-    mask = torch.tensor([0.0, 0.25, 1.0, 1.0])
-    assert condition(x, known, mask).tolist() == torch.tensor([1.0, 1.5, 3.0, 0.3]).tolist()
-
-
 # --- closed forms: where the exact answer is known -----------------------------------------------
 
 
@@ -553,18 +541,6 @@ def test_a_step_of_ddnm_by_hand(t, eta, falls):
     expected = math.sqrt(before) * x_hat + math.sqrt(1 - before) * mixed
     torch.testing.assert_close(step.x, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(step.pred_xstart, x_hat, rtol=1e-4, atol=1e-4)
-
-
-def test_ddnm_ends_with_the_known_pixels_as_they_are():
-    gt = torch.rand(1, 3, 4, 4) * 2 - 1
-    mask = torch.zeros_like(gt)
-    mask[..., :2] = 1
-    steps = repaint(
-        chain("5"), bounded_network, gt, mask, WALK, noise_source(gt.shape), sampler="ddnm"
-    )
-    x = last(steps)
-    assert torch.equal(x[..., :2], gt[..., :2])
-    assert not torch.equal(x[..., 2:], gt[..., 2:])
 
 
 # --- the door for other networks and other data --------------------------------------------------

@@ -10,7 +10,6 @@ from guided_diffusion.nn import (
     downsample,
     timestep_embedding,
     upsample,
-    zero_module,
 )
 
 
@@ -71,12 +70,6 @@ def test_group_norm_computes_in_float32(dtype):
     assert got.dtype == dtype
     assert norm.weight.dtype == torch.float32
     torch.testing.assert_close(got, norm(x.float()).to(dtype), rtol=0, atol=0)
-
-
-def test_zero_module():
-    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 4))
-    assert zero_module(module) is module
-    assert all((parameter == 0).all() for parameter in module.parameters())
 
 
 def test_resizing_by_hand():

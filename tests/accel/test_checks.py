@@ -158,33 +158,35 @@ def test_a_later_run_does_not_compare_what_has_passed():
     assert plain_calls(None) == 3  # without verdicts
 
 
+def in_bfloat16():
+    network = network_cases.unet()
+    network.convert_trunk(torch.bfloat16)
+    return network
+
+
 @pytest.mark.parametrize(
-    "change", ["kernels", "sources", "architecture", "type", "batch", "size", "times", "classes"]
+    ("change", "inputs"),
+    [
+        (lambda: {"kernels": "others"}, (X, T)),
+        (lambda: {"network": network_cases.unet(use_new_attention_order=True)}, (X, T)),
+        (lambda: {"network": in_bfloat16()}, (X, T)),
+        (dict, (X[:2], T[:2])),
+        (dict, (X[:, :, :8], T)),
+        (dict, (X, T.contiguous())),  # not known to be one: each image is embedded
+        (dict, (X, T, torch.tensor([1, 2, 3]))),
+    ],
+    ids=["kernels", "architecture", "type", "batch", "size", "times", "classes"],
 )
-def test_what_the_verdict_depends_on(change, monkeypatch, tmp_path):
+def test_what_the_verdict_depends_on(change, inputs):
     assert plain_calls(verdicts()) == 3
-    other, inputs = verdicts(), {"x": X, "t": T}
-    if change == "kernels":
-        other = verdicts("others")
-    elif change == "sources":
-        (tmp_path / "code.py").write_text("changed")
-        monkeypatch.setattr(checks, "_SOURCES", (tmp_path / "code.py",))
-        other = verdicts()
-    elif change == "architecture":
-        other = verdicts(network=network_cases.unet(use_new_attention_order=True))
-    elif change == "type":
-        network = network_cases.unet()
-        network.convert_trunk(torch.bfloat16)
-        other = verdicts(network=network)
-    elif change == "batch":
-        inputs = {"x": X[:2], "t": T[:2]}
-    elif change == "size":
-        inputs["x"] = X[:, :, :8]
-    elif change == "times":
-        inputs["t"] = T.contiguous()  # not known to be one: each image is embedded
-    else:
-        inputs["y"] = torch.tensor([1, 2, 3])
-    assert plain_calls(other, *inputs.values()) == len(inputs["x"])
+    assert plain_calls(verdicts(**change()), *inputs) == len(inputs[0])
+
+
+def test_a_verdict_is_that_of_this_code(monkeypatch, tmp_path):
+    assert plain_calls(verdicts()) == 3
+    (tmp_path / "code.py").write_text("changed")
+    monkeypatch.setattr(checks, "_SOURCES", (tmp_path / "code.py",))
+    assert plain_calls(verdicts()) == 3
 
 
 def test_a_fault_is_not_kept_as_passed():

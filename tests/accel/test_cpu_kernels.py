@@ -260,18 +260,13 @@ def expected_scale(x):
     return (pairs.var(dim=1, correction=0) + 1e-5).rsqrt().repeat_interleave(2)
 
 
-def test_normalisation_far_from_zero():
+def test_normalisation_far_from_zero_and_of_one_huge_value():
     """The variance is not lost beside a large mean, as that of squares less the square would be."""
-    x = random(1, 32, 32, 64) + 1000
-    scale, _ = KERNELS.group_norm([x], nn.GroupNorm(32, 64))
-    assert relative(scale[0], expected_scale(x)) < 1e-4
-
-
-def test_normalisation_of_a_map_with_one_huge_value():
-    x = random(1, 16, 16, 64)
-    x[0, 0, 0] = 1e6
-    scale, _ = KERNELS.group_norm([x], nn.GroupNorm(32, 64))
-    assert relative(scale[0], expected_scale(x)) < 3e-6
+    far, huge = random(1, 32, 32, 64) + 1000, random(1, 16, 16, 64)
+    huge[0, 0, 0] = 1e6
+    for x, most in ((far, 1e-4), (huge, 3e-6)):
+        scale, _ = KERNELS.group_norm([x], nn.GroupNorm(32, 64))
+        assert relative(scale[0], expected_scale(x)) < most
 
 
 def test_normalisation_of_a_huge_constant():
@@ -353,11 +348,10 @@ def test_a_convolution_that_does_not_fit_is_refused(changed):
     [
         {"gain_offset": random(3, 128)},
         {"gain_offset": random(2, 256)[:, ::2]},
-        {"gain_offset": random(2, 64)},
-        {"added": random(3, 64)},
+        {"added": random(2, 32)},
         {"added": random(1, 64).double()},
         {"norm": nn.GroupNorm(32, 32)},
-        {"maps": [random(2, 4, 4, 64)[..., :32]]},
+        {"maps": [random(2, 4, 4, 128)[..., ::2]]},
     ],
 )
 def test_a_normalisation_that_does_not_fit_is_refused(changed):
@@ -376,15 +370,10 @@ def test_attention_that_does_not_fit_is_refused():
             KERNELS.attend(qkv, 1, False)
 
 
-@pytest.mark.parametrize("shape", [(1, 32, 2, 2), (48, 32, 3, 1)])
-def test_weights_of_other_sizes_are_refused(shape):
-    with pytest.raises(ValueError, match="no kernels for weights"):
-        KERNELS.pack_weights(random(*shape))
-
-
-def test_weights_of_other_types_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match=MISFIT):
-        KERNELS.pack_weights(random(16, 16, 3, 3).double())
+def test_weights_of_other_sizes_and_types_are_refused(monkeypatch):
+    for weight in (random(1, 32, 2, 2), random(48, 32, 3, 1), random(16, 16, 3, 3).double()):
+        with pytest.raises(ValueError, match=f"no kernels for weights|{MISFIT}"):
+            KERNELS.pack_weights(weight)
     monkeypatch.setattr(KERNELS, "has_bfloat16", False)
     with pytest.raises(ValueError, match="does not multiply bfloat16"):
         KERNELS.pack_weights(random(16, 16, 3, 3).bfloat16())
@@ -403,9 +392,11 @@ def test_neither_default_type_nor_strides_of_weights_matter():
     x, weight, bias = random(1, 8, 8, 64), random(32, 64, 3, 3), random(32)
     expected, before = KERNELS.convolve([x], KERNELS.pack_weights(weight), bias), torch.float32
     turned = weight.contiguous(memory_format=torch.channels_last)
+    view = torch.stack([weight, weight + 9], dim=-1)[..., 0]
     torch.set_default_dtype(torch.float64)
     try:
-        assert torch.equal(KERNELS.convolve([x], KERNELS.pack_weights(turned), bias), expected)
+        for own in (turned, view):
+            assert torch.equal(KERNELS.convolve([x], KERNELS.pack_weights(own), bias), expected)
     finally:
         torch.set_default_dtype(before)
 

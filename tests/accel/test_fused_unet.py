@@ -172,23 +172,6 @@ def test_without_kernels_one_warning_and_the_network_itself(monkeypatch):
     assert len(caught) == 1
 
 
-def test_weights_that_are_views_in_the_checkpoint(tmp_path):
-    """They keep their strides on disk, and the kernels read memory."""
-    state = torch.load(ROOT / "data/pretrained/demo64.pt", weights_only=True)
-    x, t = inputs(1, 64)
-    outputs = []
-    for kind in ("whole", "views"):
-        own = {name: torch.stack([w.float(), w.float() + 9], dim=-1) for name, w in state.items()}
-        own = {name: tensor[..., 0] for name, tensor in own.items()}
-        if kind == "whole":
-            own = {name: tensor.clone() for name, tensor in own.items()}
-        torch.save(own, tmp_path / f"{kind}.pt")
-        network = inpainter(model_path=str(tmp_path / f"{kind}.pt")).network
-        outputs.append(network(x, t))
-        assert is_fused(network)  # still, after the check
-    assert torch.equal(*outputs)
-
-
 def test_full_memory_is_told_as_such(monkeypatch):
     """The batch is halved on it."""
     run = inpainter()

@@ -194,19 +194,15 @@ def check_run(args: argparse.Namespace, base: InpaintConf) -> None:
         "device": get_device(base.device).type, "pictures": pictures,
     }  # fmt: skip
     path = args.out / "run.json"
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        common = min(len(pictures), len(before["pictures"]))
-        for key, value in run.items():
-            made, wanted = before[key], value
-            if key == "pictures":
-                made, wanted = made[:common], wanted[:common]
-            if made != wanted:
-                problem = f"has results with other {key}: take another --out or remove it"
-                raise UserError(problem, path=args.out)
-        if common == len(pictures):
-            return
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else run
+    common = min(len(pictures), len(before["pictures"]))
+    for key, wanted in {**run, "pictures": pictures[:common]}.items():
+        made = before[key][:common] if key == "pictures" else before[key]
+        if made != wanted:
+            problem = f"has results with other {key}: take another --out or remove it"
+            raise UserError(problem, path=args.out)
     if not args.dry_run:
+        run["pictures"] = max(before["pictures"], pictures, key=len)
         write_text_atomic(path, json.dumps(run, indent=1))
 
 

@@ -359,9 +359,8 @@ def count_flops(conf: InpaintConf) -> int:
 # ---- Reporting -----------------------------------------------------------------------------------
 
 
-def figures(bench: Benchmark, modes: list[Mode]) -> list[dict]:
-    """Return every figure of one batch size, a dictionary for each mode."""
-    flops = count_flops(bench.conf) * bench.batch
+def figures(bench: Benchmark, modes: list[Mode], flops: int) -> list[dict]:
+    """Return every figure of one batch size, a dictionary for each mode; ``flops`` an image."""
     calls, _ = count_steps(bench.times)
     rows = []
     for mode in modes:
@@ -376,7 +375,7 @@ def figures(bench: Benchmark, modes: list[Mode]) -> list[dict]:
             "ratios": [min(ratios), max(ratios)],
             "seconds_an_image": calls * ms / 1000 / bench.batch,
             "forward_error": mode.error,
-            "tflops": flops / ms / 1e9,
+            "tflops": flops * bench.batch / ms / 1e9,
         }
         rows.append(row)
     return rows
@@ -408,10 +407,11 @@ def run(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, l
             bench = Benchmark(conf, device, batch)
             reference, modes = bench.exact(), [bench.build(name) for name in names]
             bench.measure(modes, reference, args.rounds, args.calls)
-            rows, flops = figures(bench, modes), count_flops(conf) / 1e9
+            flops = count_flops(conf)
+            rows = figures(bench, modes, flops)
             what = "the classifier's gradient" if conf.guided else "the network"
             calls, _ = count_steps(bench.times)
-            title = (f"{what}, batch size {batch}; {flops:.4g} GFLOP an image and call; "
+            title = (f"{what}, batch size {batch}; {flops / 1e9:.4g} GFLOP an image and call; "
                      f"s an image is {calls} calls")  # fmt: skip
             yield f"\n{title}\n\n{table(rows)}", rows
             del modes, bench, reference
