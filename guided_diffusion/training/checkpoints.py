@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import warnings
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,10 +21,10 @@ from guided_diffusion.config.checkpoint_flags import shapes_of
 from guided_diffusion.config.network_keys import ModelConf
 from guided_diffusion.config.schema import conf_to_dict, shown
 from guided_diffusion.config.train_keys import TrainConf
-from guided_diffusion.dist_util import is_main, is_out_of_memory, world_size
+from guided_diffusion.dist_util import is_main, world_size
 from guided_diffusion.errors import UserError, printable
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.io.checkpoints import load_state_dict, write_weights
+from guided_diffusion.io.checkpoints import load_state_dict, read_tree, write_weights
 from guided_diffusion.io.files import remove_leftovers, write_checkpoint, write_text_atomic
 from guided_diffusion.io.listing import list_images
 from guided_diffusion.io.paths import check_folder, refuse_inside
@@ -201,17 +200,10 @@ def load_opt(conf: TrainConf, step: int) -> dict:
     """
     path = checkpoint_path(conf, "opt", step)
     try:
-        with zipfile.ZipFile(path) as archive:
-            is_whole = archive.testzip() is None  # torch looks at no checksums
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or error}", path=path) from error
-    except Exception as error:  # a damaged file makes torch raise nearly anything
-        if is_out_of_memory(error):
-            raise
-        is_whole = False
-    if not is_whole:
-        raise UserError("is damaged and cannot be resumed", path=path)
+        state = read_tree(path)
+    except UserError as error:
+        hint = "without this file --resume goes on from an earlier checkpoint"
+        raise UserError(f"{error.problem}; {hint}", path=path) from error
     if not isinstance(state, dict) or not state.keys() >= _PARTS or state["step"] != step:
         raise UserError(f"is not an optimizer's file of step {step} of this program", path=path)
     return state

@@ -24,7 +24,7 @@ from guided_diffusion.script_util import (
 )
 from guided_diffusion.training import checkpoints
 from guided_diffusion.training.checkpoints import check, checkpoint_path, export, newest_step
-from guided_diffusion.training.pictures import TrainingImages, batches
+from guided_diffusion.training.pictures import TrainingImages
 
 CPU = torch.device("cpu")
 
@@ -75,31 +75,27 @@ def test_the_newest_set_is_the_last_that_is_complete(conf):
 # ---- resuming ------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_holds_a_training_is_not_written_over(conf):
+def test_a_training_goes_on_where_its_files_are_whole(conf):
     assert check(conf, CPU, resume=False) == check(conf, CPU, resume=True) == 0
     saved(conf)
-    with pytest.raises(UserError, match="already holds a training, of 3 steps; add --resume"):
-        check(conf, CPU, resume=False)
     assert check(conf, CPU, resume=True) == 3
     checkpoint_path(conf, "model", 3).unlink()
     with pytest.raises(UserError, match="files of every checkpoint are missing"):
         check(conf, CPU, resume=True)
 
 
-def test_other_settings_are_refused_by_name(tmp_path):
-    saved(tiny_conf(tmp_path))
-    conf = tiny_conf(tmp_path, lr=0.5, batch_size=2, channel_mult="1,1")
-    message = r"channel_mult and batch_size and lr: .*expected '1', 4, 0.001, found '1,1', 2, 0.5"
-    with pytest.raises(UserError, match=message):
-        check(conf, CPU, resume=True)
-
-
-def test_another_average_does_not_hide_a_training(tmp_path, conf):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.5, "batch_size": 2}, r"batch_size and lr: .*expected 4, 0\.001, found 2, 0\.5"),
+        ({"ema_rate": "0.5"}, "ema_rate: cannot be"),
+    ],
+)
+def test_other_settings_are_refused_by_name(tmp_path, conf, changes, message):
     saved(conf)
-    conf = tiny_conf(tmp_path, ema_rate="0.5")
-    for resume, message in ((True, "ema_rate: cannot be"), (False, "already holds a training")):
-        with pytest.raises(UserError, match=message):
-            check(conf, CPU, resume=resume)
+    for resume, problem in ((True, message), (False, "already holds a training, of 3 steps; add")):
+        with pytest.raises(UserError, match=problem):
+            check(tiny_conf(tmp_path, **changes), CPU, resume=resume)
 
 
 def test_how_far_how_fast_and_how_visibly_may_change(tmp_path):
@@ -140,46 +136,12 @@ def test_what_a_killed_training_left_is_removed_and_nothing_else(tmp_path, conf)
 # ---- damaged files, and files of others ----------------------------------------------------------
 
 
-class Evil:
-    def __reduce__(self):
-        return (os.mkdir, ("executed",))
-
-
-@pytest.mark.parametrize("is_cut", [True, False])
-def test_a_damaged_optimizer_is_one_line(conf, is_cut):
+def test_a_damaged_optimizer_is_one_line(conf):
     saved(conf)
     path = checkpoint_path(conf, "opt", 3)
-    content = bytearray(path.read_bytes())
-    content[content.index(b"pictures") + 30] ^= 1  # which only its checksum tells
-    path.write_bytes(content[:200] if is_cut else content)
-    with pytest.raises(UserError, match=r"opt000003.pt: is damaged and cannot be resumed"):
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"opt000003\.pt: is damaged.*from an earlier checkpoint"):
         check(conf, CPU, resume=True)
-
-
-def test_nothing_in_an_optimizer_is_executed(tmp_path, conf, monkeypatch):
-    saved(conf)
-    path = checkpoint_path(conf, "opt", 3)
-    torch.save({**torch.load(path), "extra": Evil()}, path)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"opt000003\.pt: is damaged"):
-        checkpoints.load_opt(conf, 3)
-    assert not Path("executed").exists()
-
-
-@pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=repr
-)
-def test_what_the_system_refuses_is_not_called_damage(tmp_path, monkeypatch, error):
-    def load(*_, **__):
-        raise error
-
-    saved(tiny_conf(tmp_path))
-    monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(type(error)) as caught:
-        checkpoints.load_opt(tiny_conf(tmp_path), 3)
-    assert caught.value is error
-    with pytest.raises(UserError, match=r"opt000006\.pt: cannot be read: No such file"):
-        checkpoints.load_opt(tiny_conf(tmp_path), 6)
 
 
 @pytest.mark.parametrize("is_ours", [True, False])
@@ -223,14 +185,12 @@ def test_a_precision_for_gpus_is_told_on_a_cpu(tmp_path):
         check(tiny_conf(tmp_path, precision="tf32"), CPU, resume=False)
 
 
-def test_a_full_disk_is_found_before_it_is_full(tmp_path, monkeypatch):
-    conf = tiny_conf(tmp_path, num_channels=64)
-    trainer, images = make_trainer(conf), TrainingImages(conf)
-    trainer.train_step(*next(batches(images, range(1))))
-    trainer.step = 3
-    checkpoints.save(trainer, images)
+def test_a_full_disk_is_found_before_it_is_full(tmp_path, conf, monkeypatch):
+    trainer = saved(conf)
+    trainer.train_step(torch.zeros(4, 3, 8, 8), None)  # Adam's numbers are written from now on
+    checkpoints.save(trainer, TrainingImages(conf))
     parameters = sum(p.numel() for p in trainer.parameters)
-    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.pt"))
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*000004.pt"))
     Usage = collections.namedtuple("Usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(0, 0, size - 1))
     with pytest.raises(UserError, match="too full for the next checkpoint"):
@@ -270,22 +230,18 @@ def test_the_yaml_beside_the_checkpoint_runs_at_once(tmp_path, changes, steps):
 
 
 def test_the_yaml_names_the_classes_whatever_bytes_their_names_have(tmp_path):
-    folder = tmp_path / "classes"
-    names = [b"cats", b"dogs\nand: wolves"]
+    names = {b"cats": "cats", b"dogs\nand: wolves": "dogs and: wolves"}
     if os.name == "posix":
-        names += [b"caf\xe9", b"bell\x07\x1b[31m", "line\u2028\x85".encode()]
+        names |= {b"caf\xe9": "caf\\udce9", b"bell\x07\x1b[31m": "bell\\x07\\x1b[31m"}
+        names["line\u2028\x85".encode()] = "line"
     for name in names:
-        write_pictures(folder / os.fsdecode(name), 1)
-    changes = {"data_dir": str(folder), "class_cond": True, "num_classes": len(names)}
-    conf = tiny_conf(tmp_path, holdout=0, **changes)
+        write_pictures(tmp_path / "classes" / os.fsdecode(name), 1)
+    changes = {"data_dir": str(tmp_path / "classes"), "num_classes": len(names)}
+    conf = tiny_conf(tmp_path, holdout=0, class_cond=True, **changes)
     saved(conf)
     assert check(conf, CPU, resume=True) == 3
     text = (tmp_path / "out" / "test.yml").read_text(encoding="utf-8")
-    assert "is cats\n" in text
-    assert "is dogs and: wolves\n" in text
-    if os.name == "posix":
-        assert "is caf\\udce9\n" in text
-        assert "is bell\\x07\\x1b[31m\n" in text
+    assert all(f" is {name}\n" in text for name in names.values())
     assert load_conf(tmp_path / "out" / "test.yml", InpaintConf).num_classes == len(names)
 
 
@@ -336,11 +292,10 @@ def test_only_an_earlier_export_is_replaced(tmp_path, conf, name):
     assert path.read_bytes() == before
 
 
-def test_an_export_needs_a_name_and_a_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="no complete checkpoint to export"):
-        export(tiny_conf(tmp_path), str(tmp_path / "small.pt"))
-    with pytest.raises(UserError, match="--export: the path is empty"):
-        export(tiny_conf(tmp_path), "")
+def test_an_export_needs_a_name_and_a_checkpoint(conf):
+    for name, problem in (("x.pt", "no complete checkpoint to export"), ("", "path is empty")):
+        with pytest.raises(UserError, match=problem):
+            export(conf, name)
 
 
 def test_weights_to_start_from_have_to_fit(tmp_path):
