@@ -106,11 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.fast and team.is_main:
         print(cost_of_fast(args.conf_path, overrides, plan.conf, plan.times))
     prepare(get_device(conf.device))
-    summary, repaint = Summary(), RePaint(plan.conf) if plan.todo else None
+    summary, inpainter = Summary(), RePaint(plan.conf).inpainter if plan.todo else None
     folders = (conf.log_dir, *result_folders(conf).values())
     with locked(*folders) if team.is_main else contextlib.nullcontext():
-        if repaint:
-            summary = repaint.run(plan, team, resume_with=resume_command(team.size))
+        if inpainter:
+            summary = inpaint.run(plan, inpainter, team, resume_command(team.size))
         if team.is_main:
             print(inpaint.conclude(plan, summary))
     return 1 if summary.failures else 0

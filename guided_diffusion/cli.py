@@ -34,27 +34,14 @@ class Place:
     local_rank: int = 0
     local_world_size: int = 1
 
-    @property
-    def is_possible(self) -> bool:
-        """Whether each number can be one that torchrun gives."""
-        is_ordered = self.local_rank < self.local_world_size <= self.world_size
-        return is_ordered and self.rank < self.world_size
-
 
 def place() -> Place:
     """Return this process's place, as torchrun's variables say; that of one alone without them.
 
-    Raises UserError for a variable that is no whole number. ``leave_stray_team`` decides whether
+    Raises ValueError for a variable that is no whole number. ``leave_stray_team`` decides whether
     the variables count.
     """
-    numbers = {}
-    for name in _PLACE:
-        text = os.environ.get(name)
-        if text is not None and not (text.isascii() and text.isdecimal()):
-            raise UserError(key=name, expected="a whole number, set by torchrun", got=repr(text))
-        if text is not None:
-            numbers[name.lower()] = int(text)
-    return Place(**numbers)
+    return Place(**{name.lower(): int(os.environ[name]) for name in _PLACE if name in os.environ})
 
 
 def leave_stray_team() -> str | None:
@@ -63,16 +50,16 @@ def leave_stray_team() -> str | None:
     With some of them, set by a shell or a cluster, this process would wait for others that nobody
     starts, or leave pictures to them. Returns a warning, or None where nothing changes.
     """
-    found = {name: os.environ[name] for name in _PLACE if name in os.environ}
-    try:
-        is_whole = all(os.environ.get(name) for name in (*_PLACE, *_ADDRESS))
-        if not found or (is_whole and place().is_possible):
-            return None
-        is_one = place() == Place()
-    except UserError:
-        is_one = False
-    for name in found:
-        del os.environ[name]
+    is_team, is_one = False, False
+    with contextlib.suppress(ValueError):
+        here = place()
+        is_one = here == Place()
+        is_team = all(os.environ.get(name) for name in (*_PLACE, *_ADDRESS))
+        is_team &= 0 <= here.local_rank < here.local_world_size <= here.world_size
+        is_team &= 0 <= here.rank < here.world_size
+    if is_team:
+        return None
+    found = {name: os.environ.pop(name) for name in _PLACE if name in os.environ}
     if is_one:
         return None
     values = ", ".join(f"{name}={value!r}" for name, value in found.items())
@@ -101,15 +88,10 @@ class OptionParser(argparse.ArgumentParser):
 def _as_utf8(text: str) -> str:
     """Return an option as text that can be written, also where the system's names are ASCII."""
     try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:  # it holds bytes that the system's encoding does not have
-        raw = os.fsencode(text)
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
+        return text.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:
         problem = "the name is not UTF-8: rename it, or give the folder that it is in"
-        raise UserError(problem, got=repr(raw)[1:]) from None
+        raise UserError(problem, got=repr(os.fsencode(text))[1:]) from None
 
 
 class BreakableStream:

@@ -2,7 +2,7 @@
 
 A picture is uint8 (S, S, 3); a mask likewise, 255 = known, 0 = generated. For a network of one
 channel both are (S, S, 1), and a picture of more than 8 bits is uint16. ``pair_images`` finds what
-is wrong without decoding anything; run/picture_checks.py decodes everything once before a run.
+is wrong without decoding anything; run/checks.py decodes everything once before a run.
 """
 
 import os

@@ -34,8 +34,6 @@ from guided_diffusion.models.hub import fetch_configuration
 from guided_diffusion.run.plan import checkpoints_of, plan_run
 from guided_diffusion.run.record import result_mark
 from guided_diffusion.run.sampling import Made, Sampling
-from guided_diffusion.run.task import network_calls
-from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import check_network
 
 JOB = "job-"  # how the names of their folders begin
@@ -191,11 +189,10 @@ class Worker:
         plan = plan_run(conf, Team())
         # The download names its pictures from where it lies, and its results are marked with that.
         settings = plan.settings | {f"data.{key}": name for key, name in inputs.items()}
-        batch_size = conf.data.batch_size
-        job.total = network_calls(plan.jobs, batch_size, count_steps(plan.times)[0])
+        job.total = plan.network_calls(plan.jobs)
         job.enter("running")
         inpainter = self._repaint.inpainter.with_walk(conf, plan.times)
-        for batch in Sampling(inpainter, batch_size, job.see).make(plan.jobs):
+        for batch in Sampling(inpainter, conf.data.batch_size, job.see).make(plan.jobs):
             for made in batch:
                 write(job, made, conf, settings)
         write_repeat(conf, inputs, job.folder / f"repeat{job.suffix}.yml")

@@ -31,3 +31,27 @@ def switches():
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Run test.py in ``tmp_path``."""
+    from run_cases import run_here
+
+    monkeypatch.chdir(tmp_path)
+    return lambda *options: run_here(capsys, *options)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Seeds of every batch that the network was run for."""
+    from guided_diffusion.run.inpainter import Inpainter
+
+    seen, steps = [], Inpainter.steps
+
+    def noting(self, gt, mask, seeds, *rest):
+        seen.append(list(seeds))
+        return steps(self, gt, mask, seeds, *rest)
+
+    monkeypatch.setattr(Inpainter, "steps", noting)
+    return seen

@@ -101,9 +101,9 @@ def tiny_tree(**changes):
 
 
 @functools.cache
-def _tiny_state():
+def _tiny_state(in_channels=3):
     torch.manual_seed(0)
-    model = create_model(conf_from_dict(tiny_tree(), InpaintConf))
+    model = create_model(conf_from_dict(tiny_tree(in_channels=in_channels), InpaintConf))
     return {name: torch.randn_like(p) * 0.1 for name, p in model.state_dict().items()}
 
 
@@ -114,7 +114,7 @@ def write_tree(folder, tree):
 def write_run(folder, images=3, *, data=None, **changes):
     """Write the files of a tiny run into ``folder`` and return the options that start it."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(_tiny_state(), folder / "model.pt")
+    torch.save(_tiny_state(changes.get("in_channels", 3)), folder / "model.pt")
     rng = np.random.default_rng(0)
     for name in ("gt", "mask"):
         (folder / name).mkdir()

@@ -1,11 +1,9 @@
 """test.py from outside: what it writes, what it says, and the published program's own results."""
 
-import os
 import re
 import shlex
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -22,7 +20,6 @@ from run_cases import (
     pixels,
     results,
     run_apart,
-    run_here,
     snapshot,
     write_golden,
     write_run,
@@ -30,13 +27,6 @@ from run_cases import (
 
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.schema import describe
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """Run test.py in ``tmp_path``."""
-    monkeypatch.chdir(tmp_path)
-    return lambda *options: run_here(capsys, *options)
 
 
 def assert_golden(case, folder):
@@ -54,9 +44,7 @@ def assert_golden(case, folder):
 # ---- what the published program computed ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("case", "batch_size"), [("plain", 1), ("plain", 2), ("plain", 3), ("guided", 1), ("guided", 3)]
-)
+@pytest.mark.parametrize(("case", "batch_size"), [("plain", 1), ("plain", 2), ("guided", 3)])
 def test_golden_runs_for_every_batch_size(here, tmp_path, case, batch_size):
     options = write_golden(tmp_path, case, batch_size=batch_size)
     assert here(*options).status == 0
@@ -65,20 +53,21 @@ def test_golden_runs_for_every_batch_size(here, tmp_path, case, batch_size):
 
 def test_golden_run_in_a_process_of_its_own(tmp_path):
     ended = run_apart(tmp_path, *write_golden(tmp_path, "plain", batch_size=3))
-    assert ended.status == 0
+    assert (ended.status, ended.lines) == (0, [])  # nothing but bars on stderr
     assert_golden("plain", tmp_path / "log" / "plain")
     first, last = ended.out.splitlines()
     assert first == "3 images, 25.0% of the pixels to generate, seed 10"
     assert re.fullmatch(r"log/plain: 3 images, 28 network calls and [0-9.]+ s an image", last)
-    assert ended.lines == []  # nothing but bars on stderr
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
 def test_four_files_an_image_a_record_and_an_overview(here, tmp_path):
-    here(*write_run(tmp_path, overview=True))
-    log = tmp_path / "log" / "run"
+    options, log = write_run(tmp_path, overview=True), tmp_path / "log" / "run"
+    inputs = snapshot("gt") | snapshot("mask")
+    here(*options)
+    assert inputs == snapshot("gt") | snapshot("mask")  # they are only read
     names = {"00.png", "01.png", "02.png"}
     assert {path.name for path in log.iterdir()} == {*FOLDERS, "run.yml", "overview.png"}
     for kind in FOLDERS:
@@ -106,8 +95,6 @@ def test_several_results_an_image(here, tmp_path):
     assert list(found) == names
     assert set(results("log/run", "gt")) == {"00.png", "01.png"}
     assert (found["00_1.png"] != found["00_2.png"]).any()
-    seeds = load_yaml("log/run/run.yml")["record"]["seeds"]
-    assert len(set(seeds.values())) == len(seeds)
     # Sample j of image k has the seed of a run by itself: seed + k + j · 1000003.
     record = load_yaml("log/run/run.yml")["record"]
     expected = [5, 5 + 1_000_003, 5 + 2_000_006, 6, 6 + 1_000_003, 6 + 2_000_006]
@@ -160,12 +147,13 @@ def test_known_pixels_are_pasted_back_only_when_asked_for(here, tmp_path):
     assert (raw["00.png"][:, :4] != gt["00.png"][:, :4]).any()
 
 
-def test_process_pictures_show_the_result_last(here, tmp_path):
-    here(*write_run(tmp_path, 1, save_process=4))
+@pytest.mark.parametrize("kept", [1, 4])
+def test_process_pictures_show_the_result_last(here, tmp_path, kept):
+    here(*write_run(tmp_path, 1, save_process=kept))
     process = tmp_path / "log" / "run" / "process"
     assert {path.name for path in process.iterdir()} == {"00.png", "00.gif"}
     with Image.open(process / "00.gif") as film:
-        assert film.n_frames == 4
+        assert film.n_frames == kept
     final = np.kron(results("log/run")["00.png"], np.ones((16, 16, 1)))
     assert (pixels(process / "00.png")[:128, -128:] == final).all()
 
@@ -173,34 +161,27 @@ def test_process_pictures_show_the_result_last(here, tmp_path):
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def test_help_has_every_key_with_its_sentence_and_is_quick(tmp_path):
-    start = time.perf_counter()
-    ended = run_apart(tmp_path, "--help")
-    assert time.perf_counter() - start < 2
-    assert ended.status == 0
-    assert ended.err == ""
-    words = " ".join(ended.out.split())
-    for doc in describe(InpaintConf):
-        assert f" {doc.key} (" in words
-        assert doc.text in words
-
-
-def test_help_does_not_import_torch(tmp_path):
+def test_help_has_every_key_with_its_sentence_and_imports_no_torch(tmp_path):
     code = (
         "import runpy, sys, atexit; sys.argv = sys.argv[1:]\n"
         "atexit.register(lambda: print('torch' in sys.modules, 'yaml' in sys.modules))\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    script = command("--help")[1:]
     ended = subprocess.run(
-        [sys.executable, "-c", code, *script],
+        [sys.executable, "-c", code, *command("--help")[1:]],
         cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
-    assert ended.stdout.splitlines()[-1] == "False True"
+    assert (ended.returncode, ended.stderr) == (0, "")
+    *text, modules = ended.stdout.splitlines()
+    assert modules == "False True"  # torch would take seconds
+    words = " ".join(" ".join(text).split())
+    for doc in describe(InpaintConf):
+        assert f" {doc.key} (" in words
+        assert doc.text in words
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "with space", "a=b", "é", "名前", "😀", "#x", "[x]", "a: b", "it's", '"q"']
+    "name", ["with space", "a=b", "名前", "😀", "#x", "[x]", "a: b", "it's", '"q"']
 )
 def test_values_of_options_are_taken_as_they_are(here, tmp_path, name):
     options = write_run(tmp_path, 1)
@@ -214,21 +195,16 @@ def test_values_of_options_are_taken_as_they_are(here, tmp_path, name):
     assert not (tmp_path / "log").exists()
 
 
-def test_one_mask_serves_all_and_a_family_needs_no_file(here, tmp_path):
+def test_one_mask_serves_all_a_family_needs_no_file_and_masks_may_be_inverted(here, tmp_path):
     options = write_run(tmp_path)
     here(*options, "--mask", "mask/01.png", "--out", "one")
     here(*options, "--mask", "genhalf", "--out", "drawn")
     assert_same(results("one"), results("drawn"))
-
-
-def test_inverted_masks(here, tmp_path):
-    options = write_run(tmp_path, 1)
-    here(*options, "--out", "a")
-    mask = pixels(tmp_path / "mask" / "00.png").astype(np.uint8)
-    Image.fromarray(255 - mask).save(tmp_path / "mask" / "00.png")
-    here(*options, "--out", "b", "--invert_mask")
-    assert_same(results("a"), results("b"))
-    assert_same(results("a", "gt_keep_mask"), results("b", "gt_keep_mask"))
+    mask = pixels("mask/00.png").astype(np.uint8)
+    Image.fromarray(255 - mask).save("inverted.png")
+    here(*options, "--mask", "inverted.png", "--out", "inverted", "--invert_mask")
+    for kind in ("inpainted", "gt_keep_mask"):
+        assert_same(results("one", kind), results("inverted", kind))
 
 
 def test_the_last_of_equal_settings_wins_and_set_comes_last(here, tmp_path):
@@ -254,17 +230,6 @@ def test_a_warning_is_one_line_and_comes_once_past_the_bars(here, tmp_path):
     assert here(*options, "--set", "show_progress=false").err.count("%|") == 0
 
 
-@pytest.mark.parametrize(("value", "words"), [(255, "nothing to generate"), (0, "nothing known")])
-def test_masks_without_a_hole_or_without_a_picture_are_warned_of(here, tmp_path, value, words):
-    options = write_run(tmp_path, 2)
-    Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / "all.png")
-    ended = here(*options, "--mask", "all.png")
-    assert ended.status == 0
-    assert len(ended.lines) == 1
-    assert words in ended.lines[0]
-    assert "all.png" in ended.lines[0]
-
-
 def test_soft_masks_and_masks_of_another_size_are_used_as_they_are(here, tmp_path):
     options = write_run(tmp_path, 1)
     soft = np.linspace(0, 255, 32, dtype=np.uint8)
@@ -276,21 +241,17 @@ def test_soft_masks_and_masks_of_another_size_are_used_as_they_are(here, tmp_pat
     assert (results("log/run", "gt_masked")["00.png"] == expected).all()
 
 
-def test_home_may_be_missing_and_stdout_closed(tmp_path):
-    options = write_run(tmp_path, 1)
-    quiet = f"exec {' '.join(command(*options))} 2>&1 | true"
+def test_home_may_be_missing(tmp_path):
     environment = {"HOME": "/nonexistent", "TMPDIR": "/nonexistent", "LC_ALL": "C"}
-    ended = run_apart(tmp_path, *options, **environment)
+    ended = run_apart(tmp_path, *write_run(tmp_path, 1), **environment)
     assert (ended.status, ended.lines) == (0, [])
-    first = results(tmp_path / "log" / "run")
-    for path in (tmp_path / "log" / "run" / "inpainted").iterdir():
-        path.unlink()
-    os.system(f"cd {tmp_path} && {quiet}")
-    for _ in range(100):  # `true` has ended long ago, and the run goes on without anybody
-        if (tmp_path / "log" / "run" / "inpainted" / "00.png").exists():
-            break
-        time.sleep(0.1)
-    assert_same(first, results(tmp_path / "log" / "run"))
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path):
+    run = f"{shlex.join(command(*write_run(tmp_path, 1)))} 2>&1; echo $? > status"
+    subprocess.run(f"({run}) | true", shell=True, cwd=tmp_path, env=ENVIRONMENT)
+    assert (tmp_path / "status").read_text() == "0\n"
+    assert list(results(tmp_path / "log/run")) == ["00.png"]
 
 
 def test_a_second_run_overwrites_without_asking(here, tmp_path):
@@ -298,11 +259,8 @@ def test_a_second_run_overwrites_without_asking(here, tmp_path):
     here(*options)
     first, files = results("log/run"), snapshot("log")
     here(*options, "--set", "seed=6")
-    second = results("log/run")
-    assert (first["00.png"] != second["00.png"]).any()
+    assert (first["00.png"] != results("log/run")["00.png"]).any()
     assert snapshot("log").keys() == files.keys()
-    here(*options)
-    assert_same(results("log/run"), first)
 
 
 def test_own_pictures_are_all_taken_whatever_the_yaml_chose_of_its_own(here, tmp_path):

@@ -84,8 +84,6 @@ def images_of(cell):
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
-    if not (ROOT / "data/pretrained/demo64.pt").exists():
-        pytest.skip("data/pretrained/demo64.pt is missing")
     from ipykernel.kernelspec import write_kernel_spec
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
@@ -94,10 +92,8 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     copy = tmp_path / "repaint"
     for part in map(Path, PARTS):
         (copy / part).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, copy / part)
-        else:
-            shutil.copy(ROOT / part, copy / part)
+        copied = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copied(ROOT / part, copy / part)
     # A kernel of this very interpreter, whatever the machine calls python3; its files stay here.
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
@@ -119,10 +115,6 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
         "progress-code": ["image/png", "image/png"],
         "result-code": ["image/png"],
     }
-    pictures = {
-        "log/notebook/inpainting": 12,
-        "log/notebook/result": 4,
-    }
-    for place, count in pictures.items():
+    for place, count in {"log/notebook/inpainting": 12, "log/notebook/result": 4}.items():
         assert len(list((copy / place / "inpainted").glob("*.png"))) == count, place
     assert (copy / "runs/notebook/inpainted_000240.png").exists()

@@ -1,28 +1,48 @@
-"""What a user can get wrong about files and folders, found before a network is loaded."""
+"""What a user can get wrong about folders, pictures and masks, found before a network is loaded."""
 
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
+import numpy as np
 
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.errors import UserError
-from guided_diffusion.image_datasets import Pair
-from guided_diffusion.io.images import name_of
-from guided_diffusion.io.limits import check_memory
-from guided_diffusion.io.notes import warn_of_kinds
+from guided_diffusion.image_datasets import (
+    Pair,
+    ReadOptions,
+    crop_mask,
+    crop_photo,
+    is_of_the_square,
+    load_mask,
+    load_photo,
+    read_mask,
+    read_photo,
+)
+from guided_diffusion.io.holes import BLACK, WHITE, same_shape
+from guided_diffusion.io.images import Origin, name_of, origin_of
+from guided_diffusion.io.limits import check_memory, in_threads
+from guided_diffusion.io.notes import (
+    note_on_turning,
+    notes_on_mask,
+    notes_on_picture,
+    warn_of_kinds,
+)
 from guided_diffusion.io.paths import check_folder, refuse_inside, refuse_overwriting
 from guided_diffusion.io.results import refuse_long_jpeg
-from guided_diffusion.run.picture_checks import check_pairs, warn_of_extremes
 from guided_diffusion.run.record import refuse_replacing_a_configuration
-from guided_diffusion.run.task import Job, Task, load_picture, read_options, tasks_of
+from guided_diffusion.run.task import Job, Task, bytes_to_load, read_options, tasks_of
 
 # Bytes that a pixel takes of a photo while it is worked on, and of the cut that is worked on:
 # measured with 50 megapixels.
 _PHOTO_BYTES, _CUT_BYTES = 20, 17
+# Share of a hole's pixels that may be half-known without a warning: thin strokes have up to 0.22.
+_SOFT_RIM = 0.23
+
+
+# ---- Folders -------------------------------------------------------------------------------------
 
 
 def result_folders(conf: InpaintConf) -> dict[str, str]:
@@ -52,7 +72,9 @@ def check_outputs(conf: InpaintConf, jobs: Sequence[Job]) -> None:
         text = f"{existing}: {free >> 20} MiB are free, and results may take {needed >> 20}"
         warnings.warn(text, stacklevel=3)
     refuse_replacing_a_configuration(conf)
-    refuse_overwriting(_files_to_write(conf, jobs), _files_to_read(conf, jobs))
+    inputs = {path for job in jobs for path in (job.pair.gt_path, job.pair.mask_file) if path}
+    inputs |= {path for path in (conf.model_path, conf.classifier_path) if path}
+    refuse_overwriting(_files_to_write(conf, jobs), inputs)
 
 
 def _files_to_write(conf: InpaintConf, jobs: Sequence[Job]) -> Iterator[Path]:
@@ -68,12 +90,17 @@ def _files_to_write(conf: InpaintConf, jobs: Sequence[Job]) -> Iterator[Path]:
         yield log / "overview.png"
 
 
-def _files_to_read(conf: InpaintConf, jobs: Sequence[Job]) -> Iterator[str | os.PathLike]:
-    for job in jobs:
-        yield job.pair.gt_path
-        if job.pair.mask_file:
-            yield job.pair.mask_file
-    yield from filter(None, (conf.model_path, conf.classifier_path))
+# ---- Pictures and masks --------------------------------------------------------------------------
+
+
+@dataclass
+class _Checked:
+    """What decoding a picture and its mask showed; the share is that of the pixels in the hole."""
+
+    share: float
+    notes: list[str]
+    mask_notes: list[str]
+    tasks: tuple[Task, ...]
 
 
 def check_pictures(
@@ -81,26 +108,144 @@ def check_pictures(
 ) -> tuple[list[float], list[tuple[Task, ...]]]:
     """Decode every picture and mask once; return each one's share of hole, and its tasks.
 
-    ``seeds`` are those of drawn masks. Warns of what is odd about the files, and raises UserError
-    naming the first bad one.
+    ``seeds`` are those of drawn masks. Threads decode, as many as memory allows; a mask that serves
+    all is decoded once. Warns, once a kind, of what is odd: masks that leave nothing to generate,
+    or nothing known, or are not black and white, and pictures that use little of their range.
+    Raises UserError naming the first bad file, or the first mask that has another aspect ratio than
+    its picture.
     """
-    if not conf.full_size:
-        options = read_options(conf, seeds[0])
-        shares = check_pairs(pairs, conf.image_size, options, show_progress=conf.show_progress)
-        return shares, [tasks_of(conf, None)] * len(pairs)
-    shares, tasks, notes = [], [], []
-    photos = tqdm(pairs, "checking photos", leave=False, delay=2, disable=not conf.show_progress)
-    for pair, seed in zip(photos, seeds, strict=True):
-        photo = load_picture(conf, pair, seed).photo
+    check = _check_photos if conf.full_size else _check_squares
+    checked = check(conf, pairs, [read_options(conf, seed) for seed in seeds])
+    shares = [each.share for each in checked]
+    _warn_of_extremes(pairs, shares)
+    found = list(zip(pairs, checked, strict=True))
+    warn_of_kinds((pair.gt_path, note) for pair, each in found for note in each.notes)
+    warn_of_kinds((pair.mask_path, note) for pair, each in found for note in each.mask_notes)
+    return shares, [each.tasks for each in checked]
+
+
+def _check_photos(
+    conf: InpaintConf, pairs: Sequence[Pair], options: Sequence[ReadOptions]
+) -> list[_Checked]:
+    def check(work: tuple[Pair, ReadOptions]) -> _Checked:
+        pair, photo = work[0], load_photo(*work)
         if conf.output_format == "same":
             refuse_long_jpeg(pair.gt_path, photo.pixels.shape[1::-1])
-        shares.append(1 - float(photo.known.mean()) / 255)
-        tasks.append(tasks_of(conf, photo))
-        largest = max((task.cut.side for task in tasks[-1] if task.cut), default=0)
+        tasks = tasks_of(conf, photo, 0)
+        largest = max((task.cut.side for task in tasks), default=0)
         needed = _PHOTO_BYTES * photo.known.size + _CUT_BYTES * largest**2
         check_memory(needed, name_of(pair.gt_path), "the photo with its largest cut")
-        notes += [(pair.gt_path, note) for note in photo.notes]
-        notes += [(pair.mask_path, note) for note in photo.mask_notes]
-    warn_of_extremes(pairs, shares)
-    warn_of_kinds(notes)
-    return shares, tasks
+        return _Checked(_share_of_hole(photo.known), photo.notes, photo.mask_notes, tasks)
+
+    work, memory = zip(pairs, options, strict=True), bytes_to_load(conf, pairs)
+    return in_threads(check, work, "checking photos", conf.show_progress, memory=memory)
+
+
+@dataclass
+class _Mask:
+    """What decoding one mask showed; the share is that of the square that the network sees."""
+
+    share: float
+    origin: Origin | None = None  # of its file; None where its shape does not matter
+    notes: list[str] = field(default_factory=list)
+    softness: str = ""  # how much of its hole is half-known, where that is much
+
+
+def _check_squares(
+    conf: InpaintConf, pairs: Sequence[Pair], options: Sequence[ReadOptions]
+) -> list[_Checked]:
+    size, first = conf.image_size, pairs[0]
+    is_shared = not first.makes_mask and all(p.mask_path is first.mask_path for p in pairs)
+
+    def check(work: tuple[Pair, ReadOptions]) -> tuple[Origin, list[str], _Mask | None]:
+        (pair, options), mask = work, None
+        image = read_photo(pair, options)
+        origin = origin_of(image)
+        if pair.is_alpha:
+            mask = _Mask(_share_of_hole(crop_mask(pair, image, size, options, origin.size)))
+        crop_photo(pair, image, size, options)
+        notes = notes_on_picture(image, options.depth)
+        del image  # before the mask is decoded
+        if not (is_shared or pair.is_alpha):
+            mask = _look_at_mask(pair, size, options, origin.size)
+        return origin, notes, mask
+
+    work, memory = zip(pairs, options, strict=True), bytes_to_load(conf, pairs)
+    found = in_threads(check, work, "checking pictures", conf.show_progress, memory=memory)
+    shared = _look_at_mask(first, size, options[0], found[0][0].size) if is_shared else None
+    checked = []
+    for pair, (origin, notes, own_mask) in zip(pairs, found, strict=True):
+        mask = own_mask or shared
+        mask_notes = _notes_on_both(pair, origin, mask, size)
+        checked.append(_Checked(mask.share, notes, mask_notes, tasks_of(conf, None, 0)))
+    return checked
+
+
+def _look_at_mask(pair: Pair, size: int, options: ReadOptions, photo: tuple[int, int]) -> _Mask:
+    """Read or draw a mask, and judge it."""
+    if pair.makes_mask:
+        return _Mask(_share_of_hole(load_mask(pair, size, options, photo)))
+    image, notes, darkest = read_mask(pair, options), [], 0
+    if options.mask_hole is None:
+        notes, darkest = notes_on_mask(image, invert=options.invert_mask)
+    mask = crop_mask(pair, image, size, options, photo)
+    if mask.min() == mask.max():  # there is no hole whose place could be wrong
+        return _Mask(_share_of_hole(mask), notes=notes)
+    hole, touched = (mask <= BLACK).sum(), (mask < WHITE).sum()
+    half_known, softness = 1 - hole / max(1, touched), ""
+    if half_known > _SOFT_RIM:
+        softness = f"{half_known:.0%} of its hole's pixels are half-known at {size} x {size}"
+        if darkest > BLACK and not options.invert_mask:
+            softness = "its hole is gray, which is half-known, and not black"
+        elif not hole:
+            softness = (
+                f"its hole is thinner than a pixel at {size} x {size}, and all of it half-known"
+            )
+    return _Mask(_share_of_hole(mask), origin_of(image), notes, softness)
+
+
+def _notes_on_both(pair: Pair, photo: Origin, mask: _Mask, size: int) -> list[str]:
+    """Return what is odd about a mask beside its picture.
+
+    Raises ``UserError`` for a mask of another aspect ratio, whose hole would be elsewhere.
+    """
+    if mask.origin is None:
+        return mask.notes
+    shape = mask.origin.size
+    if not same_shape(shape, photo.size) and not is_of_the_square(shape, photo.size, size):
+        turned = " (stored {} x {} and turned by its EXIF orientation {})".format(
+            *photo.stored, photo.orientation
+        )
+        raise UserError(
+            f"the mask has another shape than its picture {name_of(pair.gt_path)}"
+            f"{turned if photo.orientation > 1 else ''}; make it for the upright picture, or of"
+            f" {size} x {size} pixels for the square that is cut from it",
+            path=name_of(pair.mask_path),
+            expected="the shape of {} x {}".format(*photo.size),
+            got="{} x {}".format(*shape),
+        )
+    if turning := note_on_turning(photo, mask.origin):
+        return [*mask.notes, turning]
+    if mask.notes or not mask.softness:
+        return mask.notes
+    return [
+        f"{mask.softness}, so that part of what should go stays; mask_hard: true makes these pixels"
+        " hole, mask_grow: N enlarges the hole"
+    ]
+
+
+def _share_of_hole(mask: np.ndarray) -> float:
+    return 1 - float(mask.mean()) / 255
+
+
+def _warn_of_extremes(pairs: Sequence[Pair], shares: Sequence[float]) -> None:
+    """Warn of masks whose share of hole is 0 or 1."""
+    for extreme, problem in ((0.0, "nothing to generate"), (1.0, "nothing known to start from")):
+        hits = [pair for pair, share in zip(pairs, shares, strict=True) if share == extreme]
+        if hits:
+            first = name_of(hits[0].mask_file or hits[0].mask_path)
+            warnings.warn(
+                f"{first}: this mask leaves {problem} ({len(hits)} of {len(pairs)} images);"
+                " in a mask, white is known and black is generated",
+                stacklevel=3,
+            )

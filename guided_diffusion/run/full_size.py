@@ -4,11 +4,8 @@ A photo is (H, W, C), uint8 or uint16; its mask uint8 (H, W), 255 = known, 0 = h
 square of the photo that the network sees. It may reach beyond the photo, where nothing is known.
 """
 
-import dataclasses
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -28,7 +25,7 @@ CUT_SEED_STRIDE = 7_368_787_297
 
 @dataclass(frozen=True)
 class Cut:
-    """A square around a hole, in pixels of the photo.
+    """A square around a hole, in pixels of the photo; some may lie outside of it.
 
     ``hole`` is the box (left, top, right, bottom) of the hole pixels that the cut fills. A long
     hole is filled by several cuts, whose boxes overlap: over ``fade`` pixels from the left and from
@@ -41,11 +38,6 @@ class Cut:
     hole: Box
     fade: tuple[int, int] = (0, 0)
 
-    @property
-    def box(self) -> Box:
-        """Left, top, right and bottom in the photo; some may lie outside of it."""
-        return self.left, self.top, self.left + self.side, self.top + self.side
-
 
 # ---- Where to cut --------------------------------------------------------------------------------
 
@@ -57,7 +49,7 @@ def find_cuts(mask: np.ndarray, image_size: int) -> list[Cut]:
     allows both. Holes that share a cut's middle are one. A hole that is long and much longer than
     the photo's short side is divided along its length.
     """
-    boxes = merge_boxes(list(_hole_boxes(mask, image_size)), image_size, max(mask.shape))
+    boxes = merge_boxes(_hole_boxes(mask, image_size), image_size // 2)
     cuts = []
     for box in sorted(boxes, key=lambda box: box[1::-1]):
         cuts += _cuts_of(box, mask.shape, image_size)
@@ -73,16 +65,10 @@ def _hole_boxes(mask: np.ndarray, image_size: int) -> Iterator[Box]:
     padded[:height, :width] = mask
     is_hole = padded.reshape(rows, cell, columns, cell).min(axis=(1, 3)) < 255
     for cells in _connected(is_hole):
-        ys, xs = cells[:, 0], cells[:, 1]
-        top, left = ys.min() * cell, xs.min() * cell
-        part = mask[top : (ys.max() + 1) * cell, left : (xs.max() + 1) * cell] < 255
-        down, across = np.flatnonzero(part.any(axis=1)), np.flatnonzero(part.any(axis=0))
-        yield (
-            int(left + across[0]),
-            int(top + down[0]),
-            int(left + across[-1] + 1),
-            int(top + down[-1] + 1),
-        )
+        top, left = map(int, cells.min(axis=0) * cell)
+        bottom, right = cells.max(axis=0) * cell + cell
+        x0, y0, x1, y1 = Image.fromarray(255 - mask[top:bottom, left:right]).getbbox()
+        yield left + x0, top + y0, left + x1, top + y1
 
 
 def _connected(cells: np.ndarray) -> Iterator[np.ndarray]:
@@ -99,58 +85,24 @@ def _connected(cells: np.ndarray) -> Iterator[np.ndarray]:
         yield np.array(found)
 
 
-def merge_boxes(boxes: list[Box], image_size: int, longest: int) -> list[Box]:
-    """Join boxes that overlap, or that the middle half of the smallest cut holds together.
+def merge_boxes(boxes: Iterable[Box], reach: int) -> list[Box]:
+    """Join boxes that overlap, or that fit into one square of ``reach`` pixels.
 
-    ``longest`` is the photo's longer side. No two boxes of the result belong together. A grid finds
-    the neighbours of a box in little time, however many boxes there are.
+    No two boxes of the result belong together.
     """
-    reach = image_size // 2
-    cell = max(1, reach, longest // 128)
-    found: dict[int, Box] = {}
-    age: dict[int, int] = {}  # when a box was last joined; of several, the oldest is taken first
-    at: dict[tuple[int, int], set[int]] = defaultdict(set)  # the boxes that touch a cell
-
-    def cells(box: Box, margin: int) -> Iterable[tuple[int, int]]:
-        left, top, right, bottom = box
-        return product(
-            range((left - margin) // cell, (right - 1 + margin) // cell + 1),
-            range((top - margin) // cell, (bottom - 1 + margin) // cell + 1),
-        )
-
-    now = 0
+    boxes, found = list(boxes), np.empty((0, 4), int)
     while boxes:
-        box, now = boxes.pop(), now + 1
-        touching = set().union(*(at[place] for place in cells(box, reach) if place in at))
-        near = [n for n in touching if _belong_together(box, found[n], reach)]
-        near.sort(key=age.__getitem__)
-        if max(box[2] - box[0], box[3] - box[1]) <= reach:
-            near = near[:1]  # with the larger box, the others may not belong together any more
-        if len(near) == 1 and found[near[0]] == _joined(box, found[near[0]]):
-            age[near[0]] = now  # it has the box inside already
-        elif near:
-            for n in near:
-                other = found.pop(n)
-                for place in cells(other, 0):
-                    at[place].discard(n)
-                box = _joined(box, other)
-            boxes.append(box)
+        box = np.array(boxes.pop())
+        joined = np.hstack([np.minimum(found[:, :2], box[:2]), np.maximum(found[:, 2:], box[2:])])
+        sides = joined[:, 2:] - joined[:, :2]
+        overlaps = (sides < found[:, 2:] - found[:, :2] + box[2:] - box[:2]).all(axis=1)
+        near = np.flatnonzero(overlaps | (sides.max(axis=1) <= reach))
+        if len(near):  # with the larger box, the others may not belong together any more
+            boxes.append(joined[near[0]])
+            found = np.delete(found, near[0], axis=0)
         else:
-            found[now], age[now] = box, now
-            for place in cells(box, 0):
-                at[place].add(now)
-    return list(found.values())
-
-
-def _joined(a: Box, b: Box) -> Box:
-    return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
-
-
-def _belong_together(a: Box, b: Box, reach: int) -> bool:
-    left, top, right, bottom = _joined(a, b)
-    widths, heights = a[2] - a[0] + b[2] - b[0], a[3] - a[1] + b[3] - b[1]
-    overlap = right - left < widths and bottom - top < heights
-    return overlap or max(right - left, bottom - top) <= reach
+            found = np.vstack([found, box])
+    return [tuple(box) for box in found.tolist()]
 
 
 def _cuts_of(hole: Box, shape: tuple[int, int], image_size: int) -> Iterator[Cut]:
@@ -165,27 +117,27 @@ def _cuts_of(hole: Box, shape: tuple[int, int], image_size: int) -> Iterator[Cut
     if length <= max(2 * shortest, _LARGEST_SQUARE):
         yield _cut_around(hole, shape, image_size)
         return
-    overlap = shortest // 4
-    starts = window_starts(length, shortest, shortest - overlap)
+    starts = window_starts(length, shortest, shortest - shortest // 4)
     for number, start in enumerate(starts):
-        if width == length:
-            part = (left + start, top, left + start + shortest, bottom)
-        else:
-            part = (left, top + start, right, top + start + shortest)
         shared = starts[number - 1] + shortest - start if number else 0
-        fade = (shared, 0) if width == length else (0, shared)
-        cut = _cut_around(part, shape, shortest)
-        yield dataclasses.replace(cut, fade=fade)
+        if width == length:
+            part, fade = (left + start, top, left + start + shortest, bottom), (shared, 0)
+        else:
+            part, fade = (left, top + start, right, top + start + shortest), (0, shared)
+        yield _cut_around(part, shape, shortest, fade)
 
 
-def _cut_around(hole: Box, shape: tuple[int, int], image_size: int) -> Cut:
+def _cut_around(
+    hole: Box, shape: tuple[int, int], image_size: int, fade: tuple[int, int] = (0, 0)
+) -> Cut:
     """Return the cut of a hole: as large as its context needs and as much inside as it can be."""
     left, top, right, bottom = hole
     longest = max(right - left, bottom - top)
     side = max(image_size, 2 * longest)
     side = max(min(side, *shape), longest)  # inside the photo, unless the hole itself is too long
     height, width = shape
-    return Cut(_start(left, right, side, width), _start(top, bottom, side, height), side, hole)
+    start = _start(left, right, side, width), _start(top, bottom, side, height)
+    return Cut(*start, side, hole, fade)
 
 
 def _start(low: int, high: int, side: int, length: int) -> int:
@@ -220,7 +172,7 @@ def known_in(mask: np.ndarray, cut: Cut) -> np.ndarray:
 
 def _inside(mask: np.ndarray, cut: Cut) -> tuple[tuple[slice, slice], tuple]:
     """Return the part of a cut that the photo has, and how much is missing on each side."""
-    left, top, right, bottom = cut.box
+    left, top, right, bottom = cut.left, cut.top, cut.left + cut.side, cut.top + cut.side
     height, width = mask.shape
     rows, columns = slice(max(top, 0), min(bottom, height)), slice(max(left, 0), min(right, width))
     above_below = max(-top, 0), max(bottom - height, 0)
@@ -229,17 +181,12 @@ def _inside(mask: np.ndarray, cut: Cut) -> tuple[tuple[slice, slice], tuple]:
 
 def _shrink_known(known: np.ndarray, size: int) -> np.ndarray:
     """Scale a square mask; hard ones stay hard, and a pixel with any hole in it is hole."""
-    side = len(known)
-    if side == size:
-        return known
-    if not ((known == 0) | (known == 255)).all():
-        return np.asarray(Image.fromarray(known).resize((size, size), Image.Resampling.BOX))
-    if side < size:
-        return np.asarray(Image.fromarray(known).resize((size, size), Image.Resampling.NEAREST))
-    share = np.asarray(
-        Image.fromarray(known).convert("F").resize((size, size), Image.Resampling.BOX)
-    )
-    return np.where(share >= 254.99, 255, 0).astype(np.uint8)
+    image, is_hard = Image.fromarray(known), ((known == 0) | (known == 255)).all()
+    image = image.convert("F") if is_hard else image  # bytes would round 254.6 to known
+    is_enlarged = is_hard and len(known) < size
+    how = Image.Resampling.NEAREST if is_enlarged else Image.Resampling.BOX
+    share = np.asarray(image.resize((size, size), how))
+    return np.where(share >= 254.99, 255, 0).astype(np.uint8) if is_hard else share
 
 
 # ---- Back into the photo -------------------------------------------------------------------------
@@ -266,14 +213,11 @@ def paste(photo: np.ndarray, mask: np.ndarray, cut: Cut, sample: np.ndarray, fea
 def _scaled_part(sample: np.ndarray, cut: Cut, box: Box) -> np.ndarray:
     """Return the part of a sample in ``box`` of the photo, at the photo's size."""
     if len(sample) != cut.side:
-        size, shape = (cut.side, cut.side), (cut.side, cut.side, sample.shape[2])
-        image = as_image(sample)
-        if sample.dtype == np.uint16:  # Pillow scales 16 bits as floats only
-            image = Image.fromarray(sample[:, :, 0].astype(np.float32))
-        scaled = np.asarray(image.resize(size, Image.Resampling.LANCZOS)).reshape(shape)
-        if sample.dtype == np.uint16:
-            scaled = np.rint(scaled).clip(0, 65_535).astype(np.uint16)
-        sample = scaled
+        is_deep = sample.dtype == np.uint16  # which Pillow scales as floats only
+        image = Image.fromarray(sample[:, :, 0].astype(np.float32)) if is_deep else as_image(sample)
+        scaled = np.asarray(image.resize((cut.side, cut.side), Image.Resampling.LANCZOS))
+        scaled = np.rint(scaled).clip(0, 65_535).astype(np.uint16) if is_deep else scaled
+        sample = scaled.reshape(cut.side, cut.side, -1)
     x0, y0, x1, y1 = box
     return sample[y0 - cut.top : y1 - cut.top, x0 - cut.left : x1 - cut.left]
 
@@ -281,9 +225,7 @@ def _scaled_part(sample: np.ndarray, cut: Cut, box: Box) -> np.ndarray:
 def _share(mask: np.ndarray, cut: Cut, feather: int, box: Box) -> np.ndarray:
     """Return the share of new pixels in ``box``, uint8 (H, W); holes of other cuts are known."""
     left, top, right, bottom = cut.hole
-    around = np.full((bottom - top + 4 * feather, right - left + 4 * feather), 255, np.uint8)
-    end = len(around) - 2 * feather, around.shape[1] - 2 * feather
-    around[2 * feather : end[0], 2 * feather : end[1]] = mask[top:bottom, left:right]
+    around = np.pad(mask[top:bottom, left:right], 2 * feather, constant_values=255)
     y0, x0 = top - 2 * feather, left - 2 * feather
     share = blend(around, feather)[box[1] - y0 : box[3] - y0, box[0] - x0 : box[2] - x0]
     rows, columns = np.arange(box[1], box[3]) + 0.5 - top, np.arange(box[0], box[2]) + 0.5 - left

@@ -53,10 +53,8 @@ class Inpainter:
     @property
     def is_reduced(self) -> bool:
         """Whether any network computes in less than float32."""
-        return any(network.dtype != torch.float32 for network in self._networks())
-
-    def _networks(self) -> list[torch.nn.Module]:
-        return [self.model, *([self.classifier] if self.classifier else [])]
+        networks = (self.model, self.classifier)
+        return any(network and network.dtype != torch.float32 for network in networks)
 
     def in_float32(self) -> "Inpainter":
         """Return the same with every network in float32, loaded anew."""
@@ -75,18 +73,13 @@ class Inpainter:
         return arithmetic(precision_on(self.device, self.conf.precision, self.conf.use_fp16))
 
     def steps(
-        self,
-        gt: Tensor,
-        gt_keep_mask: Tensor,
-        seeds: Sequence[int],
-        windows_at_once: int = 1,
+        self, gt: Tensor, gt_keep_mask: Tensor, seeds: Sequence[int], windows_at_once: int = 1
     ) -> Iterator[Step]:
         """Inpaint ``gt`` where the mask is 0, both (N, C, S, S) on the device, from N seeds.
 
         A picture larger than the network, of which there is one then, goes through it in windows,
-        so many at once.
-        Each image has a generator of its own, so that its result does not depend on the batch. It
-        draws the label first, then noise. Yields a ``Step`` after every transition.
+        so many at once. Each image has a generator of its own, which draws the label first, then
+        noise: its result does not depend on the batch. Yields a ``Step`` after every transition.
         """
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         y = self._labels(generators)

@@ -3,9 +3,7 @@
 import dataclasses
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,46 +11,18 @@ from guided_diffusion import dist_util
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.errors import StoppedError, UserError
 from guided_diffusion.image_datasets import Pair, pair_images, sample_names
-from guided_diffusion.io.files import FileStamp, stamp_of
-from guided_diffusion.io.images import memory_to_read
+from guided_diffusion.io.files import stamp_of
 from guided_diffusion.io.limits import in_threads
 from guided_diffusion.io.results import JPEG_SUFFIXES, is_written, result_path
-from guided_diffusion.run.checks import (
-    check_outputs,
-    check_pictures,
-    check_places,
-    result_folders,
-)
-from guided_diffusion.run.full_size import Cut
+from guided_diffusion.run.checks import check_outputs, check_pictures, check_places, result_folders
 from guided_diffusion.run.record import (
     read_record,
     refuse_other_settings,
     result_mark,
     settings_of_results,
 )
-from guided_diffusion.run.task import Job, Task, load_picture, make_job, network_calls
-from guided_diffusion.scheduler import count_steps
-from guided_diffusion.script_util import (
-    check_network,
-    create_gaussian_diffusion,
-    create_schedule,
-)
-
-_MEMORY_OF_A_PHOTO = 1 << 40  # bytes: a photo of full size may fill the memory, and is read alone
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do."""
-
-    conf: InpaintConf  # with its seed
-    times: list[int]
-    jobs: list[Job]  # all of the run
-    todo: list[Job]  # without those that an earlier run has finished
-    checkpoints: dict[str, str]  # the fingerprint of each, by its YAML key
-    stamps: dict[str, FileStamp]  # their size, time and inode before they were read, by path
-    settings: dict[str, str]  # all that results depend on, but for seeds and pictures
-    earlier: dict[str, Any]  # the notes in the record of the run that is resumed
+from guided_diffusion.run.task import Job, Plan, bytes_to_load, load_picture, make_job
+from guided_diffusion.script_util import check_network, create_gaussian_diffusion, create_schedule
 
 
 def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -> Plan:
@@ -82,51 +52,39 @@ def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -
         seed = recorded.seed if recorded else secrets.randbelow(2**31)
     conf = dataclasses.replace(conf, seed=team.from_main("seed", seed))
     settings = settings_of_results(conf, checkpoints, device.type)
-    names = [name for pair in pairs for name in result_names(conf, pair)]
-    words: dict[str, Any] = {"view": [settings, names]}
+    jobs = list_jobs(conf, pairs)
+    view = [settings, [job.name for job in jobs]]
+    shares, tasks, finished = [], [], []
     if team.is_main:
-        jobs = list_jobs(conf, pairs, [()] * len(pairs))
         check_outputs(conf, jobs)
         if recorded:
             refuse_other_settings(conf, recorded.settings, settings)
         shares, tasks = check_pictures(conf, pairs, [conf.seed] * len(pairs))
-        jobs = list_jobs(conf, pairs, tasks)
-        print(_announcement(conf, shares, jobs, count_steps(times)[0]))
-        words["finished"] = _finished(conf, jobs, settings) if resume else []
-        words["tasks"] = [[dataclasses.asdict(task) for task in some] for some in tasks]
-    words = team.from_main("work", words)
-    if words["view"] != [settings, names]:
+        finished = _finished(conf, jobs, settings) if resume else []
+    main = team.from_main("work", {"view": view, "finished": finished})
+    if main["view"] != view:
         problem = "this process has other pictures, checkpoints or devices than the first"
         raise UserError(problem, key=f"process {team.rank}")
-    if not team.is_main:
-        jobs = list_jobs(conf, pairs, [tuple(map(_task, some)) for some in words["tasks"]])
-    todo = [job for job in jobs if job.name not in set(words["finished"])]
+    todo = [job for job in jobs if job.name not in set(main["finished"])]
+    tasks = {pair.index: some for pair, some in zip(pairs, tasks, strict=team.is_main)}
     earlier = recorded.notes if recorded else {}
-    return Plan(conf, times, jobs, todo, checkpoints, stamps, settings, earlier)
+    plan = Plan(conf, times, jobs, todo, tasks, checkpoints, stamps, settings, earlier)
+    if team.is_main:
+        print(_announcement(plan, shares))
+    return plan
 
 
-def _task(values: dict[str, Any]) -> Task:
-    """Return a task from the JSON values that the main process published."""
-    cut = values["cut"]
-    if cut is not None:
-        cut = Cut(**{**cut, "hole": tuple(cut["hole"]), "fade": tuple(cut["fade"])})
-    return Task(**{**values, "cut": cut})
-
-
-def _announcement(
-    conf: InpaintConf, shares: Sequence[float], jobs: Sequence[Job], steps: int
-) -> str:
+def _announcement(plan: Plan, shares: Sequence[float]) -> str:
     """Say how much is to be generated, and with full_size in how many network calls."""
     low, mean, high = min(shares), sum(shares) / len(shares), max(shares)
     spread = "" if low == high else f" ({low:.1%} to {high:.1%})"
     images = "1 image" if len(shares) == 1 else f"{len(shares)} images"
-    text = f"{images}, {mean:.1%} of the pixels to generate{spread}, seed {conf.seed}"
-    if not conf.full_size:
+    text = f"{images}, {mean:.1%} of the pixels to generate{spread}, seed {plan.conf.seed}"
+    if not plan.conf.full_size:
         return text
-    cuts = sum(len(job.tasks) for job in jobs)
-    calls = network_calls(jobs, conf.data.batch_size, steps)
+    cuts = sum(len(plan.tasks[job.pair.index]) for job in plan.jobs)
     noun = "cut" if cuts == 1 else "cuts"
-    return f"{text}, {cuts} {noun}, at most {calls:,} network calls"
+    return f"{text}, {cuts} {noun}, at most {plan.network_calls(plan.jobs):,} network calls"
 
 
 def refuse_changed(plan: Plan) -> None:
@@ -145,24 +103,22 @@ def checkpoints_of(conf: InpaintConf) -> dict[str, str]:
     return {key: getattr(conf, key) for key in keys}
 
 
-def list_jobs(
-    conf: InpaintConf, pairs: Sequence[Pair], tasks: Sequence[tuple[Task, ...]]
-) -> list[Job]:
-    """Return all results of a run in the order in which they are made; ``tasks`` are the pairs'.
+def list_jobs(conf: InpaintConf, pairs: Sequence[Pair]) -> list[Job]:
+    """Return all results of a run in the order in which they are made.
 
     Raises UserError where ``drop_last`` leaves none.
     """
-    work = list(zip(pairs, tasks, strict=True))
+    order = list(pairs)
     if not conf.data.deterministic:
-        np.random.default_rng(conf.seed).shuffle(work)
+        np.random.default_rng(conf.seed).shuffle(order)
     if conf.data.drop_last:
-        work = work[: len(work) - len(work) % conf.data.batch_size]
-    if not work:
+        order = order[: len(order) - len(order) % conf.data.batch_size]
+    if not order:
         key = f"data.eval.{conf.data.name}.drop_last and data.eval.{conf.data.name}.batch_size"
         raise UserError(f"no batch is full with {len(pairs)} images", key=key)
     return [
-        make_job(conf, pair, name, number, some)
-        for pair, some in work
+        make_job(conf.seed, pair, name, number)
+        for pair in order
         for number, name in enumerate(result_names(conf, pair))
     ]
 
@@ -189,9 +145,7 @@ def _finished(conf: InpaintConf, jobs: Sequence[Job], settings: dict[str, str]) 
             folders, job.pair.name, picture.pixels, picture.mask, sample_name=job.name, mark=mark
         )
 
+    memory = bytes_to_load(conf, [job.pair for job in jobs])
     title = "looking for finished results"
-    memory = (
-        _MEMORY_OF_A_PHOTO if conf.full_size else memory_to_read(job.pair.gt_path for job in jobs)
-    )
     answers = in_threads(is_finished, jobs, title, conf.show_progress, memory=memory)
     return [job.name for job, answer in zip(jobs, answers, strict=True) if answer]

@@ -5,7 +5,7 @@ import hashlib
 import os
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from guided_diffusion.config.reading import read_yaml
 from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, result_settings
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import write_text_atomic
-from guided_diffusion.run.task import Job, Picture
+from guided_diffusion.run.task import Job, Picture, Plan
 
 
 @dataclass
@@ -112,24 +112,11 @@ def refuse_other_settings(
         )
 
 
-def write_record(
-    conf: InpaintConf,
-    jobs: Sequence[Job],
-    steps: int,
-    state: str,
-    *,
-    checkpoints: Mapping[str, str],
-    summary: Summary,
-    earlier: Mapping[str, Any],
-) -> None:
-    """Write ``run.yml``: a configuration that repeats the run, and notes about it.
-
-    ``steps`` is how often one walk calls the network, ``earlier`` holds the notes of the run that
-    is resumed.
-    """
-    device = dist_util.get_device(conf.device)
+def write_record(plan: Plan, state: str, summary: Summary) -> None:
+    """Write ``run.yml``: a configuration that repeats the run, and notes about it."""
+    conf, device = plan.conf, dist_util.get_device(plan.conf.device)
     is_cuda = device.type == "cuda"
-    speed = {key: earlier[key] for key in ("made", "seconds_an_image") if key in earlier}
+    speed = {key: plan.earlier[key] for key in ("made", "seconds_an_image") if key in plan.earlier}
     if summary.finished:
         seconds = round(summary.seconds / summary.finished, 3)
         speed = {"made": summary.finished, "seconds_an_image": seconds}
@@ -141,12 +128,12 @@ def write_record(
         "precision": precision_on(device, conf.precision, conf.use_fp16)
         or "float32, torch's default",
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-        "checkpoints": dict(checkpoints),
-        "steps": steps,
+        "checkpoints": plan.checkpoints,
+        "steps": plan.steps,
         **speed,
         "failures": summary.failures,
         "again_in_float32": summary.in_float32,
-        "seeds": {job.name: job.seed for job in jobs},
+        "seeds": {job.name: job.seed for job in plan.jobs},
     }
     path = record_path(conf)
     text = yaml.safe_dump({**conf_to_dict(conf), "record": record}, sort_keys=False, width=1000)

@@ -14,18 +14,16 @@ from guided_diffusion.config.checkpoint_flags import model_flags
 from guided_diffusion.config.keys import FAST, DataConf, InpaintConf
 from guided_diffusion.config.reading import read_yaml
 from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, keys_of
-from guided_diffusion.dist_util import Team, is_out_of_memory
+from guided_diffusion.dist_util import is_out_of_memory
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import ALPHA, Pair, sample_names
 from guided_diffusion.io.checkpoints import state_dict_shapes
 from guided_diffusion.masks import FAMILIES
 from guided_diffusion.models.follow import is_folder, is_lucidrains
 from guided_diffusion.models.hub import fetch_configuration
-from guided_diffusion.run import inpaint
 from guided_diffusion.run.checks import check_pictures
 from guided_diffusion.run.inpainter import Inpainter
-from guided_diffusion.run.plan import Plan, checkpoints_of
-from guided_diffusion.run.record import Summary
+from guided_diffusion.run.plan import checkpoints_of
 from guided_diffusion.run.sampling import Observer, Sampling
 from guided_diffusion.run.task import Job, make_job
 from guided_diffusion.script_util import check_network, create_gaussian_diffusion, create_schedule
@@ -100,20 +98,12 @@ class RePaint:
         made = [each for batch in sampling.make(jobs) for each in batch]
         if problems := [f"{each.job.name}: {each.problem}" for each in made if each.problem]:
             raise UserError("; ".join(problems))
-        results = [each.result(conf)[0] for each in made]
-        count = conf.samples_per_image
-        answers: list[Any] = []
+        count, answers = conf.samples_per_image, []
         for k, picture in enumerate(pictures):
-            alike = [_like(picture, result) for result in results[k * count : (k + 1) * count]]
-            answers.append(alike[0] if count == 1 else alike)
+            samples = made[k * count : (k + 1) * count]
+            results = [_like(picture, each.result(conf)[0]) for each in samples]
+            answers.append(results[0] if count == 1 else results)
         return answers[0] if is_one else answers
-
-    def run(
-        self, plan: Plan, team: Team, observe: Observer | None = None, *, resume_with: str = ""
-    ) -> Summary:
-        """Make and write the results of a run of test.py with these networks."""
-        inpainter = self.inpainter.with_walk(plan.conf, plan.times)
-        return inpaint.run(plan, inpainter, team, observe, resume_with=resume_with)
 
     def with_keys(self, keys: Mapping[str, Any]) -> InpaintConf:
         """Return the configuration with other ``keys``; UserError for one of the networks."""
@@ -129,10 +119,7 @@ class RePaint:
 
 
 def _seeds(
-    conf: InpaintConf,
-    count: int,
-    seed: int | torch.Generator | None,
-    seeds: Sequence[int] | None,
+    conf: InpaintConf, count: int, seed: int | torch.Generator | None, seeds: Sequence[int] | None
 ) -> list[tuple[int, int]]:
     """Return for each picture the seed of the run that it belongs to, and its place in that run."""
     if seeds is not None:
@@ -160,11 +147,12 @@ def _jobs(
         is_drawn = isinstance(mask, str) and mask in (*FAMILIES, ALPHA)
         mask = mask if is_drawn else _image(mask, f"mask {k}")
         pairs.append(Pair(seeds[k][1], _image(picture, f"picture {k}"), mask, f"{k}.png", is_drawn))
-    confs = [_with_keys(conf_to_dict(conf), {"seed": seed}) for seed, _ in seeds]
-    _, tasks = check_pictures(conf, pairs, [seed for seed, _ in seeds])
+    for seed, _ in seeds:
+        _with_keys(conf_to_dict(conf), {"seed": seed})  # raises for what is no seed
+    check_pictures(conf, pairs, [seed for seed, _ in seeds])
     return [
-        make_job(own, pair, name, number, some)
-        for own, pair, some in zip(confs, pairs, tasks, strict=True)
+        make_job(seed, pair, name, number)
+        for (seed, _), pair in zip(seeds, pairs, strict=True)
         for number, name in enumerate(sample_names(pair.name, conf.samples_per_image))
     ]
 

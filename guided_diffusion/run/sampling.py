@@ -18,28 +18,23 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import condition
 from guided_diffusion.io.images import mask_to_tensor, to_levels, to_model_range
 from guided_diffusion.io.sheets import ProcessFrame
+from guided_diffusion.run.full_size import paste
 from guided_diffusion.run.inpainter import Inpainter
-from guided_diffusion.run.task import (
-    Job,
-    Picture,
-    Task,
-    batches,
-    load_picture,
-    put_together,
-)
+from guided_diffusion.run.task import Job, Picture, Task, batches, load_picture, tasks_of
 from guided_diffusion.scheduler import count_steps
 
 # Sees each network call: its number in the walk, from 1, x and what the network predicts, each
 # (N, C, S, S) in [-1, 1]. Where it returns True the walk ends, and the prediction is the result.
 # What it raises ends the run.
 Observer = Callable[[int, torch.Tensor, torch.Tensor], object]
-_NONFINITE_CHECK_INTERVAL = 64  # network calls between looks at whether all images are lost
+_LOOK_INTERVAL = 64  # network calls between looks at whether all images are lost
 
 
 @dataclass
 class Sample:
     """What the loop made of one task."""
 
+    task: Task
     pixels: np.ndarray  # (side, side, C)
     nonfinite_at: int  # the network call, from 1, after which it was not finite; 0: it is finite
     frames: list[ProcessFrame]
@@ -50,21 +45,19 @@ class Made:
     """What came of one job. ``problem`` says why there is no result, if there is none."""
 
     job: Job
-    parts: list[tuple[Task, Sample]] = field(default_factory=list)
+    parts: list[Sample] = field(default_factory=list)
     picture: Picture | None = None  # None: read again, so that a batch holds no photos
     problem: str = ""
 
     def result(self, conf: InpaintConf) -> tuple[np.ndarray | Image.Image, Picture]:
-        """Return the inpainted picture, and the picture that it was made from."""
+        """Return the inpainted square, or photo in its own mode, and what it was made from."""
         picture = self.picture or load_picture(conf, self.job.pair, self.job.mask_seed)
-        parts = [(task, sample.pixels) for task, sample in self.parts]
-        return put_together(picture, parts, conf.feather), picture
-
-    @property
-    def frames(self) -> list[ProcessFrame]:
-        """The moments of the walk that are kept; of several cuts, those of the largest."""
-        largest = max(self.parts, key=lambda part: part[0].cut.side if part[0].cut else 0)
-        return largest[1].frames
+        if picture.photo is None:
+            return self.parts[0].pixels, picture
+        pixels = picture.pixels.copy()
+        for part in self.parts:
+            paste(pixels, picture.photo.known, part.task.cut, part.pixels, conf.feather)
+        return picture.photo.image_of(pixels), picture
 
 
 @dataclass
@@ -119,32 +112,25 @@ class Sampling:
 
     def _make_batch(self, jobs: Sequence[Job]) -> list[Made]:
         """Sample some jobs, ``batch_size`` pictures at once; a bad picture costs no other."""
-        made, tasks, inputs = {}, [], {}
-        for job in jobs:
-            made[job.name] = Made(job)
+        made, work = [Made(job) for job in jobs], {}
+        for each in made:
             try:
-                picture = load_picture(self.conf, job.pair, job.mask_seed)
+                picture = load_picture(self.conf, each.job.pair, each.job.mask_seed)
             except UserError as error:
-                made[job.name].problem = str(error)
+                each.problem = str(error)
                 continue
-            if picture.photo is None:
-                made[job.name].picture = picture
-            for task in job.tasks:
-                tasks.append(task)
-                inputs[id(task)] = (job.name, task.inputs(picture))
-        for batch in batches(tasks, self.batch_size):
-            names = [inputs[id(task)][0] for task in batch]
-            pictures = [inputs[id(task)][1] for task in batch]
-            samples = self._sample_again(batch, pictures, names)
-            for name, task, sample in zip(names, batch, samples, strict=True):
-                made[name].parts.append((task, sample))
-                if sample.nonfinite_at and not made[name].problem:
-                    made[name].problem = self._nonfinite(sample.nonfinite_at)
-        return list(made.values())
-
-    def _nonfinite(self, call: int) -> str:
-        t = [t for t, after in pairwise(self.inpainter.times) if after < t][call - 1]
-        return f"no finite number after network call {call}, at time t = {t}"
+            each.picture = None if picture.photo else picture
+            for task in tasks_of(self.conf, picture.photo, each.job.seed):
+                work[task] = each, task.inputs(picture)
+        for batch in batches(list(work), self.batch_size):
+            owners, pictures = zip(*(work[task] for task in batch), strict=True)
+            samples = self._sample_again(batch, pictures, [each.job.name for each in owners])
+            for each, sample in zip(owners, samples, strict=True):
+                each.parts.append(sample)
+                if (call := sample.nonfinite_at) and not each.problem:
+                    t = [t for t, after in pairwise(self.inpainter.times) if after < t][call - 1]
+                    each.problem = f"no finite number after network call {call}, at time t = {t}"
+        return made
 
     def _sample_again(
         self, tasks: Sequence[Task], pictures: Sequence[tuple], names: Sequence[str]
@@ -170,10 +156,10 @@ class Sampling:
         device, times = inpainter.device, inpainter.times
         gt = torch.stack([to_model_range(pixels) for pixels, _ in pictures]).to(device)
         mask = torch.stack([mask_to_tensor(mask) for _, mask in pictures]).to(device)
-        wanted = wanted_transitions(len(times) - 1, self.conf.save_process)
+        kept = np.linspace(len(times) - 2, 0, self.conf.save_process)  # ends with the result
+        wanted = set(kept.round().astype(int).tolist())
         x, pred_xstart, frames, calls = gt, gt, [], 0
         nonfinite_at = torch.zeros(len(tasks), dtype=torch.int64, device=device)
-        all_lost = AsyncFlag(device)
         steps = inpainter.steps(gt, mask, [task.seed for task in tasks], self.batch_size)
         with (
             inpainter.arithmetic(),
@@ -191,19 +177,21 @@ class Sampling:
                     if self.observe and self.observe(calls, x, pred_xstart) is True:
                         x = pred_xstart
                         break
-                    if calls % _NONFINITE_CHECK_INTERVAL == 0 and all_lost(nonfinite_at.all()):
+                    if calls % _LOOK_INTERVAL == 0 and nonfinite_at.all():
                         break
                 if number in wanted:
                     frames.append((step.t, to_levels(x), to_levels(pred_xstart)))
         if self.conf.paste_known:
             x = condition(x, gt, mask)
         samples = x.nan_to_num()
-        made = [
-            to_levels(samples[i : i + 1], pixels.dtype)[0] for i, (pixels, _) in enumerate(pictures)
-        ]
         return [
-            Sample(made[i], lost, [ProcessFrame(t, now[i], x0[i]) for t, now, x0 in frames])
-            for i, lost in enumerate(nonfinite_at.tolist())
+            Sample(
+                task,
+                to_levels(samples[i : i + 1], pictures[i][0].dtype)[0],
+                lost,
+                [ProcessFrame(t, now[i], x0[i]) for t, now, x0 in frames],
+            )
+            for i, (task, lost) in enumerate(zip(tasks, nonfinite_at.tolist(), strict=True))
         ]
 
     def progress(self, title: str, total: int, unit: str, *, leave: bool) -> tqdm:
@@ -223,28 +211,3 @@ def halve(device: torch.device, batch_size: int) -> int:
     if batch_size == 1:
         raise UserError("one image alone does not fit into memory", key="batch_size")
     return batch_size // 2
-
-
-def wanted_transitions(count: int, kept: int) -> set[int]:
-    """Return which of ``count`` transitions are ``kept``: evenly over the walk, with its end."""
-    return set(np.linspace(count - 1, 0, kept).round().astype(int).tolist())
-
-
-class AsyncFlag:
-    """A flag on the device, read without waiting for it: late, or, on a CPU, at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        is_cuda = device.type == "cuda"
-        self._seen = torch.zeros((), dtype=torch.bool, pin_memory=is_cuda)
-        self._copied = torch.cuda.Event() if is_cuda else None
-
-    def __call__(self, flag: torch.Tensor) -> bool:
-        """Return what was last seen of the flag, and look again unless that is still under way."""
-        if self._copied is None:
-            return bool(flag)
-        if not self._copied.query():
-            return False
-        seen = bool(self._seen)
-        self._seen.copy_(flag, non_blocking=True)
-        self._copied.record()
-        return seen

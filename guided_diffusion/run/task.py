@@ -1,25 +1,25 @@
-"""One piece of work: what the network works on, how many calls it takes, how it is put back.
+"""The work of a run: a plan lists jobs, and a job takes tasks.
 
 A result is a job. A job takes one task, the square that the network sees; with full_size it takes
 one task for each cut of the photo. All results hang on their seed and their picture alone, so jobs
 may be divided in any way: into batches, over processes, and again after an interruption.
 """
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.image_datasets import Pair, Photo, ReadOptions, load_pair, load_photo
-from guided_diffusion.run.full_size import CUT_SEED_STRIDE, Cut, cut_out, find_cuts, known_in, paste
+from guided_diffusion.io.files import FileStamp
+from guided_diffusion.io.images import memory_to_read
+from guided_diffusion.run.full_size import CUT_SEED_STRIDE, Cut, cut_out, find_cuts, known_in
 from guided_diffusion.run.windows import window_places
+from guided_diffusion.scheduler import count_steps
 
-Item = TypeVar("Item")
 SAMPLE_SEED_STRIDE = 1_000_003  # sample j of image k: seed + k + j · this, so that none coincide
 
 
@@ -35,7 +35,7 @@ class Picture:
     photo: Photo | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two pictures may have equal tasks
 class Task:
     """One walk of the network: over the square of a picture, or over one cut of a photo."""
 
@@ -59,31 +59,57 @@ class Job:
     name: str  # of its file
     seed: int  # of its noise
     mask_seed: int  # of its mask, where that is drawn
-    tasks: tuple[Task, ...]
 
 
-def tasks_of(conf: InpaintConf, photo: Photo | None) -> tuple[Task, ...]:
-    """Return the tasks of a picture, with the seeds that a job of seed 0 has."""
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do."""
+
+    conf: InpaintConf  # with its seed
+    times: list[int]
+    jobs: list[Job]  # all of the run
+    todo: list[Job]  # without those that an earlier run has finished
+    tasks: dict[int, Sequence[Task]]  # of each picture by its index, in the main process
+    checkpoints: dict[str, str]  # the fingerprint of each, by its YAML key
+    stamps: dict[str, FileStamp]  # their size, time and inode before they were read, by path
+    settings: dict[str, str]  # all that results depend on, but for seeds and pictures
+    earlier: dict[str, Any]  # the notes in the record of the run that is resumed
+
+    @property
+    def steps(self) -> int:
+        """How often one walk calls the network."""
+        return count_steps(self.times)[0]
+
+    def network_calls(self, jobs: Sequence[Job]) -> int:
+        """Return how often ``jobs`` call the network at most, in the main process."""
+        calls, size = 0, self.conf.data.batch_size
+        for start in range(0, len(jobs), size):
+            together = [
+                task for job in jobs[start : start + size] for task in self.tasks[job.pair.index]
+            ]
+            calls += sum(max(1, -(-some[0].windows // size)) for some in batches(together, size))
+        return calls * self.steps
+
+
+def make_job(seed: int, pair: Pair, name: str, number: int) -> Job:
+    """Return the job of sample ``number``, from 0, of an image in a run with ``seed``."""
+    return Job(pair, name, seed + pair.index + number * SAMPLE_SEED_STRIDE, seed)
+
+
+def tasks_of(conf: InpaintConf, photo: Photo | None, seed: int) -> tuple[Task, ...]:
+    """Return the tasks of a job with ``seed``; ``photo`` is its picture, with full_size."""
     size = conf.image_size
     if photo is None:
-        return (Task(0, size),)
+        return (Task(seed, size),)
     tasks = []
     for number, cut in enumerate(find_cuts(photo.known, size)):
-        task = Task(number * CUT_SEED_STRIDE, size, cut)
+        side, windows = size, 0
         if conf.windows:
-            is_larger = cut.side > size
+            side = max(cut.side, size)
             known = known_in(photo.known, cut) == 255
-            count = len(window_places(known, size)) if is_larger else 1
-            task = dataclasses.replace(task, side=max(cut.side, size), windows=count)
-        tasks.append(task)
+            windows = len(window_places(known, size)) if cut.side > size else 1
+        tasks.append(Task(seed + number * CUT_SEED_STRIDE, side, cut, windows))
     return tuple(tasks)
-
-
-def make_job(conf: InpaintConf, pair: Pair, name: str, number: int, tasks: Sequence[Task]) -> Job:
-    """Return the job of sample ``number``, from 0, of an image whose tasks are ``tasks``."""
-    seed = conf.seed + pair.index + number * SAMPLE_SEED_STRIDE
-    seeded = tuple(dataclasses.replace(task, seed=seed + task.seed) for task in tasks)
-    return Job(pair, name, seed, conf.seed, seeded)
 
 
 def load_picture(conf: InpaintConf, pair: Pair, mask_seed: int) -> Picture:
@@ -104,6 +130,16 @@ def load_picture(conf: InpaintConf, pair: Pair, mask_seed: int) -> Picture:
     return Picture(pixels, mask)
 
 
+def bytes_to_load(conf: InpaintConf, pairs: Iterable[Pair]) -> int:
+    """Return how many bytes ``load_picture`` takes at most, by the headers of the files."""
+    if conf.full_size:
+        return 1 << 40  # a photo may fill the memory: it is read alone
+    return memory_to_read(
+        [source for pair in pairs for source in (pair.gt_path, pair.mask_file) if source],
+        conf.show_progress,
+    )
+
+
 def read_options(conf: InpaintConf, mask_seed: int) -> ReadOptions:
     """Return how the pictures and masks of a run are read."""
     return ReadOptions(
@@ -117,32 +153,6 @@ def read_options(conf: InpaintConf, mask_seed: int) -> ReadOptions:
     )
 
 
-def put_together(
-    picture: Picture, parts: Sequence[tuple[Task, np.ndarray]], feather: int
-) -> np.ndarray | Image.Image:
-    """Return a result: the square that was made, or the photo with what was made of its cuts.
-
-    ``parts`` are tasks with what was made of each, uint8 (side, side, C). A photo comes as an image
-    in its own mode.
-    """
-    if picture.photo is None:
-        [(_, sample)] = parts
-        return sample
-    pixels = picture.pixels.copy()
-    for task, sample in parts:
-        paste(pixels, picture.photo.known, task.cut, sample, feather)
-    return picture.photo.image_of(pixels)
-
-
-# ---- Batches -------------------------------------------------------------------------------------
-
-
-def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    """Yield ``items`` in order, up to ``size`` at once."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
 def batches(tasks: Sequence[Task], batch_size: int) -> Iterator[Sequence[Task]]:
     """Yield tasks that go through the network together; one of windows goes alone."""
     together: list[Task] = []
@@ -153,12 +163,3 @@ def batches(tasks: Sequence[Task], batch_size: int) -> Iterator[Sequence[Task]]:
         together.append(task)
     if together:
         yield together
-
-
-def network_calls(jobs: Sequence[Job], batch_size: int, steps: int) -> int:
-    """Return how often jobs call the network, where a walk predicts ``steps`` times."""
-    calls = 0
-    for some in chunks(jobs, batch_size):
-        for batch in batches([task for job in some for task in job.tasks], batch_size):
-            calls += max(1, -(-batch[0].windows // batch_size))
-    return calls * steps

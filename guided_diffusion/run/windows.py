@@ -5,7 +5,7 @@ every window of a larger picture, and overlapping predictions are averaged. Here
 towards a window's border, so that no border shows. The sampling loop does not change.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,11 +15,8 @@ from torch import Tensor
 def window_starts(length: int, size: int, step: int | None = None) -> list[int]:
     """Return where windows of ``size`` begin along ``length`` pixels, the last one at its end.
 
-    They are evenly spaced, at most ``step`` pixels apart, or half a size. Raises ``ValueError``
-    where no window fits.
+    They are evenly spaced, at most ``step`` pixels apart, or half a size.
     """
-    if length < size:
-        raise ValueError(f"a window of {size} pixels does not fit into {length}")
     count = -(-(length - size) // (step or max(1, size // 2))) + 1
     return [round(i * (length - size) / max(1, count - 1)) for i in range(count)]
 
@@ -39,25 +36,18 @@ class Windows:
     """A network for squares of ``size`` as a callable for any larger picture.
 
     ``gt_keep_mask`` (1, C, H, W) is 1 where pixels are known. Windows without a hole are left out,
-    and the prediction there is 0. ``batch_size`` windows go through the network at once. A picture
-    of the network's size goes through it as it is.
+    and the prediction there is 0. ``batch_size`` windows go through the network at once.
     """
 
     def __init__(
-        self,
-        network: Callable[..., Tensor],
-        size: int,
-        gt_keep_mask: Tensor,
-        batch_size: int,
+        self, network: Callable[..., Tensor], size: int, gt_keep_mask: Tensor, batch_size: int
     ) -> None:
         self._network, self._size, self._batch_size = network, size, batch_size
-        height, width = gt_keep_mask.shape[2:]
         self._places = window_places((gt_keep_mask >= 1).all(dim=1)[0], size)
-        self._is_one = (height, width) == (size, size)
         ramp = torch.arange(1, size + 1, dtype=torch.float32, device=gt_keep_mask.device)
         ramp = torch.minimum(ramp, ramp.flip(0)) / size
         self._weight = ramp[:, None] * ramp  # (size, size), largest in the middle
-        total = gt_keep_mask.new_zeros(height, width)
+        total = gt_keep_mask.new_zeros(gt_keep_mask.shape[2:])
         for y, x in self._places:
             total[y : y + size, x : x + size] += self._weight
         self._total = total.where(total > 0, 1)  # no division by 0 outside all windows
@@ -65,8 +55,6 @@ class Windows:
     def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """Predict for ``x`` (1, C, H, W) at ``timesteps`` (1,), with labels ``y`` (1,)."""
         labels = [] if y is None else [y]
-        if self._is_one:
-            return self._network(x, timesteps, *labels)
         output = None
         for first in range(0, len(self._places), self._batch_size):
             places = self._places[first : first + self._batch_size]
@@ -75,13 +63,10 @@ class Windows:
             predictions = self._network(parts, *conditions)
             if output is None:
                 output = x.new_zeros(1, predictions.shape[1], *x.shape[2:])
-            self._add(output, predictions, places)
+            for place, prediction in zip(places, predictions, strict=True):
+                self._window(output, place).add_(prediction * self._weight)
         return output.div_(self._total)
 
     def _window(self, x: Tensor, place: tuple[int, int]) -> Tensor:
         top, left = place
         return x[:, :, top : top + self._size, left : left + self._size]
-
-    def _add(self, output: Tensor, predictions: Tensor, places: Sequence[tuple[int, int]]) -> None:
-        for place, prediction in zip(places, predictions, strict=True):
-            self._window(output, place).add_(prediction * self._weight)

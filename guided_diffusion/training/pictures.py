@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from guided_diffusion.cli import place
 from guided_diffusion.config.train_keys import TrainConf
-from guided_diffusion.dist_util import is_main, local_world_size, rank, world_size
+from guided_diffusion.dist_util import is_main, rank, world_size
 from guided_diffusion.errors import UserError, printable
 from guided_diffusion.io.colours import to_gray, to_srgb
 from guided_diffusion.io.images import (
@@ -78,7 +79,7 @@ class TrainingImages:
         self.held_out = np.flatnonzero(np.isin(file_of, held_out))
         self.bad: dict[int, UserError] = {}
         self._cache: dict[int, np.ndarray] = {}
-        self._free_bytes = int(conf.cache_gb * 2**30 / local_world_size())
+        self._free_bytes = int(conf.cache_gb * 2**30 / place().local_world_size)
         self._lock = threading.Lock()
         self._check([headers[number] for number in file_of])
 

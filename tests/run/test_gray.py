@@ -4,36 +4,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from run_cases import run_here, tiny_tree, write_tree
-
-from guided_diffusion.config.keys import InpaintConf
-from guided_diffusion.config.schema import conf_from_dict
-from guided_diffusion.script_util import create_model
+from run_cases import write_run
 
 
 @pytest.fixture
-def gray_run(tmp_path, monkeypatch, capsys):
+def gray_run(here, tmp_path):
     """Write photos of 8 and 16 bits and of colour, and return a function that inpaints them."""
-    monkeypatch.chdir(tmp_path)
-    tree = tiny_tree(in_channels=1, overview=True, save_process=2)
-    torch.manual_seed(0)
-    state = create_model(conf_from_dict(tree, InpaintConf)).state_dict()
-    torch.save({name: torch.randn_like(weight) * 0.1 for name, weight in state.items()}, "model.pt")
-    tree["data"]["eval"]["tiny"].update(mask_path="m.png", batch_size=3)
-    write_tree(tmp_path, tree)
+    data = {"mask_path": "m.png", "batch_size": 3}
+    options = write_run(tmp_path, 0, in_channels=1, overview=True, save_process=2, data=data)
     levels = np.random.default_rng(0).integers(0, 65536, (20, 24), dtype=np.uint16)
-    Path("gt").mkdir()
     Image.fromarray(levels.astype(np.uint8)).save("gt/eight.png")
     Image.fromarray(levels).save("gt/deep.png")
-    Image.fromarray(np.dstack([levels.astype(np.uint8)] * 2 + [levels.astype(np.uint8) // 2])).save(
-        "gt/colour.png", icc_profile=b"of colours"
-    )
+    colour = np.dstack([levels.astype(np.uint8)] * 2 + [levels.astype(np.uint8) // 2])
+    Image.fromarray(colour).save("gt/colour.png", icc_profile=b"of colours")
     mask = np.full((20, 24), 255, np.uint8)
     mask[5:9, 5:10] = 0
     Image.fromarray(mask).save("m.png")
-    return lambda *options: run_here(capsys, "--conf_path", "c.yml", *options)
+    return lambda *more: here(*options, *more)
 
 
 @pytest.mark.parametrize("size", ["square", "full_size", "windows"])

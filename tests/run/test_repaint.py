@@ -86,6 +86,8 @@ def test_progress_sees_every_call_and_may_stop_the_walk(here):
     calls.clear()
     repaint(picture, mask, seed=1, progress=lambda *seen: calls.append(seen))
     assert len(calls) == TINY_CALLS
+    with pytest.raises(ZeroDivisionError):  # what it raises ends the walk
+        repaint(picture, mask, seed=1, progress=lambda *_: 1 / 0)
 
 
 def test_nothing_is_printed_and_no_setting_changes(here, capsys):
@@ -122,6 +124,7 @@ MISTAKES = {
     "seeds that are too few": (
         lambda: RePaint("c.yml")([inputs(0)[0]] * 2, "thick", seeds=[1]), ["seeds", "2"],
     ),
+    "a seed below 0": (lambda: RePaint("c.yml")(*inputs(0), seed=-1), ["seed", "-1"]),
     "floats in colour": (
         lambda: RePaint("c.yml")(np.zeros((8, 8, 3)), "thick"), ["picture 0", "uint8", "float64"],
     ),

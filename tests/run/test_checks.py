@@ -7,14 +7,30 @@ import numpy as np
 import pytest
 from picture_cases import folder_of, mask_of, picture, save
 from PIL import Image
+from run_cases import tiny_tree
 
 from guided_diffusion import image_datasets
+from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.schema import conf_from_dict
 from guided_diffusion.errors import UserError
-from guided_diffusion.image_datasets import Pair, ReadOptions, pair_images
-from guided_diffusion.run.picture_checks import check_pairs
+from guided_diffusion.image_datasets import Pair, pair_images
+from guided_diffusion.run.checks import check_pictures
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
+
+
+def check_pairs(pairs, size=16, **keys):
+    conf = conf_from_dict(tiny_tree(image_size=size, **keys), InpaintConf)
+    return check_pictures(conf, pairs, [0] * len(pairs))[0]
+
+
+def check(gt, mask, size=16, **keys):
+    """Return the shares of a check, and what it warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shares = check_pairs(pair_images(gt, mask), size, **keys)
+    return shares, [str(one.message) for one in caught]
 
 
 def test_check_returns_the_share_of_generated_pixels(tmp_path, monkeypatch):
@@ -25,18 +41,14 @@ def test_check_returns_the_share_of_generated_pixels(tmp_path, monkeypatch):
         save(tmp_path / "mask" / name, mask)
     pairs = pair_images(gt, str(tmp_path / "mask"))
     assert check_pairs(pairs, 32) == [0.75, 0.25]
-    assert check_pairs(pairs, 32, ReadOptions(invert_mask=True)) == [
-        0.25,
-        0.75,
-    ]
+    assert check_pairs(pairs, 32, invert_mask=True) == [0.25, 0.75]
     one = pair_images(gt, str(tmp_path / "mask" / "1.png"))
     paths, real = [], image_datasets.read_upright
     read = lambda path, **options: (paths.append(path), real(path, **options))[1]  # noqa: E731
     monkeypatch.setattr(image_datasets, "read_upright", read)
     assert check_pairs(one, 32) == [0.75, 0.75]
     assert paths == [f"{tmp_path}/mask/1.png"]  # it serves both, and is decoded once
-    drawn = check_pairs(pair_images(gt, "genhalf"), 32)
-    assert drawn == [0.5, 0.5]
+    assert check_pairs(pair_images(gt, "genhalf"), 32) == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("folder", ["gt", "mask"])
@@ -46,33 +58,18 @@ def test_check_names_the_first_bad_file(tmp_path, folder):
     for bad in ("3.png", "7.png"):
         (tmp_path / folder / bad).write_text("no")
     with pytest.raises(UserError, match=f"{folder}/3.png"):
-        check_pairs(pair_images(gt, mask), 16)
+        check(gt, mask)
+    if folder == "mask":
+        with pytest.raises(UserError, match=r"7\.png"):
+            check(gt, f"{mask}/7.png")  # which serves all
 
 
-def test_check_names_a_bad_mask_that_serves_all(tmp_path):
-    gt = folder_of(tmp_path / "gt", ["a.png", "b.png"])
-    (tmp_path / "m.png").write_text("no")
-    with pytest.raises(UserError, match=r"m\.png"):
-        check_pairs(pair_images(gt, str(tmp_path / "m.png")), 16)
-
-
-@pytest.mark.parametrize(("level", "words"), [(255, "nothing to generate"), (0, "nothing known")])
-def test_check_warns_once_of_masks_without_effect(tmp_path, level, words):
+@pytest.mark.parametrize("level", [0, 255])
+def test_check_warns_once_of_masks_without_effect(tmp_path, level):
     gt = folder_of(tmp_path / "gt", ["a.png", "b.png", "c.png"])
-    mask = save(tmp_path / "m.png", np.full((9, 9, 3), level, np.uint8))
-    with pytest.warns(UserWarning, match=words) as caught:
-        check_pairs(pair_images(gt, mask), 16)
-    assert len(caught) == 1
-    assert "3 of 3" in str(caught[0].message)
-
-
-def check(gt, mask, size=16, **options):
-    """Return the shares of a check, and what it warned of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        options = ReadOptions(**options)
-        shares = check_pairs(pair_images(gt, mask), size, options)
-    return shares, [str(one.message) for one in caught]
+    [told] = check(gt, save(tmp_path / "m.png", np.full((9, 9, 3), level, np.uint8)))[1]
+    problem = "nothing to generate" if level else "nothing known to start from"
+    assert f"m.png: this mask leaves {problem} (3 of 3 images)" in told
 
 
 @pytest.mark.parametrize("case", ["plain", "guided"])
@@ -185,7 +182,7 @@ def test_dark_deep_pictures_are_told_and_scaled_by_a_key(tmp_path):
     assert len(told) == 1
     assert "gt/a.png: uses 3900 of 65535" in told[0]
     assert "depth_max: 4095" in told[0]
-    assert check(gt, "genhalf", depth=(0.0, 4095.0))[1] == []
+    assert check(gt, "genhalf", depth_max=4095.0)[1] == []
     bright = save(tmp_path / "bright.png", deep * 16)
     assert check(bright, "genhalf")[1] == []
     negative = save(tmp_path / "n.tif", (x / 20.0 - 1).astype(np.float32))
@@ -234,9 +231,9 @@ def test_colours_that_change_are_told(tmp_path):
     save(tmp_path / "gt" / "b.jpg", cmyk)
     [told] = check(gt, "thick")[1]
     assert "b.jpg: is CMYK without a colour profile" in told
-    assert "gt/a.png: is coloured" in " ".join(check(gt, "thick", channels=1)[1])
+    assert "gt/a.png: is coloured" in " ".join(check(gt, "thick", in_channels=1)[1])
     gray = save(tmp_path / "g.png", picture()[:, :, [0, 0, 0]])
-    assert check(gray, "thick", channels=1)[1] == []
+    assert check(gray, "thick", in_channels=1)[1] == []
 
 
 def test_pictures_in_memory_are_checked():
