@@ -6,6 +6,7 @@ import math
 import os
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
