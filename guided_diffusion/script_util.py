@@ -6,18 +6,14 @@ that does not fit says by its shapes which YAML keys have to change.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from guided_diffusion.config.checkpoint_flags import (
     classifier_flags,
-    has_any,
-    misfit,
+    fitting,
     model_flags,
-    shapes_of,
     warn_of_silent_flags,
 )
 from guided_diffusion.config.keys import CLASSIFIER_CLASSES, CLASSIFIER_HEAD_CHANNELS, InpaintConf
@@ -29,16 +25,10 @@ from guided_diffusion.gaussian_diffusion import (
     get_named_beta_schedule,
 )
 from guided_diffusion.io.checkpoints import check_checkpoint, fingerprint, load_state_dict
-from guided_diffusion.io.weights import is_plain
-from guided_diffusion.models.diffusers import DiffusersUNet, check_folder, load_network
-from guided_diffusion.models.folders import read_folder
+from guided_diffusion.io.weights import filled, shapes_of
+from guided_diffusion.models.diffusers import check_folder, load_network, read_folder
 from guided_diffusion.models.follow import is_folder, is_lucidrains, read_model
-from guided_diffusion.models.lucidrains import (
-    LucidrainsUNet,
-    check_lucidrains,
-    load_lucidrains,
-    read_checkpoint,
-)
+from guided_diffusion.models.lucidrains import check_lucidrains, load_lucidrains, read_checkpoint
 from guided_diffusion.respace import respaced_betas, space_timesteps
 from guided_diffusion.samplers import Ddim, Ddnm, Repaint
 from guided_diffusion.scheduler import get_schedule_jump
@@ -90,39 +80,28 @@ def create_gaussian_diffusion(
     conf: ModelConf, key: str = "timestep_respacing"
 ) -> GaussianDiffusion:
     """Build the chain of the steps that ``key`` keeps; raises UserError where it is impossible."""
-    respacing, chain = getattr(conf, key), _chain(conf)
+    respacing = getattr(conf, key)
+    model = read_model(conf.model_path) if conf.follows_model else None
+    betas = model.betas if model else None
+    if betas is None:
+        betas = get_named_beta_schedule(conf.noise_schedule, conf.diffusion_steps)
     try:
-        betas = chain.pop("betas")
         kept = space_timesteps(conf.diffusion_steps, respacing, betas)
         return GaussianDiffusion(
             respaced_betas(betas, kept),
             kept,
-            **chain,
+            learn_sigma=conf.learn_sigma,
+            fixed_small=model.fixed_small if model else False,
+            predict_xstart=conf.predict_xstart,
+            predict_v=conf.predict_v,
+            clip_denoised=conf.clip_denoised,
+            clip_range=model.clip_range if model else 1.0,
             time_scale=1000 / conf.diffusion_steps if conf.rescale_timesteps else 1.0,
             rescale_learned_sigmas=conf.rescale_learned_sigmas,
             use_kl=conf.use_kl,
         )
     except ValueError as error:
         raise UserError(str(error), key=key, got=repr(respacing)) from error
-
-
-def _chain(conf: ModelConf) -> dict[str, Any]:
-    """Return the betas of all steps, and what the network's output means."""
-    model = read_model(conf.model_path) if conf.follows_model else None
-    if model and model.has_chain:
-        return {
-            **vars(model.chain),
-            "predict_xstart": conf.predict_xstart,
-            "predict_v": conf.predict_v,
-        }
-    return {
-        "betas": get_named_beta_schedule(conf.noise_schedule, conf.diffusion_steps),
-        "learn_sigma": conf.learn_sigma,
-        "fixed_small": conf.follows_model,
-        "predict_xstart": conf.predict_xstart,
-        "predict_v": conf.predict_v,
-        "clip_denoised": conf.clip_denoised,
-    }
 
 
 def create_schedule(conf: InpaintConf, diffusion: GaussianDiffusion) -> list[int]:
@@ -157,21 +136,12 @@ def create_schedule(conf: InpaintConf, diffusion: GaussianDiffusion) -> list[int
     return times
 
 
-def _repaint(conf: InpaintConf) -> Sampler:
-    sampler = Ddim if conf.use_ddim else Repaint
-    return sampler(conf.inpa_inj_sched_prev, conf.inpa_inj_sched_prev_cumnoise)
-
-
-# What the key ``sampler`` may be.
-SAMPLERS: dict[str, Callable[[InpaintConf], Sampler]] = {
-    "repaint": _repaint,
-    "ddnm": lambda conf: Ddnm(conf.ddnm_eta, conf.ddnm_eta_falls, conf.inpa_inj_sched_prev),
-}
-
-
 def create_sampler(conf: InpaintConf) -> Sampler:
     """Build what puts the known pixels in, as the key ``sampler`` says."""
-    return SAMPLERS[conf.sampler](conf)
+    if conf.sampler == "ddnm":
+        return Ddnm(conf.ddnm_eta, conf.ddnm_eta_falls, conf.inpa_inj_sched_prev)
+    sampler = Ddim if conf.use_ddim else Repaint
+    return sampler(conf.inpa_inj_sched_prev, conf.inpa_inj_sched_prev_cumnoise)
 
 
 # ---- Loading -------------------------------------------------------------------------------------
@@ -187,9 +157,7 @@ def check_network(path: str) -> str:
     return fingerprint(path)
 
 
-def load_model(
-    conf: InpaintConf, device: torch.device
-) -> UNetModel | DiffusersUNet | LucidrainsUNet:
+def load_model(conf: InpaintConf, device: torch.device) -> nn.Module:
     """Return the network with the weights of ``model_path`` on ``device``, ready to be called.
 
     Raises UserError as ``load_state_dict``, and where the weights do not fit.
@@ -200,49 +168,22 @@ def load_model(
     if is_lucidrains(path):
         return load_lucidrains(read_checkpoint(path), conf.num_heads, device)
     state = load_state_dict(path)
-    shapes = shapes_of(state)
-    model = _without_weights(create_model, conf, "num_channels")
-    if shapes_of(model.state_dict()) != shapes:
-        if has_any(shapes, "middle_block") and not has_any(shapes, "output_blocks"):
-            raise UserError("holds a classifier, which belongs in classifier_path", path=path)
-        mult = conf.channel_mult_list if conf.channel_mult else None
-        flags = model_flags(shapes, conf.image_size, mult)
-        raise misfit(path, create_model, shapes, conf, flags)
+    blocks = {name.partition(".")[0] for name in state}
+    if "middle_block" in blocks and "output_blocks" not in blocks:
+        raise UserError("holds a classifier, which belongs in classifier_path", path=path)
+    mult = conf.channel_mult_list if conf.channel_mult else None
+    flags = model_flags(shapes_of(state), conf.image_size, mult)
+    model = fitting(path, create_model, conf, state, flags)
     warn_of_silent_flags(conf)
-    return _filled(path, model, state, device)
+    return filled(path, model, state, device)
 
 
 def load_classifier(conf: InpaintConf, device: torch.device) -> EncoderUNetModel:
     """Return the classifier with the weights of ``classifier_path``, as ``load_model``."""
     path = conf.classifier_path
     state = load_state_dict(path)
-    shapes = shapes_of(state)
-    classifier = _without_weights(create_classifier, conf, "classifier_width")
-    if shapes_of(classifier.state_dict()) != shapes:
-        if has_any(shapes, "output_blocks"):
-            raise UserError("holds a diffusion network, which belongs in model_path", path=path)
-        flags = classifier_flags(shapes, conf.image_size)
-        raise misfit(path, create_classifier, shapes, conf, flags)
-    return _filled(path, classifier, state, device)
-
-
-def _without_weights(create: Callable[[Any], nn.Module], conf: InpaintConf, width: str) -> Any:
-    try:
-        with torch.device("meta"):
-            return create(conf)
-    except (RuntimeError, OverflowError) as error:  # more numbers than torch can count
-        raise UserError(
-            "makes the network too large", key=width, got=getattr(conf, width)
-        ) from error
-
-
-def _filled(path: str, model: nn.Module, state: Mapping[str, Tensor], device: torch.device) -> Any:
-    """Give an empty network its weights; half precision on disk becomes float32, views whole."""
-    for name, tensor in state.items():
-        if not is_plain(tensor):
-            raise UserError(
-                path=path, expected=f"{name} as plain floating-point numbers", got=tensor.dtype
-            )
-    tensors = {name: tensor.to(device).float().contiguous() for name, tensor in state.items()}
-    model.load_state_dict(tensors, assign=True)
-    return model.eval().requires_grad_(False)
+    if any(name.startswith("output_blocks.") for name in state):
+        raise UserError("holds a diffusion network, which belongs in model_path", path=path)
+    flags = classifier_flags(shapes_of(state))
+    classifier = fitting(path, create_classifier, conf, state, flags)
+    return filled(path, classifier, state, device)

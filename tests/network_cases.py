@@ -7,6 +7,9 @@ import torch
 import yaml
 from torch import nn
 
+from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.schema import conf_from_dict
+from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -56,3 +59,12 @@ def golden_networks(name):
     )  # fmt: skip
     classifier = EncoderUNetModel(trunk, 1000, conf["classifier_pool"])
     return conf, expect, model, load(classifier, "classifier.pt")
+
+
+def chain_of(model_path):
+    """Return the whole diffusion that a network of another program was trained on."""
+    data = {"eval": {"set": {"gt_path": "gt", "mask_path": "mask"}}}
+    tree = {"name": "run", "model_path": str(model_path), "image_size": 8, "data": data}
+    return create_gaussian_diffusion(
+        conf_from_dict({**tree, "timestep_respacing": ""}, InpaintConf)
+    )

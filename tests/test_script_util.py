@@ -91,7 +91,7 @@ def test_weights_arrive_where_they_belong(tmp_path):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_precisions_on_disk_become_float32(tmp_path, dtype):
     path = saved(tmp_path / "model.pt", shapes(create_model, conf(**SMALL)), dtype)
     model = load_model(conf(**SMALL, model_path=path), CPU)
@@ -105,26 +105,16 @@ def test_a_checkpoint_that_is_not_of_numbers_is_refused(tmp_path):
     assert "expected time_embed.0.weight as plain floating-point numbers" in line
 
 
-def test_a_classifier_loads(tmp_path):
-    path = saved(tmp_path / "c.pt", shapes(create_classifier, conf(**CLASSIFIER)))
-    classifier = load_classifier(conf(**{**CLASSIFIER, "classifier_path": path}), CPU)
-    assert {p.dtype for p in classifier.parameters()} == {torch.float32}
-
-
 # ---- A checkpoint that does not fit --------------------------------------------------------------
 
 WRONG = [
     {"learn_sigma": False},
     {"resblock_updown": False},
     {"use_scale_shift_norm": False},
-    {"class_cond": True},
     {"class_cond": True, "num_classes": 7},
-    {"num_channels": 64},
     {"channel_mult": "1,2,2"},
-    {"channel_mult": "2,1"},
     {"num_res_blocks": 2},
     {"attention_resolutions": "16"},
-    {"attention_resolutions": "16,8"},
     {"attention_resolutions": ""},
     {"num_channels": 96, "channel_mult": "0.34,1"},
     {"learn_sigma": False, "num_res_blocks": 3, "channel_mult": "1,1,2", "class_cond": True},
@@ -149,11 +139,8 @@ def test_the_message_names_every_key_to_change_and_no_other(tmp_path, truth):
     assert demanded(refusal(load_model, wrong)) == back
 
 
-@pytest.mark.parametrize("truth", [64, 128, 256, 512])
-@pytest.mark.parametrize("said", [64, 128, 256, 512])
+@pytest.mark.parametrize(("truth", "said"), [(64, 256), (128, 64), (256, 512), (512, 128)])
 def test_another_size_of_the_published_table_is_named(tmp_path, truth, said):
-    if truth == said:
-        pytest.skip("they agree")
     path = saved(tmp_path / "model.pt", shapes(create_model, conf(image_size=truth)))
     wrong = conf(image_size=said, model_path=path)
     assert refusal(load_model, wrong) == (
@@ -179,13 +166,10 @@ def test_widths_that_agree_in_whole_channels_are_not_complained_of(tmp_path):
     "truth",
     [
         {"classifier_width": 128},
-        {"classifier_depth": 3},
-        {"classifier_attention_resolutions": "32,16,8"},
         {"classifier_attention_resolutions": ""},
         {"classifier_use_scale_shift_norm": False},
         {"classifier_resblock_updown": False},
         {"classifier_pool": "adaptive"},
-        {"classifier_pool": "spatial"},
         {"classifier_pool": "spatial_v2"},
         {"image_size": 256},
         {"classifier_depth": 2, "classifier_pool": "spatial", "classifier_resblock_updown": False},
@@ -211,18 +195,20 @@ def test_networks_in_each_others_place_are_recognised(tmp_path):
     assert "which belongs in model_path" in refusal(load_classifier, swapped)
 
 
-def test_a_foreign_state_dict_is_named_by_its_first_difference(tmp_path):
-    path = saved(tmp_path / "model.pt", {"encoder.weight": (3, 3), "encoder.bias": (3,)})
-    assert refusal(load_model, conf(**SMALL, model_path=path)).endswith(
-        "expected time_embed.0.weight of shape (128, 32), found no such tensor"
-    )
-
-
-def test_a_tensor_too_many_is_named(tmp_path):
-    extra = {**shapes(create_model, conf(**SMALL)), "zeta": (1,)}
-    path = saved(tmp_path / "model.pt", extra)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"time_embed.0.weight": None}, ["expected (128, 32)", "found no such tensor"]),
+        ({"zeta": (1,)}, ["zeta", "expected no such tensor, found (1,)"]),
+        ({f"output_blocks.{'9' * 5000}.0.out_layers.3.weight": (1,)}, ["no such tensor"]),
+    ],
+    ids=["lost", "extra", "absurd number"],
+)
+def test_the_first_tensor_that_differs_is_named(tmp_path, changes, words):
+    changed = {**shapes(create_model, conf(**SMALL)), **changes}
+    path = saved(tmp_path / "model.pt", {name: shape for name, shape in changed.items() if shape})
     line = refusal(load_model, conf(**SMALL, model_path=path))
-    assert "does not have; found zeta" in line
+    assert [word for word in words if word not in line] == []
 
 
 architectures = st.fixed_dictionaries(
@@ -263,25 +249,6 @@ def test_what_the_message_says_makes_any_checkpoint_load(tmp_path, truth, said):
 
 
 @relaxed
-@given(truth=architectures)
-def test_flags_are_inferred_as_they_are(truth):
-    right = conf(**truth)
-    found = model_flags(shapes(create_model, right), right.image_size, right.channel_mult_list)
-    sides = {right.image_size >> level for level in range(len(right.channel_mult_list))}
-    expected = {
-        **truth,
-        "channel_mult": right.channel_mult_list,
-        "attention_resolutions": sides & set(right.attention_sides),
-    }
-    del expected["num_head_channels"]
-    if not truth["class_cond"]:
-        del expected["num_classes"]
-    if len(right.channel_mult_list) == 1:
-        del expected["resblock_updown"]
-    assert found == expected
-
-
-@relaxed
 @given(
     seed=st.integers(0, 2**32),
     kind=st.sampled_from(["model", "classifier"]),
@@ -305,17 +272,7 @@ def test_a_mutilated_state_dict_gets_one_line(tmp_path, seed, kind, keep):
     line = refusal(load, changed)
     assert line.startswith(path)
     assert "; set " not in line  # nothing would help
-    for flags in (model_flags, classifier_flags):  # whatever is asked
-        flags(rest, 64)
-
-
-def test_absurd_numbers_of_blocks_do_not_hang(tmp_path):
-    whole = shapes(create_model, conf(**SMALL))
-    whole |= {
-        f"output_blocks.{'9' * digits}.0.out_layers.3.weight": (1,) for digits in (4, 9, 5000)
-    }
-    path = saved(tmp_path / "model.pt", whole)
-    assert "does not have" in refusal(load_model, conf(**SMALL, model_path=path))
+    model_flags(rest, 64), classifier_flags(rest)  # whatever is asked
 
 
 # ---- What shapes do not tell ---------------------------------------------------------------------
@@ -332,14 +289,12 @@ PUBLISHED_128 = {
 @pytest.mark.parametrize(
     ("right", "changes", "named"),
     [
-        (PUBLISHED_64, {"noise_schedule": "linear"}, "noise_schedule: cosine;"),
         (
             PUBLISHED_64,
             {"noise_schedule": "linear", "use_new_attention_order": False},
             "use_new_attention_order: true, noise_schedule: cosine;",
         ),
         (PUBLISHED_128, {"num_head_channels": 64}, "num_head_channels: -1;"),
-        (PUBLISHED_128, {"num_heads": 8}, "num_heads: 4;"),
     ],
 )
 def test_published_checkpoints_warn_of_what_shapes_do_not_tell(tmp_path, right, changes, named):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.network_keys import CHANNEL_MULT_BY_SIZE, ModelConf
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.weights import foreign_form, short
+from guided_diffusion.io.weights import check_fits, foreign_form, shapes_of
 from guided_diffusion.models.foreign import ALLOWED_CHANNELS
 
 _LISTS = ("channel_mult", "attention_resolutions", "classifier_attention_resolutions")
@@ -52,7 +52,9 @@ def model_flags(
     those of another one and not those of ``channel_mult``, that one is meant and named. Empty where
     this is no such network, or an incomplete one.
     """
-    up = _resizing_outputs(shapes)
+    # One parameter of each output block's resizing layer, which comes last in it.
+    resizing = re.compile(r"output_blocks\.\d+\.[12]\.(in_layers\.2|conv)\.weight")
+    up = [name for name in shapes if resizing.fullmatch(name)]
     blocks, levels = _count(shapes, "output_blocks"), len(up) + 1
     if blocks < 2 * levels or blocks % levels:
         return {}
@@ -97,50 +99,44 @@ def model_flags(
     return flags
 
 
-def classifier_flags(shapes: Shapes, image_size: int) -> dict[str, Any]:
+def classifier_flags(shapes: Shapes) -> dict[str, Any]:
     """Return the YAML keys of the classifier whose ``state_dict`` has these shapes, or nothing.
 
-    Its widths are always those of the published table; ``image_size`` is named first if it fits.
+    Its widths are always those of the published table.
     """
     blocks = _count(shapes, "input_blocks")
-    for size in (image_size, *CHANNEL_MULT_BY_SIZE):
-        table = CHANNEL_MULT_BY_SIZE.get(size, ())
-        if blocks < 2 * len(table) or not table or blocks % len(table):
-            continue
-        depth = blocks // len(table) - 1
-        first = [f"input_blocks.{1 + level * (depth + 1)}" for level in range(len(table))]
-        try:
-            width = shapes["time_embed.0.weight"][1]
-            convs = [shapes.get(f"{name}.0.out_layers.3.weight", (0,)) for name in first]
-            widths = [conv[0] for conv in convs]
-            has_scale_shift = _has_scale_shift(shapes)
-        except (KeyError, IndexError):
-            return {}
-        if width and widths == [int(mult * width) for mult in table]:
-            break
-    else:
+    try:
+        width, has_scale_shift = shapes["time_embed.0.weight"][1], _has_scale_shift(shapes)
+    except (KeyError, IndexError):
         return {}
+    for size, table in CHANNEL_MULT_BY_SIZE.items():
+        depth, rest = blocks // len(table) - 1, blocks % len(table)
+        first = [f"input_blocks.{1 + level * (depth + 1)}" for level in range(len(table))]
+        convs = [shapes.get(f"{name}.0.out_layers.3.weight", ()) for name in first]
+        widths = [(int(mult * width),) for mult in table]
+        if not width or depth < 1 or rest or [conv[:1] for conv in convs] != widths:
+            continue
+        attends = [f"{name}.1.qkv.weight" in shapes for name in first]
+        sides = {size >> i for i, is_on in enumerate(attends) if is_on}
+        return {
+            "image_size": size,
+            "classifier_width": width,
+            "classifier_depth": depth,
+            "classifier_attention_resolutions": sides,
+            "classifier_use_scale_shift_norm": has_scale_shift,
+            "classifier_resblock_updown": f"input_blocks.{depth + 1}.0.op.weight" not in shapes,
+            "classifier_pool": _pool(shapes),
+        }
+    return {}
+
+
+def _pool(shapes: Shapes) -> str:
+    """Return what ``classifier_pool`` has to be."""
     if "out.2.positional_embedding" in shapes:
-        pool = "attention"
-    elif len(shapes.get("out.3.weight", ())) == 4:
-        pool = "adaptive"
-    else:
-        pool = "spatial_v2" if "out.3.weight" in shapes else "spatial"
-    attends = [f"{name}.1.qkv.weight" in shapes for name in first]
-    return {
-        "image_size": size,
-        "classifier_width": width,
-        "classifier_depth": depth,
-        "classifier_attention_resolutions": {size >> i for i, is_on in enumerate(attends) if is_on},
-        "classifier_use_scale_shift_norm": has_scale_shift,
-        "classifier_resblock_updown": f"input_blocks.{depth + 1}.0.op.weight" not in shapes,
-        "classifier_pool": pool,
-    }
-
-
-def has_any(shapes: Shapes, list_name: str) -> bool:
-    """Whether a network has any block of the list ``list_name``."""
-    return any(name.startswith(f"{list_name}.") for name in shapes)
+        return "attention"
+    if len(shapes.get("out.3.weight", ())) == 4:
+        return "adaptive"
+    return "spatial_v2" if "out.3.weight" in shapes else "spatial"
 
 
 def _count(shapes: Shapes, list_name: str) -> int:
@@ -148,12 +144,6 @@ def _count(shapes: Shapes, list_name: str) -> int:
     found = [re.match(rf"{list_name}\.(\d{{1,4}})\.", name) for name in shapes]
     numbers = {int(match[1]) for match in found if match}
     return len(numbers) if numbers == set(range(len(numbers))) else 0
-
-
-def _resizing_outputs(shapes: Shapes) -> list[str]:
-    """Names of one parameter of each output block's resizing layer, which comes last in it."""
-    resizing = re.compile(r"output_blocks\.\d+\.[12]\.(in_layers\.2|conv)\.weight")
-    return [name for name in shapes if resizing.fullmatch(name)]
 
 
 def _has_scale_shift(shapes: Shapes) -> bool:
@@ -169,44 +159,42 @@ def _multiplier(level_width: int, width: int) -> float:
     return next((mult for mult in rounded if int(mult * width) == level_width), exact)
 
 
-def misfit(
+def fitting(
     path: str,
     create: Callable[[Any], nn.Module],
-    shapes: Shapes,
     conf: InpaintConf,
+    state: Mapping[str, Tensor],
     flags: Mapping[str, Any],
-) -> UserError:
-    """Say which YAML keys make the checkpoint fit, or how it differs where none does.
+) -> nn.Module:
+    """Return the network that ``create`` builds of ``conf``, without weights.
 
-    ``create`` builds the network that was asked for; ``flags`` is what the shapes tell of it. A key
-    is named only where a network that is built with it fits, and one without it does not.
+    ``flags`` is what the shapes of a checkpoint's ``state`` tell. Raises UserError where the state
+    does not fit: it names the keys to change, each of which is needed, or the first tensor that
+    differs where no key helps.
     """
+    with torch.device("meta"):
+        network = create(conf)
+    shapes = shapes_of(state)
+    own = shapes_of(network.state_dict())
+    if own == shapes:
+        return network
     check_channels(path, shapes)
     changes = {key: _text(value) for key, value in flags.items()}
     changes = {key: value for key, value in changes.items() if getattr(conf, key) != value}
-    closest = _emptyshapes_of(create, conf, changes) or _emptyshapes_of(create, conf, {})
-    if closest == shapes:
-        for key in reversed(list(changes)):
-            fewer = {name: value for name, value in changes.items() if name != key}
-            if _emptyshapes_of(create, conf, fewer) == shapes:
-                changes = fewer
-        return UserError(f"does not fit the configuration; set {_quoted(changes)}", path=path)
-    if form := foreign_form(list(shapes)):
-        return UserError(f"holds {form}", path=path)
-    for name, shape in (closest or {}).items():
-        if shape != shapes.get(name):
-            return UserError(
-                "is not a whole network of guided-diffusion's kind",
-                path=path,
-                expected=f"{name} of shape {shape}",
-                got=shapes.get(name, "no such tensor"),
-            )
-    extra = short(next(name for name in shapes if name not in (closest or {})))
-    return UserError("holds a tensor that the network does not have", path=path, got=extra)
+    closest = _shapes_with(changes, create, conf)
+    if closest != shapes:
+        if form := foreign_form(list(shapes)):
+            raise UserError(f"holds {form}", path=path)
+        check_fits(path, state, closest or own)
+    for key in reversed(list(changes)):
+        fewer = {name: value for name, value in changes.items() if name != key}
+        if _shapes_with(fewer, create, conf) == shapes:
+            changes = fewer
+    raise UserError(f"does not fit the configuration; set {_quoted(changes)}", path=path)
 
 
-def _emptyshapes_of(
-    create: Callable[[Any], nn.Module], conf: InpaintConf, changes: Mapping[str, Any]
+def _shapes_with(
+    changes: Mapping[str, Any], create: Callable[[Any], nn.Module], conf: InpaintConf
 ) -> Shapes | None:
     """Return the shapes of the network of the changed configuration; None if it cannot be."""
     changed = copy.copy(conf)
@@ -217,11 +205,6 @@ def _emptyshapes_of(
             return shapes_of(create(changed).state_dict())
     except (ValueError, RuntimeError, KeyError):
         return None
-
-
-def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
-    """Return the shapes of a ``state_dict`` by name."""
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _text(value: Any) -> Any:

@@ -124,10 +124,10 @@ Published files hold further keys that never had an effect. They are accepted: {
 
 def configuration_page() -> str:
     """Return the text of ``docs/configuration.md``."""
-    ignored = ", ".join(f"`{key}`" for key in InpaintConf.ignored)
-    tables = {"inpainting": InpaintConf, "training": TrainConf}
     return _PAGE.format(
-        ignored=ignored, **{name: markdown_table(cls) for name, cls in tables.items()}
+        inpainting=markdown_table(InpaintConf),
+        ignored=", ".join(f"`{key}`" for key in InpaintConf.ignored),
+        training=markdown_table(TrainConf),
     )
 
 

@@ -137,10 +137,6 @@ class DataConf(Conf):
     paths: OutputPaths = key(OutputPaths(), "Folders of results.")  # noqa: RUF009 - it is frozen
 
 
-# fmt: on
-
-
-# fmt: off
 @dataclass(frozen=True, kw_only=True)
 class InpaintConf(ModelConf):
     """The YAML of a run of ``test.py``."""
@@ -256,25 +252,20 @@ class InpaintConf(ModelConf):
             "cond_y and num_classes",
             f"label {self.cond_y} of {self.num_classes} classes, which count from 0",
         )
-        require(
-            self.inpa_inj_sched_prev or not self.inpa_inj_sched_prev_cumnoise,
-            "inpa_inj_sched_prev_cumnoise and inpa_inj_sched_prev",
-            "the first has no effect while the second is false",
-        )
+        for first, second in (
+            ("inpa_inj_sched_prev_cumnoise", "inpa_inj_sched_prev"),
+            ("windows", "full_size"),
+            ("output_format", "full_size"),
+        ):
+            require(
+                getattr(self, second) or getattr(self, first) in (False, "png"),
+                f"{first} and {second}",
+                "the first has no effect while the second is false",
+            )
         require(
             not (self.full_size and self.data.random_flip),
             f"full_size and data.eval.{self.data.name}.random_flip",
             "a photo that is given back whole is not mirrored",
-        )
-        require(
-            not self.windows or self.full_size,
-            "windows and full_size",
-            "the first has no effect while the second is false",
-        )
-        require(
-            self.output_format == "png" or self.full_size,
-            "output_format and full_size",
-            "the first has no effect while the second is false",
         )
         require(
             not (self.windows and self.guided),
@@ -297,11 +288,6 @@ class InpaintConf(ModelConf):
         self._complete_data()
 
     def _check_classifier(self) -> None:
-        require(
-            self.num_classes <= CLASSIFIER_CLASSES,
-            "num_classes and classifier_path",
-            f"a classifier knows {CLASSIFIER_CLASSES} classes, not {self.num_classes}",
-        )
         require(
             self.image_size in CHANNEL_MULT_BY_SIZE,
             "image_size and classifier_path",

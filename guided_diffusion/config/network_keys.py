@@ -132,11 +132,11 @@ class ModelConf(Conf):
             "diffusion_steps and noise_schedule",
             "a linear schedule of 20 steps or fewer would need noise above 1",
         )
+        sizes = ", ".join(map(str, sorted(CHANNEL_MULT_BY_SIZE)))
         require(
             bool(self.channel_mult) or self.image_size in CHANNEL_MULT_BY_SIZE,
             "image_size and channel_mult",
-            f"channel_mult is empty, which works for an image_size of "
-            f"{', '.join(str(size) for size in sorted(CHANNEL_MULT_BY_SIZE))} and not of "
+            f"an empty channel_mult works for an image_size of {sizes} and not of "
             f"{self.image_size}: write channel_mult, such as '1,2,4'",
         )
         self._check_widths()
@@ -155,13 +155,11 @@ class ModelConf(Conf):
             "num_channels and channel_mult",
             f"every width has to be a multiple of 32, and they make {widths}",
         )
-        heads = ["num_head_channels"]
-        if self.num_head_channels == -1:
-            heads = ["num_heads", "num_heads_upsample"]
         attending = widths_with_attention(
             self.image_size, mult, self.num_channels, self.attention_sides
         )
-        for name in heads:
+        heads = ("num_heads", "num_heads_upsample")
+        for name in heads if self.num_head_channels == -1 else ("num_head_channels",):
             for width in sorted(attending):
                 require(
                     width % getattr(self, name) == 0,  # -1 divides all

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -21,13 +21,19 @@ from guided_diffusion.config.schema import (
 )
 from guided_diffusion.errors import UserError, looked_in
 
-# Someone may give a checkpoint instead of a YAML: do not read it all. The record of a run is a YAML
-# too, with a line for each result.
-MAX_YAML_BYTES = 1 << 28
+_INTEGER, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key may be there only once, and only decimal numbers are numbers."""
+    """Safe YAML in which a key may be there only once, and only decimal numbers are numbers.
+
+    Text stays what YAML 1.1 would take for a number in base 8, 16 or 60: 012, 0x12 and 1:30.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INTEGER, _FLOAT)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -39,19 +45,11 @@ class _Loader(yaml.SafeLoader):
             seen.add(name.value)
         return super().construct_mapping(node, deep)
 
-    def integer(self, node: yaml.ScalarNode) -> int | str:
-        """Return an integer. 012, 0x12 and 1:12, which are integers in YAML 1.1, stay text."""
-        text = self.construct_scalar(node)
-        return int(text) if re.fullmatch(r"[-+]?(0|[1-9]\d{0,17})", text) else text
 
-    def number(self, node: yaml.ScalarNode) -> float | str:
-        """Return a float. 1:30.5, which is a number of base 60 in YAML 1.1, stays text."""
-        text = self.construct_scalar(node)
-        return text if ":" in text else self.construct_yaml_float(node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.integer)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.number)
+_DECIMAL = r"[-+]?([0-9]+[.][0-9]*|[.][0-9]+)([eE][-+][0-9]+)?$|[-+]?[.](inf|nan)$"
+_STARTS = list("-+.0123456789")
+_Loader.add_implicit_resolver(_INTEGER, re.compile(r"[-+]?(0|[1-9][0-9]{0,17})$"), _STARTS)
+_Loader.add_implicit_resolver(_FLOAT, re.compile(_DECIMAL), _STARTS)
 
 
 def _parse(text: str) -> Any:
@@ -64,8 +62,9 @@ def _parse(text: str) -> Any:
         if "escape" in problem:  # as in "C:\Users", where eight digits should follow \U
             problem = f"{problem}; {QUOTES_HINT}"
     except yaml.reader.ReaderError as error:
-        lines = text[: error.position].split("\n")
-        line, column, problem = len(lines), len(lines[-1]) + 1, error.reason
+        before = text[: error.position]
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        problem = error.reason
     except RecursionError:
         line, column, problem = 1, 1, "nested too deeply"
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
@@ -76,23 +75,23 @@ def _parse(text: str) -> Any:
 def read_yaml(path: str | os.PathLike) -> Any:
     """Return the tree of a YAML file, unchecked.
 
-    Raises UserError, in one line, for a file that cannot be read, is larger than
-    ``MAX_YAML_BYTES``, is not in UTF-8 or is no YAML.
+    Raises UserError, in one line, for a file that cannot be read, is not in UTF-8 or is no YAML.
     """
     path = Path(path)
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise OSError("is a pipe or device and not a file")  # opening a pipe would wait forever
-        with path.open("rb") as file:  # read() takes as much memory as it is asked for
-            raw = file.read(min(path.stat().st_size, MAX_YAML_BYTES) + 1)
+        with path.open("rb") as file:
+            raw = file.read(1024)
+            if b"\0" not in raw:  # someone may give a checkpoint instead: do not read it all
+                raw += file.read()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         where = looked_in(path) if isinstance(error, FileNotFoundError) else ""
         raise UserError(f"cannot be read: {reason}{where}", path=path) from None
-    found = _encoding_but_utf8(raw)
-    if found is None and len(raw) > MAX_YAML_BYTES:
-        found = f"more than {MAX_YAML_BYTES >> 20} MiB"
-    if found:
+    if b"\0" in raw:
+        is_utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+        found = "UTF-16 (save the file as UTF-8 in the editor)" if is_utf16 else "a binary file"
         raise UserError(path=path, expected="YAML in UTF-8", got=found)
     try:
         return _parse(raw.decode("utf-8-sig"))
@@ -102,14 +101,6 @@ def read_yaml(path: str | os.PathLike) -> Any:
         raise UserError(problem, path=path, expected="YAML in UTF-8") from None
     except UserError as error:
         raise with_place(error, path=path) from None
-
-
-def _encoding_but_utf8(raw: bytes) -> str | None:
-    """Say what bytes are that are not UTF-8 at first sight; None where they may be."""
-    zeros = [byte == 0 for byte in raw[:4]]
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or zeros in ([True, False] * 2, [False, True] * 2):
-        return "UTF-16 (save the file as UTF-8 in the editor)"
-    return "a binary file" if b"\0" in raw else None
 
 
 def _override(tree: dict, option: str, cls: type[Conf]) -> str:
@@ -159,8 +150,6 @@ def load_conf(
     and data.gt_path is short for data.eval.<set>.gt_path. Raises UserError, in one line, for
     anything wrong with the file, a key or a value.
     """
-    if not os.fspath(path):
-        raise UserError("the path of the YAML file is empty")
     path = os.path.expanduser(path)  # noqa: PTH111 - messages name the path as the user wrote it
     tree = read_yaml(path)
     if not isinstance(tree, dict):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from guided_diffusion.errors import UserError, printable
 
@@ -161,6 +161,11 @@ def is_plain(tensor: Tensor) -> bool:
     return is_dense and tensor.is_floating_point()
 
 
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a ``state_dict`` by name."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
 def check_fits(
     path: str | os.PathLike,
     state: Mapping[str, Tensor],
@@ -184,6 +189,20 @@ def check_fits(
         if not is_plain(state[name]):
             wanted = f"{short(name)} as plain floating-point numbers"
             raise UserError(path=path, key=key, expected=wanted, got=state[name].dtype)
+
+
+def filled(
+    path: str | os.PathLike, network: nn.Module, state: Mapping[str, Tensor], device: torch.device
+) -> nn.Module:
+    """Return a network that was built without weights with those of ``state``, ready to be called.
+
+    They are on ``device`` and in float32, whatever the precision on disk. Raises UserError as
+    ``check_fits``.
+    """
+    check_fits(path, state, shapes_of(network.state_dict()))
+    tensors = {name: tensor.to(device).float().contiguous() for name, tensor in state.items()}
+    network.load_state_dict(tensors, assign=True)
+    return nn.Module.to(network, device).eval().requires_grad_(False)
 
 
 # Networks of other programs, by a name that theirs always have.

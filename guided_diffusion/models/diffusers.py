@@ -1,37 +1,45 @@
-"""PREDICT by a network that diffusers saved: an unconditional UNet2DModel from its folder."""
+"""PREDICT by a network that diffusers saved: an unconditional UNet2DModel from its folder.
+
+A folder holds a pipeline (model_index.json, unet/, scheduler/), the same files side by side, as the
+first versions saved them, or a network alone. diffusers itself says what its configurations mean.
+"""
 
 import contextlib
 import hashlib
 import importlib.metadata
+import inspect
+import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.checkpoints import check_checkpoint, fingerprint, load_state_dict
-from guided_diffusion.io.weights import check_fits, short
-from guided_diffusion.models.folders import (
-    ModelFolder,
-    built,
-    defaults,
-    import_diffusers,
-    read_json,
-    wrong,
-)
-from guided_diffusion.models.hub import HUB, fetch
+from guided_diffusion.io.weights import filled, short
+from guided_diffusion.models.foreign import ALLOWED_CHANNELS, ForeignModel
+from guided_diffusion.models.hub import HUB, NEEDS, how_to_fetch, local_folder, snapshot
 
-_WEIGHTS = "diffusion_pytorch_model"
+_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # Names of the attention projections before diffusers 0.12; the published folders are older.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# Keys of config.json that say how the weights were made.
-_MADE_BY = (
-    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma",
-    "power", "_class_name", "_diffusers_version", "_name_or_path", "architectures", "model_type",
-)  # fmt: skip
+_IS_FIXED_SMALL = {"fixed_small": True, "fixed_small_log": True,
+                   "fixed_large": False, "fixed_large_log": False}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder(ForeignModel):
+    """A network of diffusers in its folder."""
+
+    unet_path: Path  # of the network's configuration; the weights are beside it
+    unet: Mapping[str, Any]  # with diffusers' defaults
+    scheduler: Mapping[str, Any]  # as its file states it; empty where the folder has none
 
 
 class DiffusersUNet(nn.Module):
@@ -48,124 +56,234 @@ class DiffusersUNet(nn.Module):
         nn.Module.to(self.unet, dtype)  # diffusers' own method warns without need
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """``x`` (N, 3, S, S) in [-1, 1], ``timesteps`` and ``y`` (N,) → (N, 3 or 6, S, S)."""
+        """``x`` (N, C, S, S) in [-1, 1], ``timesteps`` and ``y`` (N,) → (N, C or 2C, S, S)."""
         inputs = x.to(self.dtype, memory_format=self.memory_format)
         (output,) = self.unet(inputs, timesteps, class_labels=y, return_dict=False)
         return output.to(x.dtype).contiguous()
 
 
+# ---- What a folder says --------------------------------------------------------------------------
+
+
+def read_folder(name: str) -> ModelFolder:
+    """Read and check the configurations of a folder, without its weights; uses no network.
+
+    Raises UserError where a file is missing, is no JSON, or describes something that this program
+    cannot run, naming file, key and value; and where diffusers is missing.
+    """
+    root = local_folder(name)
+    if root is None:
+        raise UserError(f"is not on this machine; {how_to_fetch(name)}", path=name)
+    if (root / "model_index.json").exists():
+        _check_pipeline(root / "model_index.json")
+    unet_path = _first("config.json", root / "unet_ema", root / "unet", root)
+    if unet_path is None:
+        problem = "cannot be read: Is a directory without a network: expected model_index.json and "
+        raise UserError(f"{problem}unet/config.json, or config.json of a UNet2DModel", path=name)
+    diffusers = _import(name)
+    unet = {**_defaults(diffusers.UNet2DModel), **_read_json(unet_path)}
+    keys = _network_keys(unet_path, unet)
+    places = [root / "scheduler", root]
+    if root.name in ("unet", "unet_ema"):  # a part of a pipeline
+        places.append(root.parent / "scheduler")
+    path = _first("scheduler_config.json", *places)
+    scheduler = _read_json(path) if path else {}
+    chain_keys, chain = _chain(diffusers, path, scheduler, keys) if path else ({}, {})
+    return ModelFolder(
+        name=name,
+        keys=keys | chain_keys,
+        levels=len(unet["block_out_channels"]),
+        unet_path=unet_path,
+        unet=unet,
+        scheduler=scheduler,
+        **chain,
+    )
+
+
+def _first(file: str, *folders: Path) -> Path | None:
+    """Return the path of ``file`` in the first folder that has it."""
+    return next((folder / file for folder in folders if (folder / file).exists()), None)
+
+
+def _import(name: str) -> ModuleType:
+    """Return the package diffusers; raises UserError, for the folder ``name``, without it."""
+    try:
+        import diffusers
+
+        _ = diffusers.UNet2DModel, diffusers.DDPMScheduler  # which are imported at their first use
+        return diffusers
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise UserError(f"needs diffusers: {NEEDS} ({reason})", path=name) from None
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """Return the parameters of one of diffusers' classes with their defaults."""
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not each.empty}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a JSON file; raises UserError."""
+    try:
+        tree = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot be read as JSON: {error}", path=path) from None
+    if not isinstance(tree, dict):
+        raise UserError(path=path, expected="keys and values", got=type(tree).__name__)
+    return tree
+
+
+def _need(is_right: bool, path: Path, key: str, expected: str, got: object) -> None:
+    """Raise UserError for a key of a JSON file; ``got`` is written as in the file."""
+    if not is_right:
+        text = short(json.dumps(got, default=str), 80)
+        raise UserError(path=path, key=key, expected=expected, got=text)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Raise UserError, with what diffusers says, where it cannot use the configuration ``path``."""
+    try:
+        yield
+    except Exception as error:  # diffusers and torch raise many types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
+        version = importlib.metadata.version("diffusers")
+        raise UserError(f"diffusers {version} cannot use this: {reason}", path=path) from error
+
+
+def _check_pipeline(path: Path) -> None:
+    expected = "a UNet2DModel as unet and a scheduler, which work on pixels alone"
+    for part, kind in _read_json(path).items():
+        if part != "scheduler" and isinstance(kind, list) and kind[-1:] not in ([], [None]):
+            is_right = part == "unet" and kind[-1] == "UNet2DModel"
+            _need(is_right, path, part, expected, kind[-1])
+
+
+def _network_keys(path: Path, unet: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the YAML keys that a network's configuration decides.
+
+    Checks what this program relies on; building the network finds whatever else is wrong.
+    """
+
+    def need(key: str, expected: str, is_right: bool) -> None:
+        _need(is_right, path, key, expected, unet.get(key))
+
+    need("_class_name", "UNet2DModel", unet.get("_class_name") == "UNet2DModel")
+    channels, outputs, side = (unet[key] for key in ("in_channels", "out_channels", "sample_size"))
+    need("in_channels", ALLOWED_CHANNELS, channels in (1, 3))
+    need("out_channels", f"{channels} or {2 * channels}", outputs in (channels, 2 * channels))
+    need("time_embedding_type", "positional", unet["time_embedding_type"] == "positional")
+    need("class_embed_type", "null", unet["class_embed_type"] is None)
+    widths = unet["block_out_channels"]
+    need("block_out_channels", "the width of each level", isinstance(widths, list | tuple))
+    if isinstance(side, list) and side[1:] == side[:1]:
+        side = side[0]
+    need("sample_size", "the side of a square, or null", side is None or isinstance(side, int))
+    keys = {
+        "in_channels": channels,
+        "learn_sigma": outputs == 2 * channels,
+        "class_cond": unet["num_class_embeds"] is not None,
+        "num_classes": unet["num_class_embeds"],
+        "image_size": side,
+        "rescale_timesteps": False,
+    }
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+def _chain(
+    diffusers: ModuleType, path: Path, stated: Mapping[str, Any], network: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the YAML keys that a scheduler's configuration decides, and the rest of its chain."""
+    name, usual = stated.get("_class_name", "DDPMScheduler"), _defaults(diffusers.DDPMScheduler)
+    is_right = "beta_schedule" in _defaults(getattr(diffusers, str(name), object))
+    _need(is_right, path, "_class_name", "a scheduler of betas, such as DDPMScheduler", name)
+    config = {**usual, **{key: value for key, value in stated.items() if key in usual}}
+    if stated.get("predict_epsilon") is False:  # as versions before 0.8 say it
+        config["prediction_type"] = "sample"
+    with _explained(path):
+        betas = diffusers.DDPMScheduler(**config).betas.double().numpy()
+    steps, predicts = config["num_train_timesteps"], config["prediction_type"]
+    is_right = 0 < len(betas) == steps and bool(((betas > 0) & (betas <= 1)).all())
+    key = "trained_betas" if config["trained_betas"] else "beta_start and beta_end"
+    got = config["trained_betas"] or [config["beta_start"], config["beta_end"]]
+    _need(is_right, path, key, f"{steps} betas above 0 and at most 1", got)
+    _need(not config["thresholding"], path, "thresholding", "false, and clip_sample", True)
+    allowed = ["learned_range"] if network["learn_sigma"] else list(_IS_FIXED_SMALL)
+    variance = stated.get("variance_type") or allowed[0]  # many schedulers state none
+    expected = f"{' or '.join(allowed)}, by the number of out_channels"
+    _need(variance in allowed, path, "variance_type", expected, variance)
+    kinds = ["sample", "v_prediction"]
+    if betas[-1] < 1 - 1e-9:  # else the last step is noise alone: predicted noise says nothing
+        kinds = ["epsilon", *kinds]
+    _need(predicts in kinds, path, "prediction_type", " or ".join(kinds), predicts)
+    keys = {
+        "diffusion_steps": len(betas),
+        "predict_xstart": predicts == "sample",
+        "predict_v": predicts == "v_prediction",
+        "clip_denoised": bool(config["clip_sample"]),
+    }
+    chain = {
+        "betas": np.minimum(betas, 1 - 1e-15),  # GaussianDiffusion divides by the signal left
+        "fixed_small": _IS_FIXED_SMALL.get(variance, False),
+        "clip_range": float(config["clip_sample_range"]),
+    }
+    return keys, chain
+
+
+# ---- The network and its weights -----------------------------------------------------------------
+
+
 def check_folder(folder: ModelFolder) -> str:
     """Find what is wrong with a folder before its network is needed; return a fingerprint.
 
-    Raises UserError where diffusers cannot run the network, safetensors is missing, or a file is
-    damaged.
+    Raises UserError where diffusers cannot build the network, safetensors is missing, or the file
+    of weights is damaged.
     """
-    with torch.device("meta"):
-        _unet_of(folder)
-    files = _weight_files(folder)
-    for path in files:
-        check_checkpoint(path)
-    if folder.scheduler_path is None:
+    _empty_unet(folder)
+    path = _weights(folder)
+    check_checkpoint(path)
+    if folder.betas is None:
         warnings.warn(
             f"{folder.name}: has no scheduler_config.json, so that noise_schedule, "
             "diffusion_steps, predict_xstart and predict_v are as the YAML says or by default",
             stacklevel=2,
         )
-    parts = (sorted(folder.unet.items()), sorted(folder.scheduler.items()), files[0].name)
-    text = repr(parts) + "".join(map(fingerprint, files))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    parts = (sorted(folder.unet.items()), sorted(folder.scheduler.items()), path.name)
+    return hashlib.sha256((repr(parts) + fingerprint(path)).encode()).hexdigest()[:16]
 
 
 def load_network(folder: ModelFolder, device: torch.device) -> DiffusersUNet:
     """Return the network with its weights on ``device``, in float32, ready to be called.
 
-    Raises UserError where diffusers cannot run it, and where weights do not fit.
+    Raises UserError where diffusers cannot build it, and where weights do not fit.
     """
-    with torch.device("meta"):
-        unet = _unet_of(folder)
-    expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    state: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
-        for name, tensor in load_state_dict(path).items():
-            newer = ".".join(_OLD_NAMES.get(part, part) for part in name.split("."))
-            state[name if name in expected else newer] = tensor
-    check_fits(folder.name, state, expected)
-    if any(name not in state for name, _ in unet.named_buffers()):
-        unet = _unet_of(folder)  # buffers that no file holds have to be computed
-    tensors = {name: tensor.to(device).float().contiguous() for name, tensor in state.items()}
-    unet.load_state_dict(tensors, assign=True)
-    return DiffusersUNet(nn.Module.to(unet, device).eval().requires_grad_(False))
+    unet = _empty_unet(folder)
+    expected, state = unet.state_dict().keys(), {}
+    for name, tensor in load_state_dict(_weights(folder)).items():
+        newer = ".".join(_OLD_NAMES.get(part, part) for part in name.split("."))
+        state[name if name in expected else newer] = tensor
+    return DiffusersUNet(filled(folder.name, unet, state, device))
 
 
-def _unet_of(folder: ModelFolder) -> nn.Module:
-    """Build the network that a configuration describes; without weights, call it once, too."""
-    kind = import_diffusers(folder.name).UNet2DModel
-    config = {key: folder.unet[key] for key in defaults(kind)}
-    others = sorted(folder.unet.keys() - config.keys() - set(_MADE_BY))
-    if names := [short(key) for key in others if folder.unet[key] is not None]:
-        version = importlib.metadata.version("diffusers")
-        problem = f"diffusers {version} does not know {', '.join(names[:4])}, and goes on without"
-        warnings.warn(f"{folder.unet_path}: {problem}", stacklevel=2)
-
-    def build(config: Mapping[str, Any]) -> nn.Module:
-        unet = kind(**config)
-        if next(unet.parameters()).is_meta:
-            _try(unet, 4 * 2 ** (len(unet.config.block_out_channels) - 1))
-        return unet
-
-    return built(build, config, folder.unet_path)
+def _empty_unet(folder: ModelFolder) -> nn.Module:
+    """Build the network that a configuration describes, without weights; raises UserError."""
+    kind = _import(folder.name).UNet2DModel
+    with _explained(folder.unet_path), torch.device("meta"):
+        return kind.from_config(folder.unet)  # which warns of keys that it does not know
 
 
-def _try(unet: nn.Module, side: int) -> None:
-    """Call a network without weights: much of what a configuration says is used there first."""
-    takes_labels = getattr(unet, "class_embedding", None) is not None
-    y = torch.zeros(1, dtype=torch.long) if takes_labels else None
-    x = torch.zeros(1, unet.config.in_channels, side, side)
-    with contextlib.suppress(NotImplementedError):  # not all that runs can do so without weights
-        unet(x, torch.zeros(1, dtype=torch.long), class_labels=y)
-
-
-# ---- The files of weights ------------------------------------------------------------------------
-
-
-def _weight_files(folder: ModelFolder) -> list[Path]:
-    """Return the files of weights, fetched from the hub if need be; raises UserError."""
-    place, problem = folder.unet_path.parent, None
+def _weights(folder: ModelFolder) -> Path:
+    """Return the file of weights, fetched from the hub if need be; raises UserError."""
+    place = folder.unet_path.parent
     part = f"{place.name}/" if place.name in ("unet", "unet_ema") else ""
-    formats = ("safetensors", "bin") if folder.name.startswith(HUB) else ()
-    for suffix in (None, *formats):
-        if suffix:
-            fetch(folder.name, ["*.json", f"{part}{_WEIGHTS}*.{suffix}"])
-        try:
-            return _weights_in(place, folder.name)
-        except UserError as error:
-            problem = error
-    raise problem
-
-
-def _weights_in(place: Path, name: str) -> list[Path]:
-    for suffix in ("safetensors", "bin"):
-        whole, index = place / f"{_WEIGHTS}.{suffix}", place / f"{_WEIGHTS}.{suffix}.index.json"
-        if whole.exists() or index.exists():
-            return [whole] if whole.exists() else _parts(index)
-    for suffix in ("safetensors", "bin", "pt"):  # a variant such as fp16
-        found = sorted(path for path in place.glob(f"*.{suffix}") if "non_ema" not in path.name)
-        if len(found) > 1:
-            names = ", ".join(path.name[-60:] for path in found[:3])
-            raise UserError(path=place, expected=f"{_WEIGHTS}.{suffix}", got=names)
-        if found:
-            return found
-    expected = f"{_WEIGHTS}.safetensors or .bin beside config.json"
-    raise UserError("holds a configuration without its weights", path=name, expected=expected)
-
-
-def _parts(index: Path) -> list[Path]:
-    """Return the files that an index lists, each in the index's folder."""
-    files = read_json(index).get("weight_map")
-    names = sorted({str(file) for file in files.values()}) if isinstance(files, dict) else []
-    if not names or len(names) > 1000 or any(Path(name).name != name for name in names):
-        raise wrong(index, "weight_map", "files of this folder by name", files)
-    for name in names:
-        if not (index.parent / name).exists():
-            raise UserError("names a part that is missing", path=index, got=name[:80])
-    return [index.parent / name for name in names]
+    for wanted in (None, *_WEIGHTS) if folder.name.startswith(HUB) else (None,):
+        if wanted:
+            snapshot(folder.name, ["*.json", part + wanted])
+        for file in _WEIGHTS:
+            if (place / file).exists():
+                return place / file
+    expected = f"{' or '.join(_WEIGHTS)} beside config.json"
+    raise UserError(
+        "holds a configuration without its weights", path=folder.name, expected=expected
+    )

@@ -1,12 +1,12 @@
 """YAML keys that a network of another program decides, because its files describe it."""
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from guided_diffusion.config.schema import shown
 from guided_diffusion.errors import UserError
 from guided_diffusion.models.foreign import ForeignModel
 from guided_diffusion.models.hub import HUB, local_folder
@@ -44,7 +44,7 @@ def read_model(path: object) -> ForeignModel | None:
     this machine. Raises UserError as ``read_folder`` and ``read_checkpoint``.
     """
     if is_folder(path) and local_folder(path):
-        from guided_diffusion.models.folders import read_folder
+        from guided_diffusion.models.diffusers import read_folder
 
         return read_folder(path)
     if is_lucidrains(path):
@@ -57,46 +57,41 @@ def read_model(path: object) -> ForeignModel | None:
 def follow_model(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a configuration's tree with the keys that its ``model_path`` decides.
 
-    Uses no network. Raises UserError as ``read_model``, and for a stated key that contradicts the
-    model, naming both values.
+    Uses no network. Raises UserError as ``read_model``, for a stated key that contradicts the
+    model, naming both values, for a key that neither states, and for a side that the network cannot
+    halve at each level.
     """
     path = tree.get("model_path")
     model = read_model(os.path.expanduser(path) if isinstance(path, str) else path)  # noqa: PTH111
     if model is None:
         return tree
-    keys = model.keys()
-    for key, value in keys.items():
+    for key, value in model.keys.items():
         stated = tree.get(key)
-        if stated not in (None, "") and _comparable(stated) != _comparable(value):
-            raise UserError(
-                f"contradicts {model.name}, which decides it; leave the key out",
-                key=key,
-                expected=json.dumps(value).strip('"'),
-                got=json.dumps(stated, default=str)[:80].strip('"'),
-            )
-    model.check_stated(tree)
-    unused = [key for key in NETWORK_KEYS if key != "noise_schedule" or model.has_chain]
+        if stated not in (None, "", value):
+            problem = f"contradicts {model.name}, which decides it; leave the key out"
+            raise UserError(problem, key=key, expected=shown(value), got=shown(stated))
+    for keys, text in model.needed.items():
+        if all(tree.get(key) in (None, "") for key in keys):
+            problem = f"is missing, and {model.name} does not tell it: {text}"
+            raise UserError(problem, key=keys[0])
+    unused = [key for key in NETWORK_KEYS if key != "noise_schedule" or model.betas is not None]
     if names := [key for key in unused if tree.get(key) is not None]:
         problem = f"no effect, because {model.name} describes its network"
         warnings.warn(f"{', '.join(names)}: {problem}", stacklevel=2)
-    tree = {**{key: value for key, value in tree.items() if key not in unused}, **keys}
+    tree = {**{key: value for key, value in tree.items() if key not in unused}, **model.keys}
+    side, unit = tree.get("image_size"), 2 ** (model.levels - 1)
+    if isinstance(side, int) and side % unit:
+        expected = f"a side divisible by {unit}, for the {model.levels} levels of {model.name}"
+        raise UserError(key="image_size", expected=expected, got=side)
     return {**tree, **short_walk(tree, tree.get("diffusion_steps"))}
 
 
 def short_walk(tree: Mapping[str, Any], steps: object) -> dict[str, Any]:
     """Return the keys of a walk over all of a short chain, unless the YAML states a walk."""
     walk = tree.get("schedule_jump_params") or {}
-    is_stated = tree.get("timestep_respacing") is not None or "t_T" in walk
     is_short = isinstance(steps, int) and steps < USUAL_STEPS
-    if not is_short or is_stated or not isinstance(walk, Mapping):
+    if not is_short or not isinstance(walk, Mapping):
+        return {}
+    if tree.get("timestep_respacing") is not None or "t_T" in walk:
         return {}
     return {"timestep_respacing": str(steps), "schedule_jump_params": {**walk, "t_T": steps}}
-
-
-def _comparable(value: object) -> object:
-    """Make values equal that YAML may write in several ways, such as 1 and '1'."""
-    text = str(value).strip().lower()
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -1,44 +1,23 @@
 """What this program has to know of a network that another program trained."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 ALLOWED_CHANNELS = "3 (colour) or 1 (gray); docs/python.md shows other numbers of channels"
 
 
-@dataclass(frozen=True)
-class Chain:
-    """The diffusion that a network was trained on, as ``GaussianDiffusion`` takes it."""
-
-    betas: np.ndarray  # float64, of all steps
-    learn_sigma: bool
-    fixed_small: bool
-    predict_xstart: bool
-    predict_v: bool
-    clip_denoised: bool = True
-    clip_range: float = 1.0
-
-
-class ForeignModel(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class ForeignModel:
     """A network of another program, described by its files."""
 
-    @property
-    def name(self) -> str:
-        """Its ``model_path``."""
-
-    @property
-    def has_chain(self) -> bool:
-        """Whether its files state the betas, too."""
-
-    @property
-    def chain(self) -> Chain:
-        """The diffusion; raises UserError for one that this program does not have."""
-
-    def keys(self) -> dict[str, Any]:
-        """Return the YAML keys that its files decide; raises UserError as ``chain``."""
-
-    def check_stated(self, tree: Mapping[str, Any]) -> None:
-        """Raise UserError for what a YAML states, or does not state, of what is left to it."""
+    name: str  # its model_path
+    keys: Mapping[str, Any]  # the YAML keys that its files decide
+    levels: int  # of resolution; each halves the side of the one before
+    # What the YAML has to state beside them: keys, of which one is enough, and what they mean.
+    needed: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+    betas: np.ndarray | None = None  # float64, of all steps; None where its files state none
+    fixed_small: bool = True  # a variance that is not learned is the posterior's, not beta
+    clip_range: float = 1.0  # of predicted pictures, if they are clipped

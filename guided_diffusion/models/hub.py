@@ -20,7 +20,7 @@ def local_folder(name: str) -> Path | None:
     """
     if not name.startswith(HUB):
         return Path(name)
-    root = _snapshot(name)
+    root = snapshot(name)
     return root if root and any(root.glob("**/config.json")) else None
 
 
@@ -28,13 +28,8 @@ def fetch_configuration(name: str) -> bool:
     """Fetch the JSON files of a name of the hub, if they are not here; return whether it did."""
     if not name.startswith(HUB) or local_folder(name):
         return False
-    fetch(name, ["*.json"])
+    snapshot(name, ["*.json"])
     return True
-
-
-def fetch(name: str, patterns: Sequence[str]) -> None:
-    """Fetch the files that match ``patterns`` into the hub's usual cache; raises UserError."""
-    _snapshot(name, patterns)
 
 
 def how_to_fetch(name: str) -> str:
@@ -45,8 +40,12 @@ def how_to_fetch(name: str) -> str:
     return f"on a machine with network: {command}, then set model_path to that folder"
 
 
-def _snapshot(name: str, patterns: Sequence[str] = ()) -> Path | None:
-    """Return the folder of the cache, after fetching ``patterns``; None where it is not there."""
+def snapshot(name: str, patterns: Sequence[str] = ()) -> Path | None:
+    """Return the folder of the hub's cache, after fetching the files that match ``patterns``.
+
+    Without patterns it uses no network, and returns None where the folder is not there. Raises
+    UserError as ``local_folder``, and where the files cannot be fetched.
+    """
     match = _NAME.fullmatch(name)
     if not match:
         raise UserError(path=name[:100], expected="hf://owner/name")

@@ -8,9 +8,8 @@ import contextlib
 import importlib.metadata
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,82 +25,23 @@ from guided_diffusion.io.checkpoints import (
     load_state_dict,
     read_tree,
 )
-from guided_diffusion.io.weights import check_fits, find_weights, short
-from guided_diffusion.models.foreign import ALLOWED_CHANNELS, Chain
+from guided_diffusion.io.weights import filled, find_weights, shapes_of, short
+from guided_diffusion.models.foreign import ALLOWED_CHANNELS, ForeignModel
 
 _NAME = "denoising-diffusion-pytorch"
 _NEEDS = "pip install -r requirements-lucidrains.txt"
 _GROUPS = 8  # of the blocks' GroupNorm before version 2.0, by default; shapes do not tell it
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(ForeignModel):
     """A network of denoising-diffusion-pytorch in its file."""
 
-    name: str  # as the YAML names it
     version: str  # of the package that saved it; empty where the file does not say
     shapes: Mapping[str, tuple[int, ...]]  # of the Unet's tensors
-    tables: Mapping[str, np.ndarray]  # of its GaussianDiffusion; empty for a Unet alone
-    channels: int  # of the pictures
+    dim_mults: tuple[int, ...]  # the package's, width of each level over that of the first
+    heads: tuple[int, ...]  # of each level's attention; empty where the file does not tell
     self_condition: bool  # takes its last prediction, too
-    learned_variance: bool
-
-    @cached_property
-    def dim_mults(self) -> tuple[int, ...]:
-        """The package's ``dim_mults``, from the layer at the end of each level."""
-        names = [f"downs.{level}.3.{layer}weight" for level in range(16) for layer in ("1.", "")]
-        widths = [self.shapes[name][0] for name in names if name in self.shapes]
-        return tuple(width // self.shapes["time_mlp.1.weight"][1] for width in widths)
-
-    @cached_property
-    def heads(self) -> tuple[int, ...]:
-        """Attention heads of each level, from its memory tokens; empty without those."""
-        found = [self.shapes.get(f"downs.{i}.2.mem_kv") for i in range(len(self.dim_mults))]
-        return tuple(shape[1] for shape in found) if all(found) else ()
-
-    @property
-    def has_chain(self) -> bool:
-        """Whether the file holds the betas."""
-        return "betas" in self.tables
-
-    @cached_property
-    def chain(self) -> Chain:
-        """The diffusion; ``keys`` says whether the file tells what the network predicts."""
-        predicts = [self.keys().get(key, False) for key in ("predict_xstart", "predict_v")]
-        return Chain(_exact_betas(self), self.learned_variance, True, *predicts)
-
-    def keys(self) -> dict[str, Any]:
-        """Return the YAML keys that the file decides."""
-        keys = {"in_channels": self.channels, "learn_sigma": self.learned_variance}
-        keys |= {"class_cond": False, "rescale_timesteps": False, "clip_denoised": True}
-        if self.has_chain:
-            keys["diffusion_steps"] = len(self.tables["betas"])
-        # LearnedGaussianDiffusion takes its output for noise, whatever its objective.
-        objective = "pred_noise" if self.learned_variance else _objective(self.tables)
-        if objective:
-            keys["predict_xstart"] = objective == "pred_x0"
-            keys["predict_v"] = objective == "pred_v"
-        return keys
-
-    def check_stated(self, tree: Mapping[str, Any]) -> None:
-        """Raise UserError naming the first key that neither the YAML states nor the file tells."""
-        stated = {**tree, **self.keys()}
-        needed = {"image_size": "the side of the pictures in training"}
-        if stated.get("predict_xstart") is None:
-            needed["predict_v"] = "true for objective pred_v, else false; or predict_xstart: true"
-        if not self.has_chain:
-            needed["diffusion_steps"] = "the package's timesteps, 1000 by default"
-            needed["noise_schedule"] = "linear or cosine; with the package's default, sigmoid, " \
-                "give a file of GaussianDiffusion, which holds the betas"  # fmt: skip
-        if not self.heads:
-            needed["num_heads"] = "the heads of its attention, in the package 4 by default"
-        for key, text in needed.items():
-            if stated.get(key) in (None, ""):
-                raise UserError(f"is missing, and {self.name} does not tell it: {text}", key=key)
-        side, unit = stated["image_size"], 2 ** (len(self.dim_mults) - 1)
-        if isinstance(side, int) and side % unit:
-            expected = f"a side divisible by {unit}, for the levels of {self.name}"
-            raise UserError(key="image_size", expected=expected, got=side)
 
 
 def read_checkpoint(name: str) -> Checkpoint:
@@ -110,9 +50,7 @@ def read_checkpoint(name: str) -> Checkpoint:
     Raises UserError as ``read_tree``, and for a network that does not work on pictures.
     """
     tree = read_tree(Path(name))
-    weights = find_weights(Path(name), tree)
-    shapes = {key: tuple(tensor.shape) for key, tensor in weights.tensors.items()}
-    version = str(tree.get("version", "")) if isinstance(tree, Mapping) else ""
+    shapes = shapes_of(find_weights(Path(name), tree).tensors)
     ends = [shapes.get(f"{layer}.weight", ()) for layer in ("init_conv", "final_conv")]
     if [len(end) for end in ends] != [4, 4] or len(shapes.get("time_mlp.1.weight", ())) != 2:
         raise UserError(f"is no whole Unet of {_NAME} for pictures", path=name)
@@ -124,8 +62,53 @@ def read_checkpoint(name: str) -> Checkpoint:
     if channels not in (1, 3) or inputs * outputs not in (channels**2, 2 * channels**2):
         got = f"{inputs} into the network and {outputs} out of it"
         raise UserError(path=name, key="channels", expected=ALLOWED_CHANNELS, got=got)
-    kinds = (inputs > channels, outputs > channels)
-    return Checkpoint(name, version, shapes, _tables(tree), channels, *kinds)
+    # The layer at the end of each level has its width; memory tokens have the number of heads.
+    last = [f"downs.{level}.3.{layer}weight" for level in range(16) for layer in ("1.", "")]
+    widths = [shapes[layer][0] for layer in last if layer in shapes]
+    tokens = [shapes.get(f"downs.{level}.2.mem_kv") for level in range(len(widths))]
+    heads = tuple(shape[1] for shape in tokens) if all(tokens) else ()
+    tables = _tables(tree)
+    keys = _keys(channels, outputs > channels, tables)
+    return Checkpoint(
+        name=name,
+        keys=keys,
+        needed=_needed(keys, heads),
+        levels=len(widths),
+        betas=_betas(tables) if tables else None,
+        version=str(tree.get("version", "")) if isinstance(tree, Mapping) else "",
+        shapes=shapes,
+        dim_mults=tuple(width // shapes["time_mlp.1.weight"][1] for width in widths),
+        heads=heads,
+        self_condition=inputs > channels,
+    )
+
+
+def _keys(channels: int, learn_sigma: bool, tables: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return the YAML keys that the file decides."""
+    keys = {"in_channels": channels, "learn_sigma": learn_sigma, "class_cond": False}
+    keys |= {"rescale_timesteps": False, "clip_denoised": True}
+    if tables:
+        keys["diffusion_steps"] = len(tables["betas"])
+    # LearnedGaussianDiffusion takes its output for noise, whatever its objective.
+    objective = "pred_noise" if learn_sigma else _objective(tables)
+    if objective:
+        keys |= {"predict_xstart": objective == "pred_x0", "predict_v": objective == "pred_v"}
+    return keys
+
+
+def _needed(keys: Mapping[str, Any], heads: Sequence[int]) -> dict[tuple[str, ...], str]:
+    """Return what the YAML has to state beside ``keys``."""
+    needed = {("image_size",): "the side of the pictures in training"}
+    if "predict_v" not in keys:
+        text = "true for objective pred_v, else false; or predict_xstart: true"
+        needed["predict_v", "predict_xstart"] = text
+    if "diffusion_steps" not in keys:
+        text = "linear or cosine; with the package's default, sigmoid, give a file of "
+        needed["diffusion_steps",] = "the package's timesteps, 1000 by default"
+        needed["noise_schedule",] = f"{text}GaussianDiffusion, which holds the betas"
+    if not heads:
+        needed["num_heads",] = "the heads of its attention, in the package 4 by default"
+    return needed
 
 
 def check_lucidrains(checkpoint: Checkpoint) -> str:
@@ -167,11 +150,7 @@ def load_lucidrains(checkpoint: Checkpoint, heads: int, device: torch.device) ->
     ``heads`` counts for a file without memory tokens. Raises UserError as ``check_lucidrains``.
     """
     state = load_state_dict(checkpoint.name)
-    unet = _unet_of(checkpoint, heads)
-    check_fits(checkpoint.name, state, checkpoint.shapes)
-    tensors = {name: tensor.to(device).float().contiguous() for name, tensor in state.items()}
-    unet.load_state_dict(tensors, assign=True)
-    return LucidrainsUNet(unet.to(device).eval().requires_grad_(False))
+    return LucidrainsUNet(filled(checkpoint.name, _unet_of(checkpoint, heads), state, device))
 
 
 # ---- The network ---------------------------------------------------------------------------------
@@ -196,9 +175,9 @@ def _unet_of(checkpoint: Checkpoint, heads: int) -> nn.Module:
         "dim": shapes["time_mlp.1.weight"][1],
         "init_dim": shapes["init_conv.weight"][0],
         "dim_mults": checkpoint.dim_mults,
-        "channels": checkpoint.channels,
+        "channels": checkpoint.keys["in_channels"],
         "self_condition": checkpoint.self_condition,
-        "learned_variance": checkpoint.learned_variance,
+        "learned_variance": checkpoint.keys["learn_sigma"],
         "attn_heads": attn_heads,
         "attn_dim_head": tuple(n // h for n, h in zip(hidden, attn_heads, strict=True)),
         "full_attn": tuple(f"downs.{i}.2.to_out.weight" in shapes for i in levels),
@@ -208,7 +187,7 @@ def _unet_of(checkpoint: Checkpoint, heads: int) -> nn.Module:
     with contextlib.suppress(Exception), torch.device("meta"):  # it asserts what it can build
         unet = package.Unet(**{key: value for key, value in options.items() if key in known})
         _adapt(unet, shapes)
-        built = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+        built = shapes_of(unet.state_dict())
     saved, installed = checkpoint.version, importlib.metadata.version(_NAME)
     # Before 1.8 some versions have the same names and compute something else.
     is_old = any(".fn.fn." in name for name in shapes) and saved != installed
@@ -253,6 +232,13 @@ def _tables(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {}
 
 
+def _betas(tables: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the betas; those near 1 by what is left of 1, of which float32 has more digits."""
+    betas = tables["betas"].astype(np.float64)
+    left = tables.get("alphas_cumprod", np.cumprod(1 - betas)).astype(np.float64)
+    return np.where(betas > 0.5, 1 - left / np.append(1.0, left[:-1]), betas)
+
+
 def _objective(tables: Mapping[str, np.ndarray]) -> str:
     """Return what the loss weights, which follow the objective, tell of it; empty: nothing.
 
@@ -267,13 +253,3 @@ def _objective(tables: Mapping[str, np.ndarray]) -> str:
     expected = {"pred_noise": 1.0, "pred_x0": ratio[i], "pred_v": alphas_cumprod[i]}
     fitting = [name for name, each in expected.items() if np.isclose(weights[i], each, rtol=1e-3)]
     return fitting[0] if len(fitting) == 1 else ""
-
-
-def _exact_betas(checkpoint: Checkpoint) -> np.ndarray:
-    """Return the betas in float64, by the package's own function that gives those of the file."""
-    betas, package = torch.from_numpy(checkpoint.tables["betas"]), _import(checkpoint.name)
-    for name in ("linear", "cosine", "sigmoid"):
-        schedule = getattr(package, f"{name}_beta_schedule", None)
-        if schedule and torch.equal(schedule(len(betas)).float(), betas):
-            return schedule(len(betas)).double().numpy()
-    return betas.double().numpy()

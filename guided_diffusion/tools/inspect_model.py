@@ -18,15 +18,14 @@ from guided_diffusion.config.checkpoint_flags import (
     check_channels,
     classifier_flags,
     model_flags,
-    shapes_of,
     yaml_text,
 )
 from guided_diffusion.config.network_keys import CHANNEL_MULT_BY_SIZE
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.checkpoints import read_weights
-from guided_diffusion.io.weights import foreign_form, listed
+from guided_diffusion.io.weights import foreign_form, listed, shapes_of
 from guided_diffusion.models.follow import is_folder, is_lucidrains, read_model, short_walk
-from guided_diffusion.models.foreign import Chain
+from guided_diffusion.models.foreign import ForeignModel
 from guided_diffusion.models.hub import fetch_configuration
 
 
@@ -66,17 +65,18 @@ def _of_foreign(path: str, side: int | None) -> list[str]:
     """Describe a network whose own files decide most keys, and add the usual values of others."""
     fetch_configuration(path)
     model = read_model(path)
-    decided = model.keys()
+    decided = model.keys
     if is_folder(path):
         version = str(model.unet.get("_diffusers_version", "unknown"))[:20]
-        lines = [f"# {path}: a UNet2DModel of diffusers {version}", _about_chain(model.chain)]
+        lines = [f"# {path}: a UNet2DModel of diffusers {version}"]
+        lines += [] if model.betas is None else [_about_chain(model)]
         usual = {"image_size": 256, "noise_schedule": "linear", "predict_v": False}
     else:
         kind = f"denoising-diffusion-pytorch {model.version[:20]}".strip()
         lines = [f"# {path}: a network of {kind}, {_count(model.shapes)}"]
         usual = {"image_size": 64, "noise_schedule": "cosine", "predict_v": True}
         usual |= {} if model.heads else {"num_heads": 4}
-    if model.has_chain:
+    if model.betas is not None:
         del usual["noise_schedule"]
     guesses = {k: v for k, v in {**usual, "diffusion_steps": 1000}.items() if k not in decided}
     stated = {"image_size": side} if side and "image_size" in guesses else {}
@@ -87,13 +87,14 @@ def _of_foreign(path: str, side: int | None) -> list[str]:
     return [*lines, *_yaml({"model_path": path, **guesses, **stated, **walk})]
 
 
-def _about_chain(chain: Chain) -> str:
-    outputs = "the picture" if chain.predict_xstart else "v" if chain.predict_v else "noise"
-    variance = "learned" if chain.learn_sigma else "posterior" if chain.fixed_small else "beta"
-    clip = f"clipped to {chain.clip_range:g}" if chain.clip_denoised else "not clipped"
+def _about_chain(model: ForeignModel) -> str:
+    keys, betas = model.keys, model.betas
+    outputs = "the picture" if keys["predict_xstart"] else "v" if keys["predict_v"] else "noise"
+    variance = "learned" if keys["learn_sigma"] else "posterior" if model.fixed_small else "beta"
+    clip = f"clipped to {model.clip_range:g}" if keys["clip_denoised"] else "not clipped"
     return (
-        f"# chain: {len(chain.betas):,} steps with betas from {chain.betas[0]:.3g} to "
-        f"{chain.betas[-1]:.3g}; predicts {outputs}, {clip}; variance: {variance}"
+        f"# chain: {len(betas):,} steps with betas from {betas[0]:.3g} to {betas[-1]:.3g}; "
+        f"predicts {outputs}, {clip}; variance: {variance}"
     )
 
 
@@ -114,7 +115,7 @@ def _of_checkpoint(path: str, side: int | None) -> list[str]:
         kind = "improved-diffusion or guided-diffusion" if is_improved else "guided-diffusion"
         lines = _of_network(path, flags, side)
         return [f"# {path}: a network of {kind}, {about}", *notes, *lines]
-    if flags := classifier_flags(shapes, side or 256):
+    if flags := classifier_flags(shapes):
         lines = _yaml({"classifier_path": path, **flags})
         return [f"# {path}: a classifier of noisy pictures, {about}", *notes, *lines]
     problem = "is not a whole network of guided-diffusion's kind"

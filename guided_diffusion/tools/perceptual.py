@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from guided_diffusion.config.checkpoint_flags import shapes_of
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.checkpoints import load_state_dict
-from guided_diffusion.io.weights import check_fits
+from guided_diffusion.io.weights import check_fits, shapes_of
 
 # Where torchvision, and lpips by it, get AlexNet; the name holds the beginning of its SHA-256.
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"

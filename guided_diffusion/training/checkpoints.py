@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import yaml
 
-from guided_diffusion.config.checkpoint_flags import shapes_of
 from guided_diffusion.config.network_keys import ModelConf
 from guided_diffusion.config.schema import conf_to_dict, shown
 from guided_diffusion.config.train_keys import TrainConf
@@ -28,7 +27,7 @@ from guided_diffusion.io.checkpoints import load_state_dict, read_tree, write_we
 from guided_diffusion.io.files import remove_leftovers, write_checkpoint, write_text_atomic
 from guided_diffusion.io.listing import list_images
 from guided_diffusion.io.paths import check_folder, refuse_inside
-from guided_diffusion.io.weights import check_fits, foreign_form
+from guided_diffusion.io.weights import check_fits, foreign_form, shapes_of
 from guided_diffusion.training.pictures import TrainingImages, first_of, names_below
 from guided_diffusion.training.trainer import Trainer
 from guided_diffusion.unet import UNetModel

@@ -25,91 +25,7 @@ SETS = ("c256", "inet256", "p256")
 MASKS = ("thin", "thick", "ev2li", "nn2", "ex64", "genhalf")
 PUBLISHED = ["face_example", *(f"test_{s}_{m}" for s in SETS for m in MASKS)]
 
-COMPLETE = """
-attention_resolutions: 32,16,8
-class_cond: false
-diffusion_steps: 1000
-learn_sigma: true
-noise_schedule: linear
-num_channels: 256
-num_head_channels: 64
-num_heads: 4
-num_res_blocks: 2
-resblock_updown: true
-use_fp16: false
-use_scale_shift_norm: true
-classifier_scale: 4.0
-lr_kernel_n_std: 2
-num_samples: 100
-show_progress: true
-timestep_respacing: '250'
-use_kl: false
-predict_xstart: false
-rescale_timesteps: false
-rescale_learned_sigmas: false
-classifier_use_fp16: false
-classifier_width: 128
-classifier_depth: 2
-classifier_attention_resolutions: 32,16,8
-classifier_use_scale_shift_norm: true
-classifier_resblock_updown: true
-classifier_pool: attention
-num_heads_upsample: -1
-channel_mult: ''
-dropout: 0.0
-use_checkpoint: false
-use_new_attention_order: false
-clip_denoised: true
-use_ddim: false
-latex_name: RePaint
-method_name: Repaint
-image_size: 256
-model_path: ./data/pretrained/celeba256_250000.pt
-name: complete
-inpa_inj_sched_prev: true
-n_jobs: 1
-print_estimated_vars: true
-inpa_inj_sched_prev_cumnoise: false
-inpa_inj_time_shift: 1
-cond_y:
-classifier_path:
-device:
-schedule_jump_params:
-  t_T: 250
-  n_sample: 1
-  jump_length: 10
-  jump_n_sample: 10
-  jump2_length: 1
-  jump2_n_sample: 1
-  jump3_length: 1
-  jump3_n_sample: 1
-  start_resampling: 100000000
-data:
-  eval:
-    paper_face_mask:
-      mask_loader: true
-      gt_path: ./data/datasets/gts/face
-      mask_path: ./data/datasets/gt_keep_masks/face
-      image_size: 256
-      class_cond: false
-      deterministic: true
-      random_crop: false
-      random_flip: false
-      return_dict: true
-      drop_last: false
-      batch_size: 1
-      return_dataloader: true
-      offset: 0
-      max_len: 8
-      ds_conf:
-        name: face
-        anything: [1, 2]
-      paths:
-        srs: ./log/complete/inpainted
-        lrs: ./log/complete/gt_masked
-        gts: ./log/complete/gt
-        gt_keep_masks: ./log/complete/gt_keep_mask
-"""
+COMPLETE = Path(__file__).with_name("complete.yml")
 
 
 def tree(**keys):
@@ -137,47 +53,18 @@ def refused(*words, **keys):
 # ---- what is published ---------------------------------------------------------------------------
 
 
-def test_the_complete_published_form_is_accepted_unchanged(tmp_path):
-    path = tmp_path / "complete.yml"
-    path.write_text(COMPLETE)
-    assert len(COMPLETE.strip().splitlines()) >= 80
-    loaded = load_conf(path)
+def test_the_complete_published_form_is_accepted_unchanged():
     # Everything in it is the default, but for what makes it this run.
     plain = {"name": "complete", "model_path": "./data/pretrained/celeba256_250000.pt"}
     one = {"gt_path": "./data/datasets/gts/face", "mask_path": "./data/datasets/gt_keep_masks/face"}
     plain["data"] = {"eval": {"paper_face_mask": {**one, "max_len": 8}}}
-    assert loaded == conf_from_dict(plain, InpaintConf)
+    assert load_conf(COMPLETE) == conf_from_dict(plain, InpaintConf)
 
 
-def test_complete_form_states_every_published_and_every_ignored_key():
-    stated = yaml.safe_load(COMPLETE)
-    own = {"num_classes", "seed", "samples_per_image", "precision", "compile", "check",
-           "paste_known", "invert_mask", "overview", "save_process", "sampler", "ddnm_eta",
-           "ddnm_eta_falls",
-           "mask_hole", "mask_grow", "mask_hard", "depth_max", "depth_min", "all_formats",
-           "full_size", "feather", "windows", "output_format", "predict_v", "norm_groups",
-           "in_channels"}  # fmt: skip
-    written_here = {"record"}
-    fields = {field.name for field in dataclasses.fields(InpaintConf)}
-    assert fields - own == stated.keys() - keys.IGNORED_KEYS.keys()
-    ignored = {name for name in keys.IGNORED_KEYS if "." not in name} - written_here
-    assert ignored <= stated.keys()
-    assert "ds_conf" in stated["data"]["eval"]["paper_face_mask"]
-
-
-@pytest.mark.parametrize("path", INPAINT, ids=lambda p: p.stem)
-def test_every_conf_loads_under_its_own_name(path):
-    assert load_conf(path).name == path.stem
-
-
-@pytest.mark.parametrize("path", TRAIN, ids=lambda p: p.stem)
-def test_every_training_conf_loads(path):
-    assert load_conf(path, TrainConf).name
-
-
-def test_all_published_configurations_are_there():
-    assert {*PUBLISHED} <= {path.stem for path in INPAINT}
-    assert len(PUBLISHED) == 19
+def test_the_complete_form_states_every_ignored_key():
+    stated = yaml.safe_load(COMPLETE.read_text())
+    stated |= {f"data.eval.<set>.{key}": 1 for key in stated["data"]["eval"]["paper_face_mask"]}
+    assert keys.IGNORED_KEYS.keys() - stated.keys() == {"record"}  # which runs of this program have
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -255,8 +142,13 @@ def test_the_other_published_checkpoints_have_their_flags(name):
 
 
 @pytest.mark.parametrize("path", INPAINT + TRAIN, ids=lambda p: p.stem)
-def test_confs_state_only_what_differs(path):
+def test_every_conf_loads_and_states_only_what_differs(path):
     cls = TrainConf if path in TRAIN else InpaintConf
+    loaded = load_conf(path, cls)
+    assert loaded.name == path.stem or path in TRAIN
+    written = yaml.safe_load(yaml.safe_dump(conf_to_dict(loaded)))
+    assert conf_from_dict(written, cls) == loaded
+    jsonschema.validate(written, docs.json_schema(cls))
     kinds = {"": cls, "schedule_jump_params": JumpParams, "data": keys.DataConf}
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     sets = raw.pop("data", {"eval": {"": {}}})["eval"]
@@ -285,7 +177,7 @@ def test_schema_files_are_current(name):
 
 def test_schema_accepts_the_complete_form_and_refuses_what_is_wrong():
     schema = json.loads(docs.schema_files()["schema.json"])
-    good = yaml.safe_load(COMPLETE)
+    good = yaml.safe_load(COMPLETE.read_text())
     jsonschema.validate(good, schema)
     for wrong in ({"image_sze": 1}, {"use_fp16": 1}, {"dropout": 1.0}, {"num_channels": 100}):
         with pytest.raises(jsonschema.ValidationError):
@@ -296,14 +188,12 @@ def test_schema_accepts_the_complete_form_and_refuses_what_is_wrong():
 
 
 @pytest.mark.parametrize("missing", ["name", "model_path", "data"])
-@pytest.mark.parametrize("how", ["absent", "null"])
-def test_required_keys(missing, how):
-    keys = tree()
-    keys.pop(missing)
-    if how == "null":
-        keys[missing] = None
-    with pytest.raises(UserError, match=f"^x.yml: {missing}: is missing"):
-        conf_from_dict(keys, InpaintConf, "x.yml")
+def test_required_keys(missing):
+    absent = tree()
+    absent.pop(missing)
+    for without in (absent, {**absent, missing: None}):
+        with pytest.raises(UserError, match=f"^x.yml: {missing}: is missing"):
+            conf_from_dict(without, InpaintConf, "x.yml")
 
 
 @pytest.mark.parametrize("missing", ["gt_path", "mask_path"])
@@ -315,7 +205,6 @@ def test_required_keys_of_a_data_set(missing):
     ("keys", "whole", "nearest"),
     [
         ({"inpa_inj_sched_prv": 1}, "inpa_inj_sched_prv", "inpa_inj_sched_prev"),
-        ({"image_sise": 1}, "image_sise", "image_size"),
         ({"T_t": 1}, "T_t", "schedule_jump_params.t_T"),
         ({"gt_path": 1}, "gt_path", "data.eval.<set>.gt_path"),
         (
@@ -324,26 +213,19 @@ def test_required_keys_of_a_data_set(missing):
             "schedule_jump_params.jump_length",
         ),
         ({"data__maxlen": 1}, "data.eval.set.maxlen", "data.eval.set.max_len"),
-        (
-            {"data__paths": {"sr": "a"}},
-            "data.eval.set.paths.sr",
-            "data.eval.set.paths.srs",
-        ),
         ({"data__name": "x"}, "data.eval.set.name", "name"),
         ({"data": {"train": {}}}, "data.train", "data.eval"),
-        ({7: 1}, "7", ""),
-        ({None: 1}, "None", ""),
     ],
 )
 def test_unknown_keys_name_the_nearest_known_one(keys, whole, nearest):
-    whole_tree = tree(**{k: v for k, v in keys.items() if isinstance(k, str)})
-    whole_tree |= {k: v for k, v in keys.items() if not isinstance(k, str)}
-    with pytest.raises(UserError) as caught:
-        conf_from_dict(whole_tree, InpaintConf, "x.yml")
-    expected = f"x.yml: {whole}: unknown key; the nearest known key is {nearest}"
-    assert str(caught.value).startswith(expected)
-    if nearest:
-        assert str(caught.value) == expected
+    line = refused(**keys)
+    assert line == f"x.yml: {whole}: unknown key; the nearest known key is {nearest}"
+
+
+@pytest.mark.parametrize("name", [7, None])
+def test_keys_that_are_no_text_are_unknown(name):
+    with pytest.raises(UserError, match=f"^x.yml: {name}: unknown key"):
+        conf_from_dict({**tree(), name: 1}, InpaintConf, "x.yml")
 
 
 def test_ignored_keys_are_ignored_at_their_own_place_only():
@@ -355,11 +237,9 @@ def test_ignored_keys_are_ignored_at_their_own_place_only():
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({}, "data.eval: expected keys and values"),
         ({"eval": {}}, "data.eval: expected one set"),
         ({"eval": {"a": {}, "b": {}}}, "found ['a', 'b']"),
         ({"eval": {"a": None}}, "data.eval.a.gt_path: is missing"),
-        ({"eval": {"a": 3}}, "data.eval.a: expected keys and values, found 3"),
         ({"eval": {None: {}}}, "data.eval: expected the name"),
         ({"eval": ["a"]}, "data.eval: expected keys and values"),
         ("x", "data: expected keys and values, found 'x'"),
@@ -374,23 +254,23 @@ def test_exactly_one_data_set(data, words):
 
 WRONG = {
     "image_size": (0, True, 256.5, 100_000),
-    "num_channels": (100, 16, 32 * 10**8),
-    "num_head_channels": (0,),
-    "num_heads_upsample": (-2,),
+    "num_channels": (100, 16),
+    "num_heads_upsample": (-2, 0),
     "channel_mult": ("1;2", [1, None], [1, True]),
     "attention_resolutions": ("0", "32,,8"),
     "dropout": (1.0, -0.1, float("nan"), "a lot"),
     "noise_schedule": ("sqrt", 1),
-    "timestep_respacing": ("ddim", "ddim50,20", "0", "20,0", -5, 25.5, "9" * 5000),
+    "timestep_respacing": ("ddim", "ddim50,20", "20,0", -5, 25.5, "9" * 5000),
     "classifier_scale": (float("inf"), -1),
-    "seed": (-1, 2**31),
     "compile": ("yes", 1),
-    "save_process": (-1, 10**12),
     "name": ("", ["a"], "a\nb"),
-    "model_path": ("a\0b",),
     "device": (1.5,),
     "schedule_jump_params": (3, [1]),
-    "use_fp16": ("true", 1, 0, "yes", []),
+    "use_fp16": ("true", 1, []),
+    "data__batch_size": (0,),
+    "data__offset": (-1,),
+    "data__drop_last": (1,),
+    "data__image_size": ("256",),
 }
 
 
@@ -398,8 +278,8 @@ WRONG = {
     ("key", "value"), [(key, value) for key, values in WRONG.items() for value in values]
 )
 def test_values_out_of_type_or_range(key, value):
-    message = refused(f"x.yml: {key}: ", **{key: value})
-    assert "found" in message
+    line = refused("found", **{key: value})
+    assert line.startswith(f"x.yml: {key.replace('data__', 'data.eval.set.')}: ")
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(JumpParams), ids=lambda f: f.name)
@@ -410,23 +290,10 @@ def test_schedule_values_start_at_one(field):
     assert getattr(make(schedule_jump_params=right).schedule_jump_params, field.name) == low
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("batch_size", 0), ("offset", -1), ("max_len", 0), ("drop_last", 1), ("image_size", "256")],
-)
-def test_values_of_the_data_set(key, value):
-    refused(f"data.eval.set.{key}: expected", **{f"data__{key}": value})
-
-
-@pytest.mark.parametrize(
-    ("key", "must"),
-    [("random_crop", False), ("class_cond", False), ("return_dict", True), ("mask_loader", True)],
-)
+@pytest.mark.parametrize(("key", "must"), [("random_crop", "false"), ("mask_loader", "true")])
 def test_data_keys_that_have_one_value_say_why(key, must):
-    words = {False: "false", True: "true"}
-    message = refused(f"data.eval.set.{key}: ", **{f"data__{key}": not must})
-    assert f"Must be {words[must]}: " in message
-    assert message.endswith(f"; found {words[not must]}")
+    message = refused(f"Must be {must}: ", **{f"data__{key}": must == "false"})
+    assert message.startswith(f"x.yml: data.eval.set.{key}: ")
 
 
 @pytest.mark.parametrize(
@@ -450,7 +317,15 @@ def test_data_keys_that_have_one_value_say_why(key, must):
         ({"use_fp16": True, "precision": "bfloat16"}, ("use_fp16", "precision", "bfloat16")),
         ({"use_fp16": True, "precision": "float32"}, ("use_fp16", "precision")),
         ({"predict_xstart": True, "predict_v": True}, ("predict_xstart", "predict_v")),
-        ({"classifier_path": "c.pt", "num_classes": 1001}, ("num_classes", "classifier_path")),
+        ({"depth_min": 100.0, "depth_max": 100.0}, ("depth_min and depth_max",)),
+        ({"full_size": True, "data__random_flip": True}, ("full_size", "set.random_flip")),
+        ({"windows": True}, ("windows and full_size",)),
+        ({"output_format": "same"}, ("output_format and full_size",)),
+        ({"sampler": "ddnm", "use_ddim": True}, ("sampler and use_ddim",)),
+        (
+            {"windows": True, "full_size": True, "classifier_path": "c.pt"},
+            ("windows and classifier_path",),
+        ),
         (
             {"classifier_path": "c.pt", "image_size": 32, "channel_mult": "1,2"},
             ("image_size", "classifier_path"),
@@ -523,12 +398,9 @@ def test_output_folders():
     run = {"srs": "./log/run/inpainted", "lrs": "./log/run/gt_masked"}
     run |= {"gts": "./log/run/gt", "gt_keep_masks": "./log/run/gt_keep_mask"}
     assert dataclasses.asdict(make().data.paths) == run
-    assert dataclasses.asdict(make(data__paths={}).data.paths) == run
     # Stated without gts: the inputs are not written.
-    assert dataclasses.asdict(make(data__paths={"srs": "o"}).data.paths) == run | {
-        "srs": "o",
-        "gts": "",
-    }
+    stated = dataclasses.asdict(make(data__paths={"srs": "o"}).data.paths)
+    assert stated == {**run, "srs": "o", "gts": ""}
 
 
 def test_training_conf():
@@ -546,15 +418,12 @@ def test_training_conf():
     [
         ("lr", 0),
         ("lr", "fast"),
-        ("batch_size", 0),
         ("microbatch", 0),
         ("ema_rate", "1.0"),
         ("ema_rate", ""),
         ("holdout", 1),
         ("sample_mask", "hole"),
-        ("precision", "float16"),
         ("use_fp16", True),
-        ("schedule_sampler", "importance"),
         ("model_path", "a.pt"),
         ("data_dir", None),
     ],
@@ -572,46 +441,6 @@ def test_mask_families_are_those_that_can_be_drawn():
 
 
 # ---- any values ----------------------------------------------------------------------------------
-
-ints = st.integers(1, 10_000)
-jumps = st.fixed_dictionaries(
-    {}, optional={field.name: ints for field in dataclasses.fields(JumpParams)}
-)
-valid = st.fixed_dictionaries(
-    {},
-    optional={
-        "image_size": st.sampled_from([64, 128, 256, 512]),
-        "num_channels": st.sampled_from([64, 192, 256]),
-        "channel_mult": st.sampled_from(["", "1,2,4", [1, 2], 1]),
-        "attention_resolutions": st.sampled_from(["32,16,8", 16, [32, 8], ""]),
-        "timestep_respacing": st.sampled_from([250, "20,30", "ddim50", "", [5, 5]]),
-        "dropout": st.floats(0, 0.99),
-        "classifier_scale": st.floats(0, 100),
-        "classifier_path": st.sampled_from([None, "", "c.pt"]),
-        "cond_y": st.none() | st.integers(0, 999),
-        "seed": st.none() | st.integers(0, 2**31 - 1),
-        "use_ddim": st.booleans(),
-        "compile": st.sampled_from(["auto", True, False]),
-        "precision": st.sampled_from([None, "tf32", "bfloat16"]),
-        "schedule_jump_params": jumps,
-        "data__max_len": st.none() | ints,
-        "data__batch_size": ints,
-        "data__paths": st.sampled_from([None, {}, {"srs": "o"}, {"gts": "g", "lrs": "l"}]),
-    },
-)
-
-
-VALIDATOR = jsonschema.Draft7Validator(docs.json_schema(InpaintConf))
-
-
-@settings(max_examples=40, deadline=None)
-@given(valid)
-def test_round_trip_is_identical(keys):
-    loaded = make(**keys)
-    written = yaml.safe_dump(conf_to_dict(loaded))
-    assert conf_from_dict(yaml.safe_load(written), InpaintConf) == loaded
-    VALIDATOR.validate(yaml.safe_load(written))
-
 
 names = st.sampled_from(
     [doc.key.rpartition(".")[2] for doc in schema.describe(InpaintConf)]

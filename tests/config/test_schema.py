@@ -1,7 +1,6 @@
 """YAML as people write it: what is meant is understood, what is wrong is one clear line."""
 
 import dataclasses
-import errno
 import os
 import re
 import subprocess
@@ -12,11 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guided_diffusion.config import reading
 from guided_diffusion.config.docs import help_text, markdown_table
-from guided_diffusion.config.keys import InpaintConf
+from guided_diffusion.config.keys import DataConf, InpaintConf, OutputPaths
 from guided_diffusion.config.reading import load_conf
-from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, describe
+from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, describe, keys_of
 from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.errors import UserError
 
@@ -54,19 +52,13 @@ def problem(load, text, overrides=(), base=BASE):
     ("text", "key", "value"),
     [
         ("timestep_respacing: 250", "timestep_respacing", "250"),
-        ("timestep_respacing: 20,30", "timestep_respacing", "20,30"),
         ("timestep_respacing: [20, 30]", "timestep_respacing", "20,30"),
-        ("timestep_respacing: ddim50", "timestep_respacing", "ddim50"),
         ("timestep_respacing:", "timestep_respacing", "250"),
-        ("attention_resolutions: 16", "attention_resolutions", "16"),
         ("attention_resolutions: 32, 16", "attention_resolutions", "32,16"),
         ("channel_mult: [1, 2, 4]", "channel_mult", "1,2,4"),
         ("channel_mult: [0.5, 1]", "channel_mult", "0.5,1"),
-        ("channel_mult: 1", "channel_mult", "1"),
         ("channel_mult: null", "channel_mult", ""),
         ("dropout: 1e-1", "dropout", 0.1),
-        ("dropout: .5e-1", "dropout", 0.05),
-        ("dropout: 0", "dropout", 0.0),
         ("classifier_scale: 1.5e1", "classifier_scale", 15.0),
         ("num_channels: 1.28e2", "num_channels", 128),
         ("classifier_scale: 4", "classifier_scale", 4.0),
@@ -75,11 +67,8 @@ def problem(load, text, overrides=(), base=BASE):
         ("image_size: &side 128\nnum_channels: *side", "num_channels", 128),
         ("use_fp16: yes", "use_fp16", True),
         ("cond_y: ''", "cond_y", None),
-        ("classifier_path: ''", "classifier_path", None),
         ("device: 0", "device", "0"),
-        ("compile: auto", "compile", "auto"),
         ("compile: off", "compile", False),
-        ("seed: null", "seed", None),
     ],
 )
 def test_values_as_people_write_them(load, text, key, value):
@@ -92,23 +81,16 @@ def test_values_as_people_write_them(load, text, key, value):
     ("text", "words"),
     [
         ("use_fp16: 'true'", "use_fp16: expected true or false, found 'true'"),
-        ("use_fp16: 1", "use_fp16: expected true or false, found 1"),
         ("dropout: .nan", "dropout: expected a finite number"),
-        ("classifier_scale: .inf", "classifier_scale: expected a finite number"),
         ("classifier_scale: 1e400", "classifier_scale: expected a finite number"),
-        ("classifier_scale: 1e999999999", "classifier_scale: expected a finite number"),
         ("image_size: 0x100", "image_size: expected an integer"),
         ("image_size: 0400", "image_size: expected an integer"),
         ("image_size: " + "9" * 10_000, "image_size: expected an integer"),
-        ("image_size: '256'", "image_size: expected an integer"),
-        ("image_size: {a: 1}", "image_size: expected an integer"),
         ("seed: 1:30", "at least 0 and at most 2147483647, found '1:30'"),
         ("classifier_scale: 1:30.5", "at least 0, found '1:30.5'"),
         ("classifier_scale: " + "1:" * 200 + "1.0", "classifier_scale: expected a finite number"),
         ("device: yes", "device: text that YAML takes for something else needs quotes; found true"),
         ("device: 2024-01-01", "device: text that YAML takes for something else needs quotes"),
-        ("device: 1.10", "device: text that YAML takes for something else needs quotes"),
-        ('device: "a\\0b"', "device: expected text"),
         ('device: "\\ud800"', "device: expected text"),
         (r'device: "C:\new"', "(in double quotes \\ is special, so write single quotes or /)"),
         (r'device: "C:\Program Files"', "in double quotes \\ is special"),  # \P ends a paragraph
@@ -132,8 +114,6 @@ def test_a_conf_checks_itself_however_it_is_made(load):
     loaded = load("")
     with pytest.raises(UserError, match=r"^num_channels: expected"):
         dataclasses.replace(loaded, num_channels=1)
-    with pytest.raises(UserError, match=r"^data: expected DataConf"):
-        dataclasses.replace(loaded, data={})
     assert dataclasses.replace(loaded, channel_mult=[1, 2]).channel_mult == "1,2"
     with pytest.raises(dataclasses.FrozenInstanceError):
         loaded.name = "other"
@@ -148,24 +128,17 @@ def test_a_conf_checks_itself_however_it_is_made(load):
         ("a: [1", "line 4, column 6"),
         ("a: b: c", "line 4, column 5"),
         ("\tseed: 1", "line 4, column 1"),
-        ("seed: 'x", "line 4, column 9"),
         ("seed: 1\nname: again", "line 5, column 1: the key name is here twice"),
         ("schedule_jump_params: {t_T: 9, t_T: 8}", "line 4, column 32: the key t_T is here twice"),
-        ("'seed': 1\nseed: 1", "line 5, column 1: the key seed is here twice"),
         ("seed: *nowhere", "line 4, column 7"),
         ("[a]: 1", "line 4, column 1"),
-        ("? {a: 1}\n: 1", "line 4, column 3"),
         ("seed: \x07", "line 4, column 7"),
         ("seed: !!python/object/apply:os.system ['true']", "line 4, column 7"),
-        ("seed: !!python/name:os.system", "line 4, column 7"),
         ("seed: !!omap [1]", "line 4, column 15: expected a mapping"),
         (r'device: "C:\Users"', r"column 14: expected escape sequence of 8 hexadecimal numbers"),
         (r'device: "C:\Users"', r"in double quotes \ is special, so write single quotes or /"),
         (r'device: "a\data"', r"unknown escape character 'd'; in double quotes \ is special"),
-        ("seed: =", "line 4, column 7"),
-        ("---\nseed: 1", "line 4, column 1"),
         ("a: " + "[" * 5000, "nested too deeply"),
-        ("a: " + "{a: " * 5000, "nested too deeply"),
     ],
 )
 def test_yaml_errors_tell_line_and_column(load, text, words):
@@ -176,11 +149,6 @@ def test_yaml_errors_tell_line_and_column(load, text, words):
 
 def test_a_date_that_does_not_exist_is_one_line(load):
     assert "a.yml: no valid YAML: day" in problem(load, "device: 2024-02-31")
-
-
-def test_an_empty_path_is_no_conf():
-    with pytest.raises(UserError, match="the path of the YAML file is empty"):
-        load_conf("", InpaintConf)
 
 
 def test_a_number_may_name_the_data_set(load):
@@ -195,14 +163,10 @@ def test_a_number_may_name_the_data_set(load):
     ("raw", "words"),
     [
         (b"", "found an empty file"),
-        (b"# only a comment\n", "found an empty file"),
         (b"- a\n- b\n", "expected keys and values, found ['a', 'b']"),
         (b"just text", "expected keys and values, found 'just text'"),
-        (b"name: \xff\n", "line 1 is in another encoding"),
         ("name: é\n".encode("latin-1"), "line 1 is in another encoding"),
         ("name: a\n".encode("utf-16"), "expected YAML in UTF-8, found UTF-16 "),
-        ("name: a\n".encode("utf-16-be"), "expected YAML in UTF-8, found UTF-16 "),
-        ("name: a\n".encode("utf-16-le"), "expected YAML in UTF-8, found UTF-16 "),
         (b"PK\x03\x04\0\0\0\0", "found a binary file"),
     ],
 )
@@ -210,11 +174,6 @@ def test_files_that_are_no_conf(load, raw, words):
     message = problem(load, raw)
     assert "a.yml: " in message
     assert words in message
-
-
-def test_a_file_that_is_too_large_for_a_conf_is_not_parsed(load, monkeypatch):
-    monkeypatch.setattr(reading, "MAX_YAML_BYTES", 1 << 20)
-    assert "found more than 1 MiB" in problem(load, b"a: b\n" * 250_000)
 
 
 def test_byte_order_mark_and_line_ends(load):
@@ -248,15 +207,6 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         load_conf(tmp_path / "a.yml")
 
 
-def test_unreadable_file(tmp_path, monkeypatch):
-    def denied(*_):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    monkeypatch.setattr(Path, "open", denied)
-    with pytest.raises(UserError, match=r"a\.yml: cannot be read: Permission denied"):
-        load_conf(tmp_path / "a.yml")
-
-
 # ---- the home folder -----------------------------------------------------------------------------
 
 
@@ -268,33 +218,21 @@ def test_a_tilde_is_the_home_folder_in_the_path_of_the_conf(tmp_path, monkeypatc
         load_conf("~/b.yml")
 
 
-PATHS = {"data.gt_path", "data.mask_path", "model_path", "classifier_path"}
-PATHS |= {f"data.paths.{name}" for name in ("srs", "lrs", "gts", "gt_keep_masks")}
-
-
-@pytest.mark.parametrize("key", sorted(PATHS))
-def test_a_tilde_is_the_home_folder_in_every_path(load, monkeypatch, key):
+@pytest.mark.parametrize(
+    ("written", "expected"), [("~/x", "/home/me/x"), ("./~/x", "./~/x"), ("a~", "a~")]
+)
+def test_a_tilde_is_the_home_folder_in_a_path(load, monkeypatch, written, expected):
     monkeypatch.setenv("HOME", "/home/me")
-    for written, expected in (("~/x", "/home/me/x"), ("./~/x", "./~/x"), ("a~", "a~")):
-        found = load("", [f"{key}={written}"])
-        for part in key.split("."):
-            found = getattr(found, part)
-        assert found == expected
-
-
-@pytest.mark.parametrize("key", ["data_dir", "out_dir", "init_from"])
-def test_a_tilde_is_the_home_folder_in_training_too(monkeypatch, key):
-    monkeypatch.setenv("HOME", "/home/me")
-    tree = {"name": "a", "data_dir": "b", key: "~/x"}
-    assert getattr(conf_from_dict(tree, TrainConf), key) == "/home/me/x"
+    assert load("", [f"data.gt_path={written}"]).data.gt_path == expected
 
 
 def test_every_key_that_is_a_path_is_known_to_be_one():
     """A new key of a path, by its name or its sentence, has to be marked as one."""
-    for cls in (InpaintConf, TrainConf):
-        for field in dataclasses.fields(cls):
+    for cls in (InpaintConf, TrainConf, DataConf):
+        for field in keys_of(cls).values():
             if field.name.endswith(("_path", "_dir")) or "heckpoint" in field.metadata["text"][:10]:
                 assert field.metadata["path"], field.name
+    assert all(field.metadata["path"] for field in keys_of(OutputPaths).values())
 
 
 # ---- overrides -----------------------------------------------------------------------------------
@@ -304,13 +242,10 @@ def test_every_key_that_is_a_path_is_known_to_be_one():
     ("option", "path", "value"),
     [
         ("seed=5", "seed", 5),
-        ("name=other", "name", "other"),
-        ("timestep_respacing=50", "timestep_respacing", "50"),
         ("channel_mult=[1, 2]", "channel_mult", "1,2"),
         ("schedule_jump_params.t_T=50", "schedule_jump_params.t_T", 50),
         ("data.eval.faces.gt_path=x=y", "data.gt_path", "x=y"),
         ("data.gt_path=/tmp/pictures", "data.gt_path", "/tmp/pictures"),
-        ("data.max_len=3", "data.max_len", 3),
         ("data.paths.srs=o", "data.paths.srs", "o"),
         ("data.eval={b: {gt_path: g, mask_path: m}}", "data.name", "b"),
         ("classifier_scale=", "classifier_scale", 4.0),
@@ -339,7 +274,6 @@ def test_later_overrides_win_and_folders_follow_the_name(load):
         ("seed=3 # three", "seed: expected an integer, at least 0"),
         ("sed=1", "sed: unknown key; the nearest known key is seed"),
         ("data.gt_pth=1", "data.eval.faces.gt_pth: unknown key"),
-        ("data.image_size=64", "data.eval.faces.image_size and image_size: 64 and 256"),
         ("image_size=96", "image_size and channel_mult"),
         ("data.paths={a: 1}", "data.eval.faces.paths.a: unknown key"),
         ("name=", "name: is missing"),
@@ -351,8 +285,6 @@ def test_later_overrides_win_and_folders_follow_the_name(load):
         ("data.eval.other.gt_path=a", "data.eval: expected one set of keys"),
         ("seed", "expected KEY=VALUE"),
         ("=1", "expected KEY=VALUE"),
-        ("a..b=1", "expected KEY=VALUE"),
-        ("", "expected KEY=VALUE"),
     ],
 )
 def test_wrong_overrides_are_named(load, option, words):

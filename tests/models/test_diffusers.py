@@ -1,17 +1,15 @@
 """Networks that diffusers saved: the same output, the same reverse step, the same walk."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
 import torch
 from diffusers_cases import STEPS, edit, flattened, save, scheduler, tiny_unet
+from network_cases import chain_of
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.models.diffusers import check_folder, load_network
-from guided_diffusion.models.folders import read_folder
+from guided_diffusion.models.diffusers import check_folder, load_network, read_folder
 from guided_diffusion.samplers import Repaint
 
 CPU = torch.device("cpu")
@@ -21,14 +19,14 @@ def loaded(folder):
     return load_network(read_folder(str(folder)), CPU)
 
 
-def chain_of(folder):
-    chain = read_folder(str(folder)).chain
-    options = {**vars(chain)}
-    return GaussianDiffusion(options.pop("betas"), **options)
-
-
 def inputs(channels=3):
     return torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def assert_same_output(folder, unet, y=None):
+    x, t = inputs(unet.config.in_channels), torch.tensor([3, 17])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(folder)(x, t, y), unet(x, t, y).sample)
 
 
 @pytest.fixture(scope="module")
@@ -41,63 +39,41 @@ def plain(tmp_path_factory):
 # ---- The network ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["safetensors", "bin", "flat", "bare", "parts", "fp16", "unet"])
+@pytest.mark.parametrize("form", ["pipeline", "flat", "bare", "unet"])
 def test_the_output_is_that_of_diffusers(tmp_path, form):
-    options = {
-        "bin": {"safe_serialization": False},
-        "parts": {"max_shard_size": "20KB"},
-        "fp16": {"variant": "fp16"},
-    }.get(form, {})
     unet, place = tiny_unet(), tmp_path
-    if form == "parts":
-        unet.save_pretrained(tmp_path, **options)
-    elif form == "bare":
+    if form == "bare":
         unet.save_pretrained(tmp_path)
     else:
-        save(tmp_path, unet, **options)
+        save(tmp_path, unet, safe_serialization=form != "flat")
     if form == "flat":
         flattened(tmp_path)
     if form == "unet":
         place = tmp_path / "unet"
-        assert read_folder(str(place)).scheduler["num_train_timesteps"] == STEPS
-    x, t = inputs(), torch.tensor([3, 17])
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(place)(x, t), unet(x, t).sample)
+    assert_same_output(place, unet)
+    assert read_folder(str(place)).keys.get("diffusion_steps") == (
+        None if form == "bare" else STEPS
+    )
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"num_class_embeds": 5, "in_channels": 1, "out_channels": 1},
-        {"class_embed_type": "timestep"},
-        {"time_embedding_type": "learned", "num_train_timesteps": STEPS},
-        {"center_input_sample": True},
-        {"attention_head_dim": None},
-        {"resnet_time_scale_shift": "scale_shift", "add_attention": False},
-        {"down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D"),
-         "up_block_types": ("UpBlock2D", "ResnetUpsampleBlock2D")},
-        {"down_block_types": ("KDownBlock2D", "DownBlock2D"), "sample_size": [8, 8],
-         "resnet_time_scale_shift": "ada_group", "up_block_types": ("UpBlock2D", "UpBlock2D")},
-        {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0},
+        {"attention_head_dim": None, "flip_sin_to_cos": False, "freq_shift": 1,
+         "downsample_padding": 0, "center_input_sample": True},
+        {"down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D"), "add_attention": False,
+         "up_block_types": ("UpBlock2D", "ResnetUpsampleBlock2D"), "sample_size": [8, 8],
+         "resnet_time_scale_shift": "scale_shift"},
     ],
     ids=str,
 )  # fmt: skip
 def test_odd_networks_compute_what_diffusers_does(tmp_path, changes):
-    try:
-        unet = tiny_unet(**changes)
-        x, t = inputs(changes.get("in_channels", 3)), torch.tensor([3, 17])
-        y = (
-            torch.tensor([1, 4])
-            if {"num_class_embeds", "class_embed_type"} & set(changes)
-            else None
-        )
-        with torch.no_grad():
-            expected = unet(x, t, y).sample
-    except (TypeError, ArithmeticError, ValueError, RuntimeError) as error:
-        pytest.skip(f"this diffusers cannot: {error}")
+    unet = tiny_unet(**changes)
     save(tmp_path, unet)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(tmp_path)(x, t, y), expected)
+    assert_same_output(
+        tmp_path, unet, torch.tensor([1, 4]) if "num_class_embeds" in changes else None
+    )
 
 
 def test_names_of_the_first_versions_are_read(tmp_path):
@@ -113,16 +89,13 @@ def test_names_of_the_first_versions_are_read(tmp_path):
         state[name] = tensor
     assert any(".proj_attn." in name for name in state)
     save_file(state, path)
-    x, t = inputs(), torch.tensor([3, 17])
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(tmp_path)(x, t), unet(x, t).sample)
+    assert_same_output(tmp_path, unet)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_less_precision_gives_nearly_the_same(plain, dtype):
+def test_less_precision_gives_nearly_the_same(plain):
     folder, unet, _ = plain
     network = loaded(folder)
-    network.convert_trunk(dtype)
+    network.convert_trunk(torch.bfloat16)
     x, t = inputs(), torch.tensor([3, 17])
     with torch.no_grad():
         output, expected = network(x, t), unet(x, t).sample
@@ -130,7 +103,7 @@ def test_less_precision_gives_nearly_the_same(plain, dtype):
     assert 0 < (output - expected).abs().max() < 0.1
 
 
-def test_averages_beside_the_network_are_preferred(tmp_path):
+def test_averages_beside_the_network_are_preferred(tmp_path, recwarn):
     save(tmp_path)
     other = tiny_unet()
     with torch.no_grad():
@@ -138,29 +111,22 @@ def test_averages_beside_the_network_are_preferred(tmp_path):
     other.save_pretrained(tmp_path / "unet_ema")
     edit(tmp_path / "unet_ema" / "config.json", decay=0.999, optimization_step=7)
     assert torch.equal(loaded(tmp_path).unet.conv_out.bias, other.conv_out.bias)
+    assert not recwarn
 
 
 # ---- The reverse step ----------------------------------------------------------------------------
 
 STEP_CASES = [
-    *(
-        {"prediction_type": prediction, "variance_type": variance}
-        for prediction, variance in (
-            ("epsilon", "fixed_small"), ("epsilon", "learned_range"), ("sample", "fixed_large"),
-            ("sample", "learned_range"), ("v_prediction", "fixed_small_log"),
-            ("v_prediction", "learned_range"),
-        )
-    ),
-    {"beta_schedule": "scaled_linear"},
-    {"beta_schedule": "squaredcos_cap_v2"},
-    {"beta_schedule": "sigmoid"},
-    {"trained_betas": np.linspace(0.001, 0.2, STEPS).tolist()},
-    {"clip_sample": False},
-    {"clip_sample_range": 0.5},
+    {"prediction_type": "epsilon", "variance_type": "fixed_small", "beta_schedule": "sigmoid"},
+    {"prediction_type": "epsilon", "variance_type": "learned_range", "clip_sample_range": 0.5},
+    {"prediction_type": "sample", "variance_type": "fixed_large", "clip_sample": False},
+    {"prediction_type": "sample", "variance_type": "learned_range", "rescale_betas_zero_snr": True},
+    {"prediction_type": "v_prediction", "variance_type": "fixed_small_log"},
     {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
-    {"prediction_type": "sample", "rescale_betas_zero_snr": True},
+    {"beta_schedule": "squaredcos_cap_v2", "variance_type": "fixed_large"},
+    {"trained_betas": np.linspace(0.001, 0.2, STEPS).tolist()},
     {"num_train_timesteps": 1000, "beta_end": 0.02},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", STEP_CASES, ids=str)
@@ -229,96 +195,75 @@ def test_the_whole_walk_is_that_of_diffusers_scheduler(plain, monkeypatch):
 # ---- What is refused -----------------------------------------------------------------------------
 
 
-def refusal(folder, read=lambda folder: load_network(read_folder(str(folder)), CPU)):
+def check(folder):
+    return check_folder(read_folder(str(folder)))
+
+
+def assert_refused(words, read, folder):
     with pytest.raises(UserError) as caught:
         read(folder)
     line = str(caught.value)
-    assert "\n" not in line
-    assert len(line) < 600
-    return line
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"_class_name": "UNet2DConditionModel"}, ["_class_name", "UNet2DModel", "Condition"]),
-        ({"_class_name": ..., "block_out_channels": ...}, ["_class_name", "null"]),
-        (
-            {"in_channels": 4},
-            ["in_channels", "expected 3", "1 (gray)", "docs/python.md", "found 4"],
-        ),
-        ({"out_channels": 1}, ["out_channels", "expected 3 or 6", "found 1"]),
-        ({"sample_size": [8, 16]}, ["sample_size", "[8, 16]"]),
-        ({"sample_size": 7}, ["sample_size", "divisible by 2", "7"]),
-        ({"sample_size": "8"}, ["sample_size", '"8"']),
-        ({"block_out_channels": [8]}, ["down_block_types", "1 block_out_channels"]),
-        ({"block_out_channels": [8, -1]}, ["block_out_channels", "-1"]),
-        ({"block_out_channels": [8, 10**9]}, ["block_out_channels"]),
-        ({"block_out_channels": None}, ["block_out_channels", "null"]),
-        ({"block_out_channels": [8, 24]}, ["expected (24", "found (16"]),
-        ({"layers_per_block": 10**9}, ["layers_per_block"]),
-        ({"layers_per_block": 2}, ["no such tensor"]),
-        ({"down_block_types": ["DownBlock2D", "Wild"]}, ["config.json", "Wild"]),
-        ({"norm_num_groups": 3}, ["config.json", "diffusers"]),
-        ({"time_embedding_type": "fourier"}, ["time_embedding_type", "fourier"]),
-        ({"class_embed_type": "identity"}, ["class_embed_type", "identity"]),
-        ({"num_class_embeds": 0}, ["num_class_embeds", "0"]),
-        ({"act_fn": "wild" * 1000}, ["config.json", "act_fn"]),
-        ({"attention_head_dim": "8"}, ["attention_head_dim", '"8"']),
-        ({"attention_head_dim": 0}, ["attention_head_dim", "found 0"]),
-        ({"attention_head_dim": 33}, ["attention_head_dim", "found 33"]),
-        ({"norm_eps": "small"}, ["norm_eps", "small"]),
-    ],
-    ids=str,
-)
-def test_a_network_that_cannot_be_is_refused_by_key_and_value(tmp_path, changes, words):
-    save(tmp_path)
-    edit(tmp_path / "unet" / "config.json", **changes)
-    line = refusal(tmp_path)
+    assert "\n" not in line and len(line) < 600
     assert [word for word in words if word not in line] == []
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"_class_name": "ScoreSdeVeScheduler"}, ["_class_name", "ScoreSdeVe"]),
-        ({"prediction_type": "flow"}, ["prediction_type", "flow"]),
-        ({"variance_type": "learned"}, ["variance_type", "learned"]),
-        ({"variance_type": "learned_range"}, ["variance_type", "out_channels 3", "fixed_small"]),
-        ({"beta_schedule": "wild"}, ["beta_schedule", "wild"]),
-        ({"beta_end": 2}, ["beta_end", "2"]),
-        ({"beta_end": 10**400}, ["beta_end"]),
-        ({"beta_start": 0}, ["beta_start", "above 0"]),
-        ({"beta_start": float("nan")}, ["beta_start", "NaN"]),
-        ({"trained_betas": [0.1, 0.2]}, ["trained_betas", "20 numbers", "[0.1, 0.2]"]),
-        ({"trained_betas": "0.1"}, ["trained_betas"]),
-        ({"trained_betas": [2.0] * 19 + [-1]}, ["trained_betas", "at most 1"]),
-        ({"num_train_timesteps": 0}, ["num_train_timesteps"]),
-        ({"num_train_timesteps": 10**12}, ["num_train_timesteps"]),
-        ({"thresholding": True}, ["thresholding"]),
-        ({"clip_sample_range": -1}, ["clip_sample_range"]),
-        ({"rescale_betas_zero_snr": True}, ["prediction_type", "epsilon"]),
-        ({"_class_name": "no class"}, ["_class_name", "no class"]),
+        ({"_class_name": "UNet2DConditionModel"}, ["_class_name", "UNet2DModel", "Condition"]),
+        ({"_class_name": ...}, ["_class_name", "null"]),
+        ({"in_channels": 4}, ["in_channels: expected 3", "1 (gray)", "docs/python.md", "found 4"]),
+        ({"out_channels": 1}, ["out_channels: expected 3 or 6, found 1"]),
+        ({"sample_size": [8, 16]}, ["sample_size", "[8, 16]"]),
+        ({"sample_size": "8"}, ["sample_size", '"8"']),
+        ({"block_out_channels": None}, ["block_out_channels", "null"]),
+        ({"time_embedding_type": "fourier"}, ["time_embedding_type", "fourier"]),
+        ({"class_embed_type": "identity"}, ["class_embed_type", "identity"]),
+        # diffusers finds these.
+        ({"block_out_channels": [8]}, ["diffusers", "block_out_channels"]),
+        ({"down_block_types": ["DownBlock2D", "Wild"]}, ["diffusers", "Wild"]),
+        ({"norm_num_groups": 3}, ["diffusers", "num_groups"]),
+        # The weights are of another network.
+        ({"block_out_channels": [8, 24]}, ["expected (24", "found (16"]),
+        ({"layers_per_block": 2}, ["no such tensor"]),
     ],
     ids=str,
 )
-def test_a_chain_that_cannot_be_is_refused_by_key_and_value(tmp_path, changes, words):
+def test_a_network_that_cannot_be_is_refused(tmp_path, changes, words):
+    save(tmp_path)
+    edit(tmp_path / "unet" / "config.json", **changes)
+    assert_refused([str(tmp_path), *words], loaded, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_class_name": "ScoreSdeVeScheduler"}, ["_class_name", "ScoreSdeVe"]),
+        ({"_class_name": "no class"}, ["_class_name", "no class"]),
+        ({"prediction_type": "flow"}, ["prediction_type", "flow"]),
+        ({"variance_type": "learned"}, ["variance_type", "learned"]),
+        ({"variance_type": "learned_range"}, ["variance_type", "out_channels", "fixed_small"]),
+        ({"beta_schedule": "wild"}, ["diffusers", "wild"]),
+        ({"beta_end": 2}, ["beta_end", "at most 1", "2"]),
+        ({"beta_start": 0}, ["beta_start", "above 0", "0"]),
+        ({"beta_start": float("nan")}, ["beta_start", "NaN"]),
+        ({"trained_betas": [0.1, 0.2]}, ["trained_betas", "20 betas", "[0.1, 0.2]"]),
+        ({"num_train_timesteps": 0}, ["0 betas"]),
+        ({"thresholding": True}, ["thresholding", "true"]),
+        ({"rescale_betas_zero_snr": True}, ["prediction_type", "epsilon"]),
+    ],
+    ids=str,
+)
+def test_a_chain_that_cannot_be_is_refused(tmp_path, changes, words):
     save(tmp_path)
     edit(tmp_path / "scheduler" / "scheduler_config.json", **changes)
-    line = refusal(tmp_path, lambda folder: read_folder(str(folder)).chain)
-    assert [word for word in ["scheduler_config.json", *words] if word not in line] == []
+    assert_refused(["scheduler_config.json", *words], check, tmp_path)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {
-            "variance_type": ...,
-            "clip_sample_range": ...,
-            "thresholding": ...,
-            "prediction_type": ...,
-        },
-        {"predict_epsilon": False, "prediction_type": ...},
+        {"predict_epsilon": False, "prediction_type": ..., "clip_sample_range": ...},
         {"_class_name": "DDIMScheduler", "variance_type": ..., "set_alpha_to_one": False},
         {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "clip_sample": ...},
         {"tensor_format": "pt", "timestep_values": None, "_diffusers_version": "0.1.1"},
@@ -328,11 +273,11 @@ def test_a_chain_that_cannot_be_is_refused_by_key_and_value(tmp_path, changes, w
 def test_chains_of_other_versions_and_schedulers_are_read(tmp_path, changes):
     _, noise = save(tmp_path)
     edit(tmp_path / "scheduler" / "scheduler_config.json", **changes)
-    chain = read_folder(str(tmp_path)).chain
-    np.testing.assert_allclose(chain.betas, noise.betas, rtol=1e-6)
-    assert chain.predict_xstart == ("predict_epsilon" in changes)
-    assert chain.fixed_small
-    assert chain.clip_denoised
+    folder = read_folder(str(tmp_path))
+    np.testing.assert_allclose(folder.betas, noise.betas, rtol=1e-6)
+    assert folder.keys["predict_xstart"] == ("predict_epsilon" in changes)
+    assert folder.fixed_small
+    assert folder.keys["clip_denoised"]
 
 
 def remove(name):
@@ -351,20 +296,18 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
     [
         (remove("unet/config.json"), ["without a network"]),
         (remove(WEIGHTS), ["without its weights"]),
-        (write("unet/config.json", "{"), ["config.json", "no JSON"]),
+        (write("unet/config.json", "{"), ["config.json", "JSON"]),
         (write("unet/config.json", "[1]"), ["config.json", "keys and values", "list"]),
-        (write("unet/config.json", "[" * 100_000), ["config.json", "no JSON"]),
-        (write("scheduler/scheduler_config.json", ""), ["scheduler_config.json", "no JSON"]),
+        (write("scheduler/scheduler_config.json", ""), ["scheduler_config.json", "JSON"]),
         (write("model_index.json", '{"vae": ["diffusers", "AutoencoderKL"]}'), ["vae"]),
         (write("model_index.json", '{"unet": ["diffusers", "UNet1DModel"]}'), ["UNet1DModel"]),
         (write(WEIGHTS, "nothing"), ["safetensors", "damaged"]),
     ],
 )
-def test_a_folder_that_is_not_whole_is_refused_in_one_line(tmp_path, spoil, words):
+def test_a_folder_that_is_not_whole_is_refused(tmp_path, spoil, words):
     save(tmp_path)
     spoil(tmp_path)
-    line = refusal(tmp_path, lambda folder: check_folder(read_folder(str(folder))))
-    assert [word for word in words if word not in line] == []
+    assert_refused(words, check, tmp_path)
 
 
 def test_weights_that_are_not_finite_are_refused_before_a_run(tmp_path):
@@ -372,42 +315,23 @@ def test_weights_that_are_not_finite_are_refused_before_a_run(tmp_path):
     with torch.no_grad():
         unet.conv_out.bias[1] = float("inf")
     save(tmp_path, unet)
-    line = refusal(tmp_path, lambda folder: check_folder(read_folder(str(folder))))
-    assert "NaN or infinite" in line
-    assert "conv_out.bias" in line
-
-
-def test_parts_stay_in_their_folder(tmp_path):
-    tiny_unet().save_pretrained(tmp_path, max_shard_size="20KB")
-    path = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
-    places = json.loads(path.read_text())["weight_map"]
-    edit(path, weight_map={name: f"../{place}" for name, place in places.items()})
-    assert "weight_map" in refusal(tmp_path)
-    edit(path, weight_map=dict.fromkeys(places, "missing.safetensors"))
-    assert "names a part that is missing" in refusal(tmp_path)
+    assert_refused(["NaN or infinite", "conv_out.bias"], check, tmp_path)
 
 
 def test_fingerprints_follow_weights_and_configuration(tmp_path):
     save(tmp_path)
-    first = check_folder(read_folder(str(tmp_path)))
-    assert check_folder(read_folder(str(tmp_path))) == first
+    first = check(tmp_path)
+    assert check(tmp_path) == first
     edit(tmp_path / "scheduler" / "scheduler_config.json", prediction_type="sample")
-    second = check_folder(read_folder(str(tmp_path)))
+    second = check(tmp_path)
     other = tiny_unet()
     with torch.no_grad():
         other.conv_out.bias.add_(1)
     other.save_pretrained(tmp_path / "unet")
-    assert len({first, second, check_folder(read_folder(str(tmp_path)))}) == 3
+    assert len({first, second, check(tmp_path)}) == 3
 
 
-def test_keys_of_a_newer_version_are_named_and_left_out(tmp_path):
-    save(tmp_path)
-    edit(tmp_path / "unet" / "config.json", some_new_key=3, another=None)
-    with pytest.warns(UserWarning, match="does not know some_new_key,"):
-        loaded(tmp_path)
-
-
-def test_without_diffusers_one_line_says_what_to_install(tmp_path, monkeypatch):
-    save(tmp_path)
+def test_without_diffusers_one_line_says_what_to_install(plain, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
-    assert "needs diffusers: pip install -r requirements-diffusers.txt" in refusal(tmp_path)
+    words = ["needs diffusers: pip install -r requirements-diffusers.txt"]
+    assert_refused(words, loaded, plain[0])

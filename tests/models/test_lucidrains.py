@@ -4,12 +4,12 @@ import pytest
 import torch
 import yaml
 from lucidrains_cases import STEPS, lucidrains, tiny, trainer_file
+from network_cases import chain_of
 from run_cases import assert_same, results, run_here, write_run, write_tree
 
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.reading import load_conf
 from guided_diffusion.errors import UserError
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.models import lucidrains as ours
 from guided_diffusion.models.follow import is_lucidrains
 
@@ -47,8 +47,7 @@ def inputs(channels=3):
 def test_the_reverse_step_is_that_of_the_package(tmp_path, monkeypatch, options):
     theirs = tiny(**options)
     path = saved(tmp_path / "model.pt", theirs.state_dict())
-    network, chain = loaded(path), dict(vars(ours.read_checkpoint(path).chain))
-    diffusion = GaussianDiffusion(chain.pop("betas"), **chain)
+    network, diffusion = loaded(path), chain_of(path)
     steps = range(0, diffusion.num_timesteps, max(1, diffusion.num_timesteps // 50))
     for t in (*steps, diffusion.num_timesteps - 1):
         x, z = torch.randn(2, 2, 3, 8, 8)
@@ -65,8 +64,7 @@ def test_a_learned_variance_is_that_of_the_package(tmp_path):
     kind = lucidrains.LearnedGaussianDiffusion
     theirs = tiny(kind, {"learned_variance": True}, objective="pred_noise", beta_schedule="cosine")
     path = saved(tmp_path / "model.pt", theirs.state_dict())
-    network, chain = loaded(path), dict(vars(ours.read_checkpoint(path).chain))
-    diffusion = GaussianDiffusion(chain.pop("betas"), **chain)
+    network, diffusion = loaded(path), chain_of(path)
     for t in range(1, STEPS):
         x, z = torch.randn(2, 2, 3, 8, 8)
         times = torch.full((2,), t)
@@ -93,7 +91,7 @@ def test_every_file_of_the_package_is_read(tmp_path, form):
         torch.save(states.get(form, diffusion.model.state_dict()), path)
     assert is_lucidrains(path)
     checkpoint = ours.read_checkpoint(path)
-    assert checkpoint.has_chain == (form in states if form != "safetensors" else False)
+    assert (checkpoint.betas is None) == (form in ("unet", "safetensors"))
     x, t = inputs()
     with torch.inference_mode():
         torch.testing.assert_close(loaded(path)(x, t), network(x, t))
@@ -137,11 +135,12 @@ def test_earlier_networks_run_with_the_installed_package(tmp_path, version):
         torch.testing.assert_close(loaded(path)(x, t), unet(x, t))
 
 
-@pytest.mark.parametrize("is_clipped", [True, False])
-@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
+@pytest.mark.parametrize(
+    ("objective", "is_clipped"), [("pred_noise", True), ("pred_x0", False), ("pred_v", True)]
+)
 def test_loss_weights_tell_the_objective(tmp_path, objective, is_clipped):
     state = tiny(objective=objective, min_snr_loss_weight=is_clipped).state_dict()
-    keys = ours.read_checkpoint(saved(tmp_path / "model.pt", state)).keys()
+    keys = ours.read_checkpoint(saved(tmp_path / "model.pt", state)).keys
     found = (keys["predict_xstart"], keys["predict_v"])
     assert found == (objective == "pred_x0", objective == "pred_v")
     assert keys["diffusion_steps"] == STEPS

@@ -40,20 +40,13 @@ def here(tmp_path, monkeypatch):
 
 
 def test_keys_follow_the_folder(here):
-    write_foreign(here, tiny_unet(num_class_embeds=7), scheduler(prediction_type="sample"))
+    unet = tiny_unet(in_channels=1, out_channels=2, num_class_embeds=7)
+    noise = scheduler(prediction_type="v_prediction", variance_type="learned_range")
+    write_foreign(here, unet, noise)
     conf = load_conf("c.yml")
     assert (conf.image_size, conf.diffusion_steps, conf.num_classes) == (8, 20, 7)
-    assert (conf.class_cond, conf.learn_sigma, conf.predict_xstart) == (True, False, True)
-    assert not conf.predict_v
-
-
-def test_velocity_and_channels_follow_the_folder(here):
-    unet = tiny_unet(in_channels=1, out_channels=2)
-    write_foreign(
-        here, unet, scheduler(prediction_type="v_prediction", variance_type="learned_range")
-    )
-    conf = load_conf("c.yml")
-    assert (conf.predict_v, conf.in_channels, conf.learn_sigma) == (True, 1, True)
+    assert (conf.in_channels, conf.class_cond, conf.learn_sigma) == (1, True, True)
+    assert (conf.predict_v, conf.predict_xstart) == (True, False)
     with pytest.raises(UserError, match=r"in_channels: contradicts unet8.*expected 1, found 3"):
         load_conf("c.yml", InpaintConf, ["in_channels=3"])
 
@@ -63,15 +56,12 @@ def test_velocity_and_channels_follow_the_folder(here):
     [
         ({"image_size": 16}, "expected 8, found 16"),
         ({"learn_sigma": True}, "expected false, found true"),
-        ({"class_cond": True}, "expected false, found true"),
         ({"diffusion_steps": 1000}, "expected 20, found 1000"),
-        ({"predict_xstart": True}, "expected false, found true"),
-        ({"predict_v": True}, "expected false, found true"),
         ({"clip_denoised": False}, "expected true, found false"),
         ({"rescale_timesteps": True}, "expected false, found true"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_keys_that_contradict_the_folder_are_refused_with_both_values(here, stated, expected):
     write_foreign(here, **stated)
     with pytest.raises(UserError) as caught:
@@ -79,10 +69,6 @@ def test_keys_that_contradict_the_folder_are_refused_with_both_values(here, stat
     line = str(caught.value)
     assert line.endswith(expected)
     assert f"{next(iter(stated))}: contradicts unet8" in line
-    with pytest.raises(UserError, match="--set"):
-        write_foreign(here / "set")
-        (here / "set" / "c.yml").replace("c.yml")
-        load_conf("c.yml", InpaintConf, [f"{k}={v}" for k, v in stated.items()])
 
 
 def test_keys_that_agree_with_the_folder_may_be_stated(here):
@@ -100,10 +86,8 @@ def test_keys_of_guided_diffusions_network_have_no_effect_and_a_warning_says_so(
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"use_ddim": True, "inpa_inj_sched_prev_cumnoise": True, "samples_per_image": 2},
-        {"precision": "bfloat16", "compile": False},
-        {"sampler": "ddnm", "full_size": True, "windows": True},
+        {"sampler": "ddnm", "full_size": True, "windows": True, "precision": "bfloat16"},
     ],
     ids=str,
 )
@@ -118,14 +102,6 @@ def test_a_run_goes_through_and_its_record_repeats_it(here, capsys, changes):
     assert outcome.status == 0, outcome.err
     assert_same(first, results("again"))
     assert "num_channels" not in load_yaml("log/run/run.yml")
-
-
-def test_results_do_not_depend_on_the_batch(here, capsys):
-    options = write_foreign(here, tiny_unet(num_class_embeds=4), images=3)
-    run_here(capsys, *options)
-    first = results("log/run")
-    run_here(capsys, *options, "--set", "data.batch_size=3", "--out", "again")
-    assert_same(first, results("again"), levels=1)
 
 
 def test_resuming_with_another_folder_is_refused(here, capsys):
@@ -166,12 +142,6 @@ def test_a_short_chain_is_walked_whole_where_nothing_is_stated(here, steps):
     assert conf.schedule_jump_params.jump_length == 3
     conf = load_conf("c.yml", InpaintConf, ["timestep_respacing=7"])
     assert (conf.timestep_respacing, conf.schedule_jump_params.t_T) == ("7", 250)
-
-
-def test_a_folder_without_a_network_is_told_as_before(here):
-    write_foreign(here, model_path="gt")
-    with pytest.raises(UserError, match=r"^gt: cannot be read: Is a directory"):
-        load_conf("c.yml")
 
 
 # ---- The hub -------------------------------------------------------------------------------------
@@ -222,12 +192,6 @@ def test_averaged_weights_of_the_hub_are_fetched_from_their_folder(here, capsys,
     assert run_here(capsys, *options).status == 0
 
 
-def test_the_depth_of_scans_is_checked_for_networks_of_folders_too(here):
-    write_foreign(here, depth_min=100.0, depth_max=100.0)
-    with pytest.raises(UserError, match="depth_min and depth_max: the first has to be below"):
-        load_conf("c.yml")
-
-
 def test_reading_a_configuration_fetches_nothing(here, hub):
     write_foreign(here, model_path="hf://owner/name")
     assert load_conf("c.yml").model_path == "hf://owner/name"
@@ -245,9 +209,7 @@ def test_without_network_one_line_says_how_to_fetch(here, capsys, hub):
     assert hub == [("google/ddpm-cat-256", None, local) for local in (True, True, False)]
 
 
-@pytest.mark.parametrize(
-    "name", ["hf://", "hf://owner", "hf://a/b/c", "hf://../..", "hf://a b/c", "hf://a/b@x/../../y"]
-)
+@pytest.mark.parametrize("name", ["hf://owner", "hf://a/b/c", "hf://../..", "hf://a/b@x/../y"])
 def test_names_that_are_none_are_refused(here, hub, name):
     write_foreign(here, model_path=name)
     with pytest.raises(UserError, match=f"^{re.escape(name)}: expected hf://owner/name$"):
