@@ -21,6 +21,7 @@ from guided_diffusion.image_datasets import (
     pair_images,
 )
 from guided_diffusion.io.images import center_crop, to_model_range
+from guided_diffusion.io.pairing import pair_up
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -126,59 +127,37 @@ def test_colliding_results_name_both_inputs(tmp_path, names, samples, clash):
             pair_images(gt, mask, samples_per_image=samples)
 
 
-NAMES = ["photo1", "photo10", "photo11", "photo2"]
-BY_NAME = {
-    "numbered": (NAMES, "{}_mask001"),
-    "affix before": (["2", "10", "1a", "1"], "mask_{}_"),
-    "affix on pictures": ([f"{name}_img" for name in NAMES], None),
-    "suffix kept": (["a", "a.b", "a-1"], "{}.jpg"),
-    "part of each other": (["IMG_1", "IMG_1_2", "IMG_1_2_3"], "{}-mask"),
-}
-
-
-@pytest.mark.parametrize("case", BY_NAME)
-def test_names_that_leave_no_doubt_pair_whatever_their_order(tmp_path, case):
-    names, form = BY_NAME[case]
-    rename = form.format if form else lambda name: name.removesuffix("_img")
-    gt = folder_of(tmp_path / "gt", [f"{name}.png" for name in names])
-    mask = folder_of(tmp_path / "mask", [f"{rename(name)}.png" for name in names])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        pairs = pair_images(gt, mask)
-    for pair in pairs:
-        assert Path(pair.mask_path).name == f"{rename(Path(pair.gt_path).stem)}.png"
-    by_position = sorted(path.name for path in Path(mask).iterdir()) == [
-        Path(pair.mask_path).name for pair in pairs
-    ]
-    told = [str(one.message) for one in caught]
-    assert len(told) == (0 if by_position else 1)
-    assert all("paired by name" in text and "\n" not in text for text in told)
-    assert [pair.index for pair in pairs] == list(range(len(names)))
+NUMBERED = ["photo1", "photo10", "photo11", "photo2"]  # all names here are sorted
+NUMBERED_IMAGES = ["photo10_img", "photo11_img", "photo1_img", "photo2_img"]
+ACCENTED = ["e\u0301te", "fan"]  # an accent is one character, however a system writes it
 
 
 @pytest.mark.parametrize(
-    ("names", "mask_names", "warning"),
+    ("names", "partners", "is_doubtful"),
     [
-        (["a", "b", "c"], ["b", "c", "d"], "by sorted position, although"),
-        (["img_1", "img_10", "img_2"], ["mask_01", "mask_02", "mask_10"], "although"),
-        (["0", "1", "10", "2"], ["000000", "000001", "000002", "000010"], "although"),
-        (["a_image", "b_image"], ["b_mask", "c_mask"], "although"),
-        # An accent is one character, however a system writes it.
-        (["e\u0301te", "fan"], ["fan_mask", "\u00e9te_mask"], "paired by name"),
-        (["0", "1", "2"], ["000000", "000001", "000002"], ""),
-        (["img_1", "img_10", "img_2"], ["mask_1", "mask_10", "mask_2"], ""),
-        (["00012", "00345"], ["000000", "000001"], ""),
+        (NUMBERED, [f"{name}_mask001" for name in NUMBERED], False),
+        (["1", "10", "1a", "2"], ["mask_1_", "mask_10_", "mask_1a_", "mask_2_"], False),
+        (NUMBERED_IMAGES, [name.removesuffix("_img") for name in NUMBERED_IMAGES], False),
+        (["a-1", "a.b", "a"], ["a-1.jpg", "a.b.jpg", "a.jpg"], False),
+        (["IMG_1", "IMG_1_2", "IMG_1_2_3"], ["IMG_1-m", "IMG_1_2-m", "IMG_1_2_3-m"], False),
+        (ACCENTED, ["\u00e9te_mask", "fan_mask"], False),
+        (["0", "1", "2"], ["000000", "000001", "000002"], False),
+        (["img_1", "img_10", "img_2"], ["mask_1", "mask_10", "mask_2"], False),
+        (["00012", "00345"], ["000000", "000001"], False),
+        (["a", "b", "c"], ["b", "c", "d"], True),
+        (["img_1", "img_10", "img_2"], ["mask_01", "mask_02", "mask_10"], True),
+        (["0", "1", "10", "2"], ["000000", "000001", "000002", "000010"], True),
+        (["a_image", "b_image"], ["b_mask", "c_mask"], True),
     ],
 )
-def test_names_that_contradict_positions_warn(tmp_path, names, mask_names, warning):
-    gt = folder_of(tmp_path / "gt", [f"{name}.png" for name in names])
-    mask = folder_of(tmp_path / "mask", [f"{name}.png" for name in mask_names])
+def test_pairs_by_name_or_by_position_with_a_warning(names, partners, is_doubtful):
+    mask_files = sorted(f"{name}.png" for name in partners)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pairs = pair_images(gt, mask)
-    assert [warning in str(each.message) for each in caught] == [True] * bool(warning)
-    expected = mask_names[::-1] if warning == "paired by name" else mask_names
-    assert [Path(pair.mask_path).stem for pair in pairs] == expected
+        found = pair_up([f"{name}.png" for name in names], mask_files)
+    assert found == [f"{name}.png" for name in partners]
+    told = "paired by name" if found != mask_files else "although" if is_doubtful else None
+    assert [told in str(each.message) for each in caught] == [True] * bool(told)
 
 
 # ---- drawn masks -------------------------------------------------------------------------------

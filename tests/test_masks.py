@@ -233,6 +233,11 @@ def test_as_a_script_from_any_folder(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "mean 50.0 %, min 50.0 %, max 50.0 %" in done.stdout
     assert np.array_equal(np.array(Image.open(tmp_path / "m/000001.png")), draw("ev2li", 16))
+    (tmp_path / "file").write_text("in the way")
+    done = run("--kind", "thick", "--out", "file", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: file: results cannot be written")
 
 
 @pytest.mark.parametrize(
@@ -251,11 +256,3 @@ def test_bad_options_make_no_folder(tmp_path, change, message):
         make_masks.main(words)
     assert str(caught.value).startswith(message)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_bad_out_is_one_line_and_status_2(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    done = run("--kind", "thick", "--out", tmp_path / "file")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: {tmp_path / 'file'}: results cannot be written")

@@ -188,36 +188,29 @@ def test_cmyk_is_not_inverted(tmp_path):
     assert np.abs(pixels(path).astype(int) - picture()).mean() < 3
 
 
-def test_transparent_parts_are_black(tmp_path):
-    array = np.full((4, 4, 4), 200, np.uint8)
-    array[:, :, 3] = [0, 51, 102, 255]
-    expected = np.round(array[0, :, 3] / 255 * 200)
-    seen = pixels(save(tmp_path / "rgba.png", array))
-    assert np.abs(seen[0, :, 0] - expected).max() <= 1
-    seen = pixels(save(tmp_path / "la.png", Image.fromarray(array).convert("LA")))
-    assert np.abs(seen[0, :, 1] - expected).max() <= 1
+ALPHA = np.array([[[200, 200, 200, level] for level in (0, 51, 102, 255)]], np.uint8)
+PALETTE = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
+PALETTE.putpalette([*RED, *GREEN, *BLUE])
 
 
-@pytest.mark.parametrize("name", ["p.png", "p.gif"])
-def test_palette_and_its_transparency(tmp_path, name):
-    image = Image.new("P", (3, 2))
-    image.putpalette([*RED, *GREEN, *BLUE])
-    image.putdata([0, 1, 2, 2, 1, 0])
-    plain = pixels(save(tmp_path / name, image))
-    assert plain[0].tolist() == [list(RED), list(GREEN), list(BLUE)]
-    assert plain[1].tolist() == [list(BLUE), list(GREEN), list(RED)]
-    clear = pixels(save(tmp_path / f"t{name}", image, transparency=1))
-    assert clear[0].tolist() == [list(RED), [0, 0, 0], list(BLUE)]
-
-
-def test_colour_key_and_gray_key_are_transparent(tmp_path):
-    array = np.full((2, 2, 3), 90, np.uint8)
-    array[0, 0] = RED
-    seen = pixels(save(tmp_path / "rgb.png", array, transparency=RED))
-    assert seen[0, 0].tolist() == [0, 0, 0]
-    assert seen[1, 1].tolist() == [90, 90, 90]
-    seen = pixels(save(tmp_path / "l.png", array[:, :, 0], transparency=90))
-    assert seen[:, :, 0].tolist() == [[255, 0], [0, 0]]
+@pytest.mark.parametrize(
+    ("name", "image", "options", "expected"),
+    [
+        ("rgba.png", ALPHA, {}, [0, 40, 80, 200]),
+        ("la.png", Image.fromarray(ALPHA).convert("LA"), {}, [0, 40, 80, 200]),
+        ("l.png", np.array([[255, 90]], np.uint8), {"transparency": 90}, [255, 0]),
+        ("rgb.png", np.array([[RED, BLUE]], np.uint8), {"transparency": RED}, [0, BLUE]),
+        ("p.png", PALETTE, {}, [RED, GREEN, BLUE]),
+        ("p.png", PALETTE, {"transparency": 1}, [RED, 0, BLUE]),
+        ("p.gif", PALETTE, {"transparency": 1}, [RED, 0, BLUE]),
+    ],
+)
+def test_palettes_are_applied_and_transparent_parts_are_black(
+    tmp_path, name, image, options, expected
+):
+    seen = pixels(save(tmp_path / name, image, **options))[0].astype(int)
+    for found, colour in zip(seen, expected, strict=True):
+        assert np.abs(found - colour).max() <= 1
 
 
 def test_the_first_frame_of_an_animation(tmp_path):
