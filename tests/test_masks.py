@@ -131,17 +131,6 @@ def test_the_drawing_grows_with_the_size(kind):
     assert min(agreements) > 0.93
 
 
-def test_strokes_have_round_ends_of_their_width():
-    image = Image.new("L", (101, 101), 255)
-    masks._draw_segment(masks.ImageDraw.Draw(image), (30, 50), (70, 50), 21)
-    generated = np.array(image) == 0
-    rows, columns = np.nonzero(generated)
-    assert (rows.min(), rows.max()) == (40, 60)
-    assert (columns.min(), columns.max()) == (20, 80)
-    assert not generated[41, 21]  # the corner a square end would have
-    assert generated[43, 24] == (np.hypot(50 - 43, 30 - 24) <= 10.5)
-
-
 @pytest.mark.parametrize(
     ("kind", "size", "message"),
     [

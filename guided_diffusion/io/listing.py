@@ -119,7 +119,7 @@ def _is_foreign(name: str) -> bool:
 
 
 def _list_remote(path: str) -> list[str]:
-    bf = _blobfile(path)
+    bf = _blobfile()
     if not bf.isdir(path):
         if bf.exists(path):
             return [path]
@@ -143,7 +143,7 @@ def output_name(path: str) -> str:
 def open_bytes(path: str) -> io.BufferedIOBase:
     """Open a local or remote file; raises UserError if it is not a regular file, or empty."""
     if "://" in path:
-        with _blobfile(path).BlobFile(path, "rb") as remote:
+        with _blobfile().BlobFile(path, "rb") as remote:
             stream: io.BufferedIOBase = io.BytesIO(remote.read())
     else:
         stream = open_regular(path)
@@ -154,15 +154,9 @@ def open_bytes(path: str) -> io.BufferedIOBase:
     return stream
 
 
-def _blobfile(path: str) -> types.ModuleType:
-    """Import blobfile, which reads a ``path`` with ``://``; a store out of reach is an error."""
-    try:
-        import blobfile
+def _blobfile() -> types.ModuleType:
+    """Import blobfile, which gives up soon where a store is out of reach."""
+    import blobfile
 
-        blobfile.configure(retry_limit=6, log_callback=lambda _: None)
-    except ImportError as error:
-        raise UserError(
-            "paths with :// are read with blobfile, which is not installed (pip install blobfile)",
-            path=path,
-        ) from error
+    blobfile.configure(retry_limit=6, log_callback=lambda _: None)
     return blobfile

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from guided_diffusion.io.images import read_upright
@@ -72,6 +72,8 @@ def test_all_comes_back_upright(tmp_path, source, target):
     assert b'Orientation="6"' not in image.info["xmp"]
     if source != "p.webp":
         assert round(image.info["dpi"][0]) == 300
+    if target == "a.jpg":
+        assert JpegImagePlugin.get_sampling(image) == 0  # colour at full resolution
     if source == "p.png" and target == "a.png":
         assert image.text["Creation Time"] == "2024"
 
