@@ -10,8 +10,8 @@
 // and once before for its moments. Every output is computed in the same order whatever the batch
 // and the number of threads: results do not depend on either.
 //
-// A function that takes a structure also takes its size in bytes, and returns its own: if the two
-// differ, it has done nothing. It returns -1 if memory runs out.
+// A function that takes a structure also takes the size that its caller knows, in bytes. It returns
+// the size that it knows itself, and does nothing if they differ. It returns -1 if memory runs out.
 //
 // Convolutions multiply floats, or bfloat16 where the processor has instructions for it. Then what
 // goes into a product is rounded, and sums, maps and transforms stay float32.
@@ -207,7 +207,7 @@ struct Convolution {
   const float *x[2];     // one or two maps, joined along the channels
   int64_t channels[2];   // of each
   int64_t count, height, width;  // of the maps
-  const float *scale, *shift;    // (N, C) of scale x + shift, before 3x3 SiLU of it; NULL: of x
+  const float *scale, *shift;    // (N, C): scale x + shift, of 3x3 its SiLU, is convolved; or NULL
   int64_t resize;                // 1: doubled, -1: halved before the convolution
   const float *weight;           // packed
   int64_t values;                // a pair of channels there: of 1x1 1; of 3x3 9, or 36 if transformed
@@ -639,6 +639,7 @@ static int64_t pointwise_as(const Convolution &conv, int64_t threads) {
   return failed;
 }
 
+// Either kind of convolution.
 template <typename Number>
 static int64_t any_size(const Convolution &conv, int64_t threads) {
   return conv.values == 1 ? pointwise_as<Number>(conv, threads) : convolve_as<Number>(conv, threads);

@@ -47,10 +47,10 @@ class Kernels:
         self.has_bfloat16 = bool(library.has_bfloat16())  # whether the processor multiplies it
 
     def _run(self, name: str, **fields: int | None) -> None:
-        """Call a function on its structure, whose ``fields`` stand in the order of C++.
+        """Call a function with a structure of numbers and addresses, eight bytes each.
 
-        All of them take eight bytes: numbers and addresses, None for NULL. Raises KernelError if
-        there are more or fewer in C++, and MemoryError.
+        The ``fields`` stand in the order in which C++ declares them; None is NULL. Raises
+        KernelError if C++ declares more or fewer, and MemoryError.
         """
         structure = (c_int64 * len(fields))(*(int(field or 0) for field in fields.values()))
         size, function = ctypes.sizeof(structure), getattr(self._library, name)
@@ -211,10 +211,14 @@ class _JoinedMaps:
         _require_whole_vectors(*channels)
         if not self.count * self.pixels * self.total:
             raise ValueError(f"maps {tuple(maps[0].shape)} are empty")
-        sizes = [self.count * self.pixels * count for count in channels]
-        first, second, *_ = *map(_pointer, maps, sizes), None
-        own, other, *_ = *channels, 0
-        self.fields = {"x": first, "x_1": second, "channels": own, "channels_1": other}
+        addresses = [_pointer(part, self.count * self.pixels * part.shape[3]) for part in maps]
+        is_single = len(maps) == 1
+        self.fields = {
+            "x_0": addresses[0],
+            "x_1": None if is_single else addresses[1],
+            "channels_0": channels[0],
+            "channels_1": 0 if is_single else channels[1],
+        }
 
 
 def _require_whole_vectors(*channels: int) -> None:
