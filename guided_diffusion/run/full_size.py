@@ -90,19 +90,24 @@ def merge_boxes(boxes: Iterable[Box], reach: int) -> list[Box]:
 
     No two boxes of the result belong together.
     """
-    boxes, found = list(boxes), np.empty((0, 4), int)
+    boxes = list(boxes)
+    found, count = np.empty((4, len(boxes)), int), 0
     while boxes:
-        box = np.array(boxes.pop())
-        joined = np.hstack([np.minimum(found[:, :2], box[:2]), np.maximum(found[:, 2:], box[2:])])
-        sides = joined[:, 2:] - joined[:, :2]
-        overlaps = (sides < found[:, 2:] - found[:, :2] + box[2:] - box[:2]).all(axis=1)
-        near = np.flatnonzero(overlaps | (sides.max(axis=1) <= reach))
+        x0, y0, x1, y1 = boxes.pop()
+        left, top, right, bottom = found[:, :count]
+        width = np.maximum(right, x1) - np.minimum(left, x0)
+        height = np.maximum(bottom, y1) - np.minimum(top, y0)
+        overlaps = (width < right - left + x1 - x0) & (height < bottom - top + y1 - y0)
+        near = np.flatnonzero(overlaps | (np.maximum(width, height) <= reach))
         if len(near):  # with the larger box, the others may not belong together any more
-            boxes.append(joined[near[0]])
-            found = np.delete(found, near[0], axis=0)
+            left, top, right, bottom = found[:, near[0]].tolist()
+            boxes.append((min(left, x0), min(top, y0), max(right, x1), max(bottom, y1)))
+            found[:, near[0] : count - 1] = found[:, near[0] + 1 : count]
+            count -= 1
         else:
-            found = np.vstack([found, box])
-    return [tuple(box) for box in found.tolist()]
+            found[:, count] = x0, y0, x1, y1
+            count += 1
+    return [tuple(box) for box in found[:, :count].T.tolist()]
 
 
 def _cuts_of(hole: Box, shape: tuple[int, int], image_size: int) -> Iterator[Cut]:

@@ -349,8 +349,15 @@ def test_the_overview_shows_no_earlier_result_of_what_failed(here, tmp_path, mon
 # ---- nothing gets out ----------------------------------------------------------------------------
 
 
-STRANGE = ["...png", "..png", ".png", "-rf.png", "a\nb.png", "~.png", "%2e%2e%2f.png"]
-STRANGE += ["a\\..\\b.png", "$(touch x).png", "\udcff.png"]
+STRANGE = [
+    "-rf.png",
+    "a\nb.png",
+    "~.png",
+    "%2e%2e%2f.png",
+    "a\\..\\b.png",
+    "$(x).png",
+    "\udcff.png",
+]
 
 
 @pytest.mark.parametrize("name", STRANGE)
