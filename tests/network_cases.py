@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from run_cases import write_run
 from torch import nn
 
 from guided_diffusion.config.keys import InpaintConf
@@ -59,6 +60,16 @@ def golden_networks(name):
     )  # fmt: skip
     classifier = EncoderUNetModel(trunk, 1000, conf["classifier_pool"])
     return conf, expect, model, load(classifier, "classifier.pt")
+
+
+# Keys of guided-diffusion's network, and those that networks of other programs decide.
+NETWORK = ("image_size", "num_channels", "num_res_blocks", "channel_mult", "attention_resolutions",
+           "num_head_channels", "learn_sigma", "diffusion_steps")  # fmt: skip
+
+
+def write_foreign(folder, **changes):
+    """Write a tiny run whose YAML states none of these keys, unless ``changes`` do."""
+    return write_run(folder, 2, **{**dict.fromkeys(NETWORK), **changes})
 
 
 def chain_of(model_path):

@@ -38,10 +38,8 @@ def markdown_table(cls: type[Conf]) -> str:
 
 def help_text(cls: type[Conf], width: int = 100) -> str:
     """Return the keys as text for a terminal of ``width`` columns."""
-    indent = " " * 6
-    wrapper = textwrap.TextWrapper(
-        width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-    )
+    indents = {"initial_indent": " " * 6, "subsequent_indent": " " * 6}
+    wrapper = textwrap.TextWrapper(width, **indents, break_on_hyphens=False)
     return "".join(
         f"  {doc.key}  ({doc.type}; default: {doc.default})\n{wrapper.fill(doc.text)}\n"
         for doc in describe(cls)

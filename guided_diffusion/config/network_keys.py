@@ -139,9 +139,6 @@ class ModelConf(Conf):
             f"an empty channel_mult works for an image_size of {sizes} and not of "
             f"{self.image_size}: write channel_mult, such as '1,2,4'",
         )
-        self._check_widths()
-
-    def _check_widths(self) -> None:
         mult = self.channel_mult_list
         unit = 2 ** (len(mult) - 1)
         require(

@@ -272,13 +272,10 @@ def _unknown(name: Any, cls: type, prefix: str, root: type) -> UserError:
     Of keys spelt equally alike, one at the same place in the tree is named.
     """
     name = str(name)[:100]
-    local = [prefix + known for known in keys_of(cls)]
-
-    def likeness(known: str) -> tuple[float, bool]:
-        last = known.rpartition(".")[2].lower()
-        return difflib.SequenceMatcher(None, name.lower(), last).ratio(), known in local
-
-    nearest = max([*local, *(doc.key for doc in describe(root))], key=likeness)
+    known = [*(prefix + key for key in keys_of(cls)), *(doc.key for doc in describe(root))]
+    last = [key.rpartition(".")[2].lower() for key in known]
+    alike = [difflib.SequenceMatcher(None, name.lower(), each).ratio() for each in last]
+    nearest = known[alike.index(max(alike))]
     return UserError(f"unknown key; the nearest known key is {nearest}", key=prefix + name)
 
 

@@ -126,12 +126,10 @@ def _defaults(kind: type) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the keys and values of a JSON file; raises UserError."""
     try:
-        tree = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot be read as JSON: {error}", path=path) from None
-    if not isinstance(tree, dict):
-        raise UserError(path=path, expected="keys and values", got=type(tree).__name__)
-    return tree
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        problem = f"cannot be read as JSON with keys and values: {error}"
+        raise UserError(problem, path=path) from None
 
 
 def _need(is_right: bool, path: Path, key: str, expected: str, got: object) -> None:

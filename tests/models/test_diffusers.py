@@ -1,7 +1,5 @@
 """Networks that diffusers saved: the same output, the same reverse step, the same walk."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,6 @@ from network_cases import chain_of
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.models.diffusers import check_folder, load_network, read_folder
-from guided_diffusion.samplers import Repaint
 
 CPU = torch.device("cpu")
 
@@ -51,9 +48,9 @@ def test_the_output_is_that_of_diffusers(tmp_path, form):
     if form == "unet":
         place = tmp_path / "unet"
     assert_same_output(place, unet)
-    assert read_folder(str(place)).keys.get("diffusion_steps") == (
-        None if form == "bare" else STEPS
-    )
+    folder = read_folder(str(place))
+    assert folder.keys.get("diffusion_steps") == (None if form == "bare" else STEPS)
+    assert folder.fixed_small
 
 
 @pytest.mark.parametrize(
@@ -149,47 +146,6 @@ def test_the_reverse_step_is_that_of_diffusers(tmp_path, monkeypatch, case):
         torch.testing.assert_close(found, expected.prev_sample, rtol=near, atol=near)
         scale = expected.pred_original_sample.abs().max().item()
         assert (x_start - expected.pred_original_sample).abs().max() < near * max(1, scale)
-
-
-# ---- The walk ------------------------------------------------------------------------------------
-
-
-def test_the_whole_walk_is_that_of_diffusers_scheduler(plain, monkeypatch):
-    """RePaint's Algorithm 1, written once more around ``DDPMScheduler``.
-
-    diffusers' own RePaintScheduler is another walk: it conditions what a step has made at the level
-    that the step has reached, where the paper's program conditions what a step is made of, at its
-    own level, so that the two see the network at other inputs.
-    """
-    folder, unet, noise = plain
-    diffusion, network = chain_of(folder), loaded(folder)
-    times = [*range(STEPS - 1, 9, -1), *range(9, 13), *range(11, -2, -1)]
-    times = [t for i, t in enumerate(times) if i == 0 or t != times[i - 1]]
-    gt, mask = inputs().clamp(-1, 1), (inputs() > 0).float()
-    draws = [torch.randn(gt.shape) for _ in range(3 * len(times))]
-    source = iter(draws)
-    with torch.no_grad():
-        *_, last = diffusion.p_sample_loop_progressive(
-            network, gt, mask, times, lambda: next(source), sampler=Repaint()
-        )
-    source = iter(draws)
-    x, is_first = next(source), True
-    for t, t_next in itertools.pairwise(times):
-        if t_next > t:
-            beta = noise.betas[t_next]
-            x = (1 - beta).sqrt() * x + beta.sqrt() * next(source)
-            continue
-        z = next(source)
-        if not is_first:
-            known = noise.add_noise(gt, next(source), torch.tensor([t]))
-            x = mask * known + (1 - mask) * x
-        is_first = False
-        monkeypatch.setattr(
-            "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, z=z, **__: z
-        )
-        with torch.no_grad():
-            x = noise.step(unet(x, t).sample, t, x).prev_sample
-    torch.testing.assert_close(last.x, x, rtol=1e-4, atol=1e-4)
 
 
 # ---- What is refused -----------------------------------------------------------------------------
@@ -297,7 +253,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
         (remove("unet/config.json"), ["without a network"]),
         (remove(WEIGHTS), ["without its weights"]),
         (write("unet/config.json", "{"), ["config.json", "JSON"]),
-        (write("unet/config.json", "[1]"), ["config.json", "keys and values", "list"]),
+        (write("unet/config.json", "[1]"), ["config.json", "keys and values"]),
         (write("scheduler/scheduler_config.json", ""), ["scheduler_config.json", "JSON"]),
         (write("model_index.json", '{"vae": ["diffusers", "AutoencoderKL"]}'), ["vae"]),
         (write("model_index.json", '{"unet": ["diffusers", "UNet1DModel"]}'), ["UNet1DModel"]),
@@ -308,14 +264,6 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path, spoil, words):
     save(tmp_path)
     spoil(tmp_path)
     assert_refused(words, check, tmp_path)
-
-
-def test_weights_that_are_not_finite_are_refused_before_a_run(tmp_path):
-    unet = tiny_unet()
-    with torch.no_grad():
-        unet.conv_out.bias[1] = float("inf")
-    save(tmp_path, unet)
-    assert_refused(["NaN or infinite", "conv_out.bias"], check, tmp_path)
 
 
 def test_fingerprints_follow_weights_and_configuration(tmp_path):

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-import yaml
 from lucidrains_cases import STEPS, lucidrains, tiny, trainer_file
-from network_cases import chain_of
-from run_cases import assert_same, results, run_here, write_run, write_tree
+from network_cases import chain_of, write_foreign
+from run_cases import assert_same, results, run_here
 
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.reading import load_conf
@@ -156,13 +155,8 @@ def here(tmp_path, monkeypatch):
 
 
 def write_theirs(folder, state, **changes):
-    options = write_run(folder, 2)
+    options = write_foreign(folder, **{"image_size": 8, **changes})
     torch.save(state, folder / "model.pt")
-    tree = yaml.safe_load((folder / "c.yml").read_text())
-    network = ("num_channels", "num_res_blocks", "channel_mult", "attention_resolutions",
-               "num_head_channels", "learn_sigma", "diffusion_steps")  # fmt: skip
-    changes = {**dict.fromkeys(network), "image_size": 8, **changes}
-    write_tree(folder, {k: v for k, v in {**tree, **changes}.items() if v is not None})
     return options
 
 

@@ -3,33 +3,20 @@
 import re
 
 import pytest
-import yaml
 from diffusers_cases import edit, save, scheduler, tiny_unet
-from run_cases import assert_same, load_yaml, results, run_here, write_run, write_tree
+from network_cases import write_foreign
+from run_cases import assert_same, load_yaml, results, run_here
 
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.reading import load_conf
 from guided_diffusion.config.schema import conf_to_dict
 from guided_diffusion.errors import UserError
 
-FOREIGN = {
-    "model_path": "unet8",
-    "image_size": None,
-    "num_channels": None,
-    "num_res_blocks": None,
-    "channel_mult": None,
-    "attention_resolutions": None,
-    "num_head_channels": None,
-}
 
-
-def write_foreign(folder, unet=None, noise=None, images=2, **changes):
-    options = write_run(folder, images)
+def write_folder(folder, unet=None, noise=None, **changes):
+    options = write_foreign(folder, **{"model_path": "unet8", **changes})
     (folder / "model.pt").unlink()
     save(folder / "unet8", unet, noise)
-    tree = yaml.safe_load((folder / "c.yml").read_text())
-    tree = {k: v for k, v in {**tree, **FOREIGN, **changes}.items() if v is not None}
-    write_tree(folder, tree)
     return options
 
 
@@ -42,7 +29,7 @@ def here(tmp_path, monkeypatch):
 def test_keys_follow_the_folder(here):
     unet = tiny_unet(in_channels=1, out_channels=2, num_class_embeds=7)
     noise = scheduler(prediction_type="v_prediction", variance_type="learned_range")
-    write_foreign(here, unet, noise)
+    write_folder(here, unet, noise)
     conf = load_conf("c.yml")
     assert (conf.image_size, conf.diffusion_steps, conf.num_classes) == (8, 20, 7)
     assert (conf.in_channels, conf.class_cond, conf.learn_sigma) == (1, True, True)
@@ -63,7 +50,7 @@ def test_keys_follow_the_folder(here):
     ids=str,
 )
 def test_keys_that_contradict_the_folder_are_refused_with_both_values(here, stated, expected):
-    write_foreign(here, **stated)
+    write_folder(here, **stated)
     with pytest.raises(UserError) as caught:
         load_conf("c.yml")
     line = str(caught.value)
@@ -72,12 +59,12 @@ def test_keys_that_contradict_the_folder_are_refused_with_both_values(here, stat
 
 
 def test_keys_that_agree_with_the_folder_may_be_stated(here):
-    write_foreign(here, image_size=8, learn_sigma=False, diffusion_steps=20, clip_denoised=True)
+    write_folder(here, image_size=8, learn_sigma=False, diffusion_steps=20, clip_denoised=True)
     assert load_conf("c.yml").image_size == 8
 
 
 def test_keys_of_guided_diffusions_network_have_no_effect_and_a_warning_says_so(here):
-    write_foreign(here, num_channels=256, channel_mult=[1, 1], noise_schedule="cosine")
+    write_folder(here, num_channels=256, channel_mult=[1, 1], noise_schedule="cosine")
     with pytest.warns(UserWarning, match="^num_channels, channel_mult, noise_schedule: no effect"):
         conf = load_conf("c.yml")
     assert not {"num_channels", "channel_mult", "noise_schedule"} & conf_to_dict(conf).keys()
@@ -92,7 +79,7 @@ def test_keys_of_guided_diffusions_network_have_no_effect_and_a_warning_says_so(
     ids=str,
 )
 def test_a_run_goes_through_and_its_record_repeats_it(here, capsys, changes):
-    options = write_foreign(here, **changes)
+    options = write_folder(here, **changes)
     outcome = run_here(capsys, *options)
     assert (outcome.status, outcome.err.count("warning")) == (0, 0), outcome
     first = results("log/run")
@@ -105,7 +92,7 @@ def test_a_run_goes_through_and_its_record_repeats_it(here, capsys, changes):
 
 
 def test_resuming_with_another_folder_is_refused(here, capsys):
-    options = write_foreign(here)
+    options = write_folder(here)
     run_here(capsys, *options)
     edit(here / "unet8" / "scheduler" / "scheduler_config.json", prediction_type="sample")
     outcome = run_here(capsys, *options, "--resume")
@@ -114,7 +101,7 @@ def test_resuming_with_another_folder_is_refused(here, capsys):
 
 
 def test_a_bare_network_takes_its_chain_from_the_yaml(here, capsys):
-    options = write_foreign(here, diffusion_steps=40, noise_schedule="cosine")
+    options = write_folder(here, diffusion_steps=40, noise_schedule="cosine")
     tiny_unet().save_pretrained(here / "unet8")
     for part in ("unet", "scheduler", "model_index.json"):
         path = here / "unet8" / part
@@ -127,7 +114,7 @@ def test_a_bare_network_takes_its_chain_from_the_yaml(here, capsys):
 
 
 def test_a_side_that_the_folder_leaves_open_is_checked(here):
-    write_foreign(here, tiny_unet(sample_size=None), image_size=9)
+    write_folder(here, tiny_unet(sample_size=None), image_size=9)
     with pytest.raises(UserError, match="divisible by 2"):
         load_conf("c.yml")
 
@@ -135,7 +122,7 @@ def test_a_side_that_the_folder_leaves_open_is_checked(here):
 @pytest.mark.parametrize("steps", [20, 300])
 def test_a_short_chain_is_walked_whole_where_nothing_is_stated(here, steps):
     options = {"timestep_respacing": None, "schedule_jump_params": {"jump_length": 3}}
-    write_foreign(here, noise=scheduler(num_train_timesteps=steps, beta_end=0.02), **options)
+    write_folder(here, noise=scheduler(num_train_timesteps=steps, beta_end=0.02), **options)
     conf = load_conf("c.yml")
     expected = min(steps, 250)
     assert (conf.timestep_respacing, conf.schedule_jump_params.t_T) == (str(expected), expected)
@@ -178,7 +165,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_a_name_of_the_hub_is_fetched_once(here, capsys, hub):
-    options = write_foreign(here, model_path="hf://owner/name")
+    options = write_folder(here, model_path="hf://owner/name")
     assert run_here(capsys, *options).status == 0
     online = [call for call in hub if not call[2]]
     assert len(online) == 2  # configuration, then weights
@@ -188,12 +175,12 @@ def test_a_name_of_the_hub_is_fetched_once(here, capsys, hub):
 
 def test_averaged_weights_of_the_hub_are_fetched_from_their_folder(here, capsys, hub):
     (here / "source" / "unet").rename(here / "source" / "unet_ema")
-    options = write_foreign(here, model_path="hf://owner/name")
+    options = write_folder(here, model_path="hf://owner/name")
     assert run_here(capsys, *options).status == 0
 
 
 def test_reading_a_configuration_fetches_nothing(here, hub):
-    write_foreign(here, model_path="hf://owner/name")
+    write_folder(here, model_path="hf://owner/name")
     assert load_conf("c.yml").model_path == "hf://owner/name"
     with pytest.raises(UserError, match="seed"):
         load_conf("c.yml", InpaintConf, ["seed=-1"])
@@ -201,7 +188,7 @@ def test_reading_a_configuration_fetches_nothing(here, hub):
 
 
 def test_without_network_one_line_says_how_to_fetch(here, capsys, hub):
-    options = write_foreign(here, model_path="hf://google/ddpm-cat-256")
+    options = write_folder(here, model_path="hf://google/ddpm-cat-256")
     outcome = run_here(capsys, *options)
     assert outcome.status == 2
     assert "hf download google/ddpm-cat-256 --local-dir ddpm-cat-256" in outcome.err
@@ -211,13 +198,13 @@ def test_without_network_one_line_says_how_to_fetch(here, capsys, hub):
 
 @pytest.mark.parametrize("name", ["hf://owner", "hf://a/b/c", "hf://../..", "hf://a/b@x/../y"])
 def test_names_that_are_none_are_refused(here, hub, name):
-    write_foreign(here, model_path=name)
+    write_folder(here, model_path=name)
     with pytest.raises(UserError, match=f"^{re.escape(name)}: expected hf://owner/name$"):
         load_conf("c.yml")
 
 
 def test_without_the_hubs_library_one_line_says_what_to_install(here, monkeypatch):
-    write_foreign(here, model_path="hf://owner/name")
+    write_folder(here, model_path="hf://owner/name")
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"requirements-diffusers.txt"):
         load_conf("c.yml")
