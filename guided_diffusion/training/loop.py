@@ -3,9 +3,7 @@
 import contextlib
 import datetime
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,9 +23,9 @@ from guided_diffusion.training import checkpoints
 from guided_diffusion.training.pictures import TrainingImages, batches
 from guided_diffusion.training.report import (
     Evaluator,
-    LossWindow,
     Row,
     append_log,
+    log_row,
     read_log,
     restart_log,
     write_loss_plot,
@@ -35,7 +33,6 @@ from guided_diffusion.training.report import (
 from guided_diffusion.training.trainer import (
     Trainer,
     gather,
-    learning_rate,
     pictures_at_once,
     seeded,
 )
@@ -45,7 +42,6 @@ from guided_diffusion.training.trainer import (
 
 # Words of gloo's RuntimeError when a process is gone; NCCL and the store raise a DistError.
 _LOST = ("gloo/transport", "gloo connectfullmesh")
-_GRACE = 60  # seconds for a step and its checkpoint after torchrun has ended
 
 
 @contextlib.contextmanager
@@ -60,7 +56,6 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     torchrun, timeout = os.getppid(), datetime.timedelta(hours=3)
-    _watch_parent(torchrun)
     try:
         torch.distributed.init_process_group(
             backend,
@@ -84,26 +79,6 @@ def process_group(device: torch.device) -> Iterator[None]:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def _watch_parent(parent: int) -> None:
-    """Interrupt this process when its ``parent``, torchrun, has ended.
-
-    Without torchrun nothing ends the other processes when one of them fails. A process that waits
-    for a lost one does not react to signals, and is ended after ``_GRACE`` seconds.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        is_handled = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # by ``Interrupts``
-        os.kill(os.getpid(), signal.SIGTERM if is_handled else signal.SIGINT)
-        time.sleep(_GRACE)
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nerror: torchrun has ended, and the other processes do not answer\n")
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 # Settings that may change on resuming, but not from process to process: when they communicate.
@@ -199,8 +174,8 @@ def _messages_name_checkpoint(conf: TrainConf) -> Iterator[None]:
 def train(trainer: Trainer, images: TrainingImages, sample_diffusion: GaussianDiffusion) -> None:
     """Train to the end, with log, checkpoints and pictures at their intervals.
 
-    After Ctrl-C the step is finished and saved, and KeyboardInterrupt raised. Raises StoppedError
-    as ``LossWindow.row``, and UserError where the disk is full.
+    After Ctrl-C, or the end of torchrun, the step is finished and saved, and KeyboardInterrupt
+    raised. Raises StoppedError as ``log_row``, and UserError where the disk is full.
     """
     conf, evaluator = trainer.conf, None
     if is_main():
@@ -208,8 +183,8 @@ def train(trainer: Trainer, images: TrainingImages, sample_diffusion: GaussianDi
         print(*map(printable, notes), sep="\n", flush=True)
         evaluator = Evaluator(trainer, images, sample_diffusion)
         _begin_files(trainer, images)
-    steps = range(trainer.step, conf.iterations)
-    window = LossWindow(conf, trainer.diffusion.num_timesteps)
+    steps, parent = range(trainer.step, conf.iterations), os.getppid()
+    done, since = [], time.perf_counter()
     pause = 0.2 if sys.stderr.isatty() else 30  # a log file does not want a line each time
     notice = "interrupted: this step will be saved; a second Ctrl-C ends at once"
     with (
@@ -219,22 +194,25 @@ def train(trainer: Trainer, images: TrainingImages, sample_diffusion: GaussianDi
         ) as bar,
     ):
         for batch in batches(images, steps):
-            window.add(*trainer.train_step(*batch))
+            done.append(trainer.train_step(*batch))
             bar.update()
+            # Without torchrun nothing ends the other processes when one of them fails.
+            is_orphan = world_size() > 1 and os.getppid() != parent
             # Exchanged by the CPUs, so that no process waits for its GPU.
-            stops = bool(gather(torch.tensor([int(interrupts.has_arrived)]), dim=0).any())
+            ends = torch.tensor([interrupts.has_arrived or is_orphan], dtype=torch.uint8)
+            stops = bool(gather(ends, dim=0).any())
             is_last = trainer.step == conf.iterations
             saves = stops or is_last or trainer.step % conf.save_interval == 0
             samples = conf.sample_interval and (is_last or trainer.step % conf.sample_interval == 0)
             evaluates = bool(saves or samples) and not stops  # an interrupt must not take long
             if saves or samples or trainer.step % conf.log_interval == 0:
-                row = window.row(trainer.step, learning_rate(conf, trainer.step - 1))
+                row = log_row(trainer, done, since)
                 speed = f"{row['images_per_s']:.1f}"
                 bar.set_postfix({"loss": f"{row['loss']:.4f}", "images/s": speed})
                 if evaluator:
                     row |= evaluator.held_out_losses() if evaluates else {}
                     _record(evaluator, row, saves, evaluates, evaluates and bool(samples))
-                window.restart()
+                done, since = [], time.perf_counter()
             if stops:
                 raise KeyboardInterrupt
 

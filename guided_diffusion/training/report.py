@@ -3,13 +3,12 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from guided_diffusion.config.train_keys import TrainConf
 from guided_diffusion.errors import StoppedError, UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.io.files import atomic_path, write_text_atomic
@@ -27,7 +26,7 @@ from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.training.losses import training_losses
 from guided_diffusion.training.pictures import TrainingImages
 from guided_diffusion.training.timesteps import HELD_OUT, SHOW, draw_noise, generator
-from guided_diffusion.training.trainer import Trainer, gather
+from guided_diffusion.training.trainer import Trainer, gather, learning_rate
 
 Tensor = torch.Tensor
 Row = dict[str, float]  # a line of the log; NaN or absent where a column is empty
@@ -100,54 +99,40 @@ def write_loss_plot(path: Path, rows: list[Row]) -> None:
 # ---- The losses of some steps --------------------------------------------------------------------
 
 
-class LossWindow:
-    """The losses of the steps since the last row of the log, on the device until they are due."""
+def log_row(trainer: Trainer, done: Sequence[tuple[Tensor, Tensor]], since: float) -> Row:
+    """Return the log's row after the steps ``done``, over all processes; all of them call this.
 
-    def __init__(self, conf: TrainConf, num_timesteps: int) -> None:
-        self.conf, self.num_timesteps = conf, num_timesteps
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin the next row; the time that the last one took to write does not count."""
-        self._steps: list[tuple[Tensor, Tensor]] = []
-        self._start = time.perf_counter()
-
-    def add(self, losses: Tensor, norm: Tensor) -> None:
-        """Note what ``Trainer.train_step`` returned."""
-        self._steps.append((losses, norm))
-
-    def row(self, step: int, lr: float) -> Row:
-        """Return the log's row after ``step`` steps, over all processes; all of them call this.
-
-        Raises StoppedError where a loss or gradient was not finite.
-        """
-        losses, norms = (torch.stack(values) for values in zip(*self._steps, strict=True))
-        table = gather(losses, dim=1).cpu().numpy().astype(np.float64)  # (steps, batch, 5)
-        norms = norms.cpu().numpy()
-        seconds = time.perf_counter() - self._start
-        bad = ~(np.isfinite(table[:, :, 2]).all(axis=1) & np.isfinite(norms))
-        if bad.any():
-            raise StoppedError(
-                "the loss or its gradient is not finite in step "
-                f"{step - len(table) + 1 + bad.argmax()}; try a lower lr, or grad_clip: 1"
-            )
-        t, weight, loss, mse, vb = table.reshape(-1, 5).T
-        row = {
-            "step": step,
-            "images": step * self.conf.batch_size,
-            "lr": lr,
-            "loss": (weight * loss).mean(),
-            "mse": (weight * mse).mean(),
-            "vb": (weight * vb).mean(),
-            "grad_norm": norms.mean(),
-            "images_per_s": len(t) / seconds,
-        }
-        quartile = (t * QUARTILES // self.num_timesteps).astype(int)
-        for q in range(QUARTILES):
-            here = quartile == q
-            mean = np.average(loss[here], weights=weight[here]) if here.any() else math.nan
-            row[f"loss_q{q}"] = float(mean)
-        return row
+    ``done`` is what ``Trainer.train_step`` returned for each, still on the device, and ``since``
+    when the first began, by ``time.perf_counter``. Raises StoppedError where a loss or gradient was
+    not finite.
+    """
+    losses, norms = (torch.stack(values) for values in zip(*done, strict=True))
+    table = gather(losses, dim=1).cpu().numpy().astype(np.float64)  # (steps, batch, 5)
+    norms = norms.cpu().numpy()
+    seconds = time.perf_counter() - since
+    bad = ~(np.isfinite(table[:, :, 2]).all(axis=1) & np.isfinite(norms))
+    if bad.any():
+        raise StoppedError(
+            "the loss or its gradient is not finite in step "
+            f"{trainer.step - len(table) + 1 + bad.argmax()}; try a lower lr, or grad_clip: 1"
+        )
+    t, weight, loss, mse, vb = table.reshape(-1, 5).T
+    row = {
+        "step": trainer.step,
+        "images": trainer.step * trainer.conf.batch_size,
+        "lr": learning_rate(trainer.conf, trainer.step - 1),
+        "loss": (weight * loss).mean(),
+        "mse": (weight * mse).mean(),
+        "vb": (weight * vb).mean(),
+        "grad_norm": norms.mean(),
+        "images_per_s": len(t) / seconds,
+    }
+    quartile = (t * QUARTILES // trainer.diffusion.num_timesteps).astype(int)
+    for q in range(QUARTILES):
+        here = quartile == q
+        mean = np.average(loss[here], weights=weight[here]) if here.any() else math.nan
+        row[f"loss_q{q}"] = float(mean)
+    return row
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ def team(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(loop, "Team", lambda: types.SimpleNamespace(store=lambda _: None))
-    monkeypatch.setattr(loop, "_watch_parent", lambda parent: None)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,14 @@ import pytest
 import torch
 from train_cases import make_trainer, sample_diffusion, tiny_conf, write_pictures
 
+from guided_diffusion.errors import StoppedError
 from guided_diffusion.io.images import load_crop
 from guided_diffusion.training import trainer
 from guided_diffusion.training.checkpoints import checkpoint_path, load, newest_step
 from guided_diffusion.training.loop import train
 from guided_diffusion.training.losses import training_losses
 from guided_diffusion.training.pictures import TrainingImages, batches
-from guided_diffusion.training.report import Evaluator, LossWindow, read_log
+from guided_diffusion.training.report import Evaluator, log_row, read_log
 from guided_diffusion.training.timesteps import draw_noise
 from guided_diffusion.training.trainer import learning_rate
 
@@ -27,11 +28,10 @@ def run(conf, start=None):
     return trainer
 
 
-def steps(trainer, count, window=None):
-    window = window or LossWindow(trainer.conf, trainer.diffusion.num_timesteps)
+def steps(trainer, count):
     images = TrainingImages(trainer.conf)
     for batch in batches(images, range(trainer.step, trainer.step + count)):
-        window.add(*trainer.train_step(*batch))
+        trainer.train_step(*batch)
     return trainer
 
 
@@ -48,9 +48,9 @@ def shaken(trainer):
     return trainer
 
 
-def gradients(tmp_path, window=None, **changes):
+def gradients(tmp_path, **changes):
     """Return the gradients of a first step."""
-    trainer = steps(shaken(make_trainer(tiny_conf(tmp_path, **changes))), 1, window)
+    trainer = steps(shaken(make_trainer(tiny_conf(tmp_path, **changes))), 1)
     return torch.cat([p.grad.flatten() for p in trainer.parameters])
 
 
@@ -100,11 +100,13 @@ def test_bfloat16_learns_nearly_the_same_on_a_cpu_that_has_it(tmp_path, monkeypa
 
 
 def test_gradients_are_cut_to_their_largest_norm(tmp_path):
-    norm, window = gradients(tmp_path).norm().item(), LossWindow(tiny_conf(tmp_path), 1000)
-    cut = gradients(tmp_path, window, grad_clip=0.01)
+    norm, conf = gradients(tmp_path).norm().item(), tiny_conf(tmp_path, grad_clip=0.01)
+    trainer = shaken(make_trainer(conf))
+    [batch] = batches(TrainingImages(conf), range(1))
     assert norm > 0.1
+    assert math.isclose(trainer.train_step(*batch)[1], norm, rel_tol=1e-5)
+    cut = torch.cat([p.grad.flatten() for p in trainer.parameters])
     assert math.isclose(cut.norm().item(), 0.01, rel_tol=1e-3)
-    assert math.isclose(window.row(1, 0.1)["grad_norm"], norm, rel_tol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0, 0.5])
@@ -134,15 +136,19 @@ def test_the_loss_falls(tmp_path):
     assert loss() < 0.9 * before
 
 
-def test_the_row_weighs_losses_and_sorts_them_by_time(tmp_path):
-    window = LossWindow(tiny_conf(tmp_path), 1000)
+def test_the_row_weighs_losses_and_sorts_them_by_time(conf):
+    trainer = make_trainer(conf)
+    trainer.step = 7
     rows = torch.tensor([[0.0, 2.0, 1.0, 0.5, 0.5], [249, 1, 4, 4, 0], [999, 1, 3, 3, 0]])
-    window.add(rows, torch.tensor(1.0))
-    row = window.row(1, 0.1)
+    row = log_row(trainer, [(rows, torch.tensor(1.0))], 0)
+    assert (row["step"], row["images"], row["lr"]) == (7, 28, 1e-3)
     assert math.isclose(row["loss"], (2 + 4 + 3) / 3)
     assert math.isclose(row["loss_q0"], (2 * 1 + 4) / 3)
     assert math.isnan(row["loss_q1"])
     assert row["loss_q3"] == 3
+    norms = [torch.tensor(norm) for norm in (1.0, 1.0, math.nan, 1.0)]
+    with pytest.raises(StoppedError, match="not finite in step 6"):
+        log_row(trainer, [(rows, norm) for norm in norms], 0)
 
 
 def test_the_sampler_of_times_learns_the_losses(tmp_path):
