@@ -320,14 +320,13 @@ def build_page(page: Page) -> tuple["gr.Blocks", "gr.I18n"]:
                     run = gr.Button(words("run"), variant="primary", elem_id="run", min_width=120)
                     cancel = gr.Button(words("cancel"), elem_id="cancel", min_width=120)
                 state = gr.HTML(elem_id="status", css_template=STATUS_STYLE)
-                with gr.Accordion(words("more"), open=False, elem_id="more"):
+                with gr.Accordion(words("more"), elem_id="more"):
                     hole = gr.Dropdown(choices["hole"], value=PAINTED, label=words("hole"))
                     mask = gr.File(label=words("mask"), file_types=["image"], height=120,
                                    elem_id="mask")  # fmt: skip
-                    with gr.Column(visible=False) as rules:  # a radio that is hidden loses its keys
-                        mask_hole = gr.Radio(choices["mask_hole"], value="auto",
-                                             label=words("mask_hole"))  # fmt: skip
-                    method = gr.Radio(choices["method"], value="fast", label=words("method"))
+                    mask_hole = gr.Dropdown(choices["mask_hole"], value="auto", visible="hidden",
+                                            label=words("mask_hole"))  # fmt: skip
+                    method = gr.Dropdown(choices["method"], value="fast", label=words("method"))
                     samples = gr.Slider(*RANGES["samples"], 1, step=1, label=words("samples"))
                     seed = gr.Number(conf.seed, label=words("seed"))
                     full_size = gr.Checkbox(True, label=words("full_size"))
@@ -344,10 +343,12 @@ def build_page(page: Page) -> tuple["gr.Blocks", "gr.I18n"]:
         for event, key in (editor.painted, PAINTED), (mask.clear, PAINTED), (mask.upload, UPLOADED):
             event(None, None, hole, js=f"() => '{key}'", **quiet)
         hole.change(
-            lambda hole: (gr.update(visible=hole in (PAINTED, UPLOADED)),
-                          gr.update(visible=hole == UPLOADED)),
-            hole, [mask, rules], **quiet,
+            lambda hole: (gr.update(visible=hole in (PAINTED, UPLOADED) or "hidden"),
+                          gr.update(visible=hole == UPLOADED or "hidden")),
+            hole, [mask, mask_hole], **quiet,
         )  # fmt: skip
+        # A choice that is folded away before it was drawn would forget what it is set to.
+        demo.load(js="() => document.querySelector('#more button').click()")
         gr.Timer(TOUCH_SECONDS).tick(page.touch, [visitor, mask], None, queue=False, **quiet)
         gr.api(page.inpaint, api_name="inpaint", concurrency_limit=None)
         document_api(demo.fns[max(demo.fns)])
@@ -365,7 +366,7 @@ def document_api(endpoint: Any) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line; raises UserError where the page cannot listen at the port."""
     parser = OptionParser(description="Paint a hole in the browser and have it filled.")
     parser.add_argument("--conf_path", required=True, metavar="YAML", help="as for test.py")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
@@ -378,17 +379,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 1 <= args.port <= 65535:
         raise UserError(key="--port", expected="1 to 65535", got=args.port)
-    return args
-
-
-def refuse_used_port(host: str, port: int) -> None:
-    """Raise UserError where the page cannot listen at a port."""
     try:
-        socket.create_server((host, port)).close()
+        socket.create_server((args.host, args.port)).close()
     except OSError as error:
         is_used = error.errno == errno.EADDRINUSE
-        problem = f"port {port} is in use: --port {port + 1}" if is_used else f"--host: {error}"
-        raise UserError(problem) from error
+        problem = f"port {args.port} is in use: --port {args.port + 1}"
+        raise UserError(problem if is_used else f"--host: {error}") from error
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -396,7 +393,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if gr is None:
         raise UserError("gradio is not installed: pip install -r requirements-app.txt")
     args = parse_args(argv)
-    refuse_used_port(args.host, args.port)
     folder = Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
     worker = Worker(folder, args.conf_path, args.overrides)
     raise_on_ctrl_c()
