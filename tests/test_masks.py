@@ -169,24 +169,19 @@ def test_other_pictures_in_the_folder_are_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "theirs",
+    "make",
     [
-        Image.new("RGB", (32, 32), (0, 255, 254)),
-        Image.new("L", (32, 16), 255),
-        Image.new("RGBA", (32, 32)),
-        "damaged",
-        "a pipe",
+        Image.new("RGB", (32, 32), (0, 255, 254)).save,
+        Image.new("L", (32, 16), 255).save,
+        Image.new("RGBA", (32, 32)).save,
+        lambda path: path.write_bytes(b"\x89PNG half"),
+        os.mkfifo,
     ],
     ids=["photo", "not square", "transparent", "damaged", "pipe"],
 )
-def test_a_file_that_is_no_mask_is_not_overwritten(tmp_path, theirs):
+def test_a_file_that_is_no_mask_is_not_overwritten(tmp_path, make):
     path = tmp_path / "000002.png"
-    if theirs == "a pipe":
-        os.mkfifo(path)
-    elif theirs == "damaged":
-        path.write_bytes(b"\x89PNG half")
-    else:
-        theirs.save(path)
+    make(path)
     before = path.stat()
     with pytest.raises(UserError, match=r"000002\.png: --out: is no mask and would be overwritten"):
         make_masks.main(["--kind", "thick", "--size", "32", "--count", "3", "--out", str(tmp_path)])

@@ -183,9 +183,9 @@ def read_tree(path: Path, map_location: str = "cpu") -> Any:
 
 
 def _load(path: Path, stand_ins: dict[str, type], **options: Any) -> Any:
-    """Call ``torch.load`` with ``stand_ins`` for harmless classes, and for further ones it names.
+    """Call ``torch.load``, with stand-ins for harmless classes that it does not know.
 
-    torch names one class at a time that it does not know.
+    Its error names one such class at a time: ``stand_ins`` are for those named so far.
     """
     try:
         with _safe_globals(list(stand_ins.values())):
@@ -238,7 +238,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _once_a_file(check: Callable[[Path], None], path: Path) -> None:
-    """Call ``check``, unless it has passed a file of this path, size, time and inode before."""
+    """Call ``check(path)``, unless a file of this path, size, time and inode has passed it."""
     what = (check.__name__, stamp_of(os.path.realpath(path)))
     name = hashlib.sha256(repr(what).encode(errors="surrogateescape")).hexdigest()[:32]
     folder = cache_folder()

@@ -18,8 +18,6 @@ from guided_diffusion.io.paths import check_folder, refuse_remote
 # What file systems without locks answer.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
-# ---- reading -----------------------------------------------------------------------------------
-
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """Open a file to read; raises ``UserError`` for a folder, and for a pipe or a device.
@@ -33,15 +31,12 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     return path.open("rb")
 
 
-# ---- whole files -------------------------------------------------------------------------------
-
-
 FileStamp = tuple[tuple[str, int, int, int], ...]  # path, size, time in ns and inode of each file
 _OF_MODEL_FOLDERS = (".json", ".safetensors", ".bin")
 
 
 def stamp_of(path: str | os.PathLike) -> FileStamp | None:
-    """Return what tells a checkpoint, a file or a folder, from a changed one; None if not there."""
+    """Return what changes when a checkpoint, a file or a folder, does; None if it is missing."""
     try:
         path = Path(path)
         inside = sorted((*path.glob("*"), *path.glob("*/*"))) if path.is_dir() else None
@@ -100,9 +95,6 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
             leftover.unlink()
 
 
-# ---- one run a folder --------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def locked(*folders: str | os.PathLike) -> Iterator[None]:
     """Keep folders for this process while the block runs; they are made if need be.
@@ -143,9 +135,6 @@ def _locked(folder: Path) -> Iterator[None]:
         if is_new:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-
-
-# ---- checkpoints -------------------------------------------------------------------------------
 
 
 def write_checkpoint(path: str | os.PathLike, state: object) -> None:

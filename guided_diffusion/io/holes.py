@@ -24,9 +24,6 @@ _SAME_COLOUR = 48  # levels between the pixels of one stroke
 _STRIP = 1 << 20  # pixels
 
 
-# ---- reading -----------------------------------------------------------------------------------
-
-
 def known_levels(image: Image.Image, rule: str | None = None) -> np.ndarray:
     """Return what an upright mask says of each pixel: uint8 (H, W), 255 = known, 0 = hole.
 
@@ -67,9 +64,6 @@ def _known(where: np.ndarray) -> np.ndarray:
     return where.astype(np.uint8) * 255
 
 
-# ---- shaping -----------------------------------------------------------------------------------
-
-
 def shape_mask(
     known: np.ndarray, size: tuple[int, int], *, grow: int = 0, hard: bool = False
 ) -> np.ndarray:
@@ -108,7 +102,7 @@ def grow_hole(known: np.ndarray, pixels: int) -> np.ndarray:
     pixels = min(pixels, max(known.shape))
     diagonal = round((pixels - 1) * (1 - 2**-0.5))
     straight = pixels - 2 * diagonal
-    # Ways from hole to pixel may lead outside. What is rolled over the border is padding.
+    # Octagons reach over the border. What np.roll brings back in is this padding.
     grown = np.pad(known, pixels, constant_values=255)
     # An octagon is the sum of four lines, and the darkest along a line is that of few shifts.
     lines = (((0, 1), straight), ((1, 0), straight), ((1, 1), diagonal), ((1, -1), diagonal))

@@ -207,9 +207,9 @@ def _errors_of(source: Source) -> Iterator[None]:
 
 
 def open_image(stream: io.BufferedIOBase) -> Image.Image:
-    """Read the header only, by the reader of its format: ``Image.open`` warns of large pictures.
+    """Read the header only; raises ``UnidentifiedImageError`` for another format.
 
-    Raises ``UnidentifiedImageError`` for another format.
+    The format's reader is called directly: ``Image.open`` would warn of a large picture.
     """
     start = stream.read(16)
     for factory, accepts in (Image.OPEN[name] for name in _FORMATS):

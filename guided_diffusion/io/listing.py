@@ -31,7 +31,7 @@ def list_images(
     in one of ``OTHER_SUFFIXES``. What is hidden or a system's is passed over. Sorted by the full
     path as a string. A path with ``://`` goes through blobfile. Warns of pictures that are left
     out. Raises ``UserError`` (naming ``key``) for a missing or unreadable path, or nothing found;
-    ``nor`` says what else a missing path is not.
+    ``nor`` is added to the message for a missing path.
     """
     path = os.fspath(path)
     if not path:
@@ -91,7 +91,7 @@ def _list_local(path: str) -> Iterable[str]:
 
 
 def _walk(top: str) -> Iterator[str]:
-    """Yield the pictures below a folder; one to which several links lead is walked once."""
+    """Yield the pictures below a folder. A folder that several links lead to is searched once."""
     waiting, seen = [top], set()
     while waiting:
         folder = waiting.pop()

@@ -20,9 +20,6 @@ _LARGEST_DPI = 65_535  # a JPEG has 16 bits for it
 _LARGEST_SEGMENT = 65_533  # bytes of a JPEG's segment
 
 
-# ---- reading -------------------------------------------------------------------------------------
-
-
 def metadata_of(image: Image.Image) -> dict[str, object]:
     """Return what an opened file holds besides its pixels; call it before it is turned upright.
 
@@ -89,9 +86,6 @@ def _dpi_of(image: Image.Image) -> tuple[float, float] | None:
     dpi = image.info.get("dpi", ())
     is_usual = len(dpi) == 2 and all(0 < value <= _LARGEST_DPI for value in dpi)  # may be 0/0
     return (float(dpi[0]), float(dpi[1])) if is_usual else None
-
-
-# ---- writing -------------------------------------------------------------------------------------
 
 
 def jpeg_options(metadata: dict[str, object]) -> dict[str, object]:

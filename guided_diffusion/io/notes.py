@@ -32,9 +32,6 @@ def warn_of_kinds(found: Iterable[tuple[Source, str | None]]) -> None:
         warnings.warn(f"{path}: {note}{others}", stacklevel=3)
 
 
-# ---- pictures ----------------------------------------------------------------------------------
-
-
 def notes_on_picture(
     image: Image.Image, depth: tuple[float, float] | None = None, *, frames: bool = True
 ) -> list[str]:
@@ -82,9 +79,6 @@ def _note_on_range(
     return None
 
 
-# ---- masks -------------------------------------------------------------------------------------
-
-
 def notes_on_mask(image: Image.Image, *, invert: bool = False) -> tuple[list[str], int]:
     """Return what is odd about a mask that ``to_rgb`` made, and its darkest level.
 
@@ -123,8 +117,8 @@ def _note_on_levels(
     if is_coloured:
         colour = _main_colour(image)
         return (
-            f"is coloured ({colour}); draw the hole black on white, or let mask_hole: color make it"
-            f" of what is not gray, mask_hole: '{colour}' of what has this colour"
+            f"is coloured ({colour}); draw the hole black on white, or set mask_hole: color (what"
+            f" is not gray is hole) or mask_hole: '{colour}' (this colour is hole)"
         )
     highest, white = brightest, 255
     if origin.levels is not None:

@@ -17,8 +17,6 @@ JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 _LONGEST_JPEG = 65_500  # pixels a side that libjpeg writes
 _MARK = "repaint"  # the keyword of a PNG's text with the mark; a JPEG's comment begins with it
 
-# ---- writing -------------------------------------------------------------------------------------
-
 
 def as_image(pixels: np.ndarray) -> Image.Image:
     """Return an array as an image: uint8 (H, W, 3), uint8 (H, W, 1) or uint16 (H, W, 1)."""
@@ -58,9 +56,6 @@ def write_image(
         options = {"format": "PNG", **png_options(image.info, texts)}
     with atomic_path(path) as temporary:
         image.save(temporary, **options)
-
-
-# ---- results -------------------------------------------------------------------------------------
 
 
 def read_mark(path: str | os.PathLike) -> str | None:

@@ -182,7 +182,7 @@ def _fit(pixels: np.ndarray, limit: int) -> Image.Image:
 
 
 @functools.cache
-def _font(wide: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _font(wide: bool) -> ImageFont.FreeTypeFont:
     for file_name in _WIDE_FONTS if wide else ():
         with contextlib.suppress(OSError):
             return ImageFont.truetype(file_name, _FONT_SIZE)
@@ -193,8 +193,6 @@ def _write_label(cell: Image.Image, text: str, top: int) -> None:
     """Write one line of text below the tiles; a text too long loses its middle."""
     text = "".join(character if character.isprintable() else "?" for character in text)
     font = _font(any(ord(character) > 0x2E7F for character in text))
-    if not isinstance(font, ImageFont.FreeTypeFont):  # Pillow's bitmap font has Latin-1 only
-        text = text.encode("latin-1", "replace").decode("latin-1")
     draw, label, kept = ImageDraw.Draw(cell), text, len(text)
     while kept > 2 and draw.textlength(label, font) > cell.width:
         kept -= 1

@@ -67,9 +67,11 @@ def short(name: object, limit: int = 60) -> str:
 def find_weights(path: Path, tree: Any) -> Weights:
     """Return the weights in what a file holds; raises UserError where there is no one set."""
     found = list(itertools.islice(_candidates(tree), _MAX_NETWORKS + 1))
-    if not found and not _is_state_dict(tree):
-        raise UserError(path=path, expected="a state_dict of named tensors", got=_described(tree))
     if not found:
+        entries = tree.items() if isinstance(tree, dict) else ()
+        if not entries or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in entries):
+            expected = "a state_dict of named tensors"
+            raise UserError(path=path, expected=expected, got=_described(tree))
         return Weights(tree)
     plain: list[Weights] = []
     averaged: list[Weights] = []
@@ -133,14 +135,6 @@ def _is_counter(name: str, tensor: Tensor) -> bool:
         return False
     is_number = tensor.ndim == 0 or not tensor.is_floating_point()
     return is_number or bool(_COUNTERS.fullmatch(last))
-
-
-def _is_state_dict(tree: Any) -> bool:
-    return (
-        isinstance(tree, dict)
-        and bool(tree)
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tree.items())
-    )
 
 
 def _described(tree: Any) -> str:

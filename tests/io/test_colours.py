@@ -40,9 +40,6 @@ def seen(image, profile):
     return np.asarray(images.read_rgb(with_profile(image, profile)))
 
 
-# ---- profiles ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_a_profile_is_applied_once(mode):
     image = with_profile(Image.new("RGB", (4, 3), RED).convert(mode), SWAPPED)
@@ -77,9 +74,6 @@ def test_masks_are_numbers_and_keep_theirs():
     assert np.asarray(colours.to_rgb(image))[0, 0].tolist() == list(RED)
 
 
-# ---- one channel -------------------------------------------------------------------------------
-
-
 def gray(image, depth=None):
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     result = colours.to_gray(images.read_upright(image), depth)
@@ -111,9 +105,6 @@ def test_gray_of_8_bits_stays_and_colour_is_noted():
         assert pixels.dtype == np.uint8
         assert not origin.is_coloured
     assert gray(Image.new("RGB", (4, 4), RED))[1].is_coloured
-
-
-# ---- odd values --------------------------------------------------------------------------------
 
 
 def test_infinite_pixels_do_not_count_for_the_range():

@@ -10,8 +10,6 @@ from PIL import Image
 from guided_diffusion.errors import UserError
 from guided_diffusion.io import holes, images
 
-# ---- enlarging -----------------------------------------------------------------------------------
-
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 12), st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**32 - 1))
@@ -64,9 +62,6 @@ def test_a_mask_is_brought_to_the_photos_size_before_it_grows():
     assert set(np.unique(holes.shape_mask(soft, (45, 45), hard=True))) == {0, 255}
     levels = np.array([[0, 3, 128, 242, 243, 250, 255]], np.uint8)  # the last are a JPEG's noise
     assert holes.harden(levels).tolist() == [[0, 0, 0, 0, 255, 255, 255]]
-
-
-# ---- rules ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

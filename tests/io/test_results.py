@@ -34,9 +34,6 @@ def test_pictures_of_another_kind_are_a_defect(tmp_path, array):
     assert not isinstance(caught.value, UserError)
 
 
-# ---- results -----------------------------------------------------------------------------------
-
-
 def test_every_level_survives_the_way_through_the_model_range():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(3, 1)
     x = torch.from_numpy(levels).float() / 127.5 - 1

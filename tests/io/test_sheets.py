@@ -28,9 +28,6 @@ def folders(tmp_path):
     return {key: str(tmp_path / "log" / key) for key in ("srs", "lrs", "gts", "gt_keep_masks")}
 
 
-# ---- overview ----------------------------------------------------------------------------------
-
-
 def plain(colour, side=16):
     return np.full((side, side, 3), colour, np.uint8)
 
@@ -105,9 +102,6 @@ def test_rows_are_read_back_from_disk(folders):
     assert len(rows[1][1]) == 3
     [(_, tiles)] = sheets.finished_rows(folders | {"gts": None}, rows_of)
     assert len(tiles) == 2
-
-
-# ---- the process -------------------------------------------------------------------------------
 
 
 def frames(count, side=16):
