@@ -56,15 +56,11 @@ def test_ddim_takes_the_smallest_exact_stride():
     assert space_timesteps(10, "ddim2") == [0, 5]  # strides 5 to 9 all give two
 
 
-def sigmas_of(betas, kept):
-    alphas_cumprod = np.cumprod(1 - betas)[kept]
-    return np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
-
-
 def test_karras_lies_between_even_times_and_levels_even_in_the_seventh_root():
     betas = get_named_beta_schedule("linear", 1000)
     kept = space_timesteps(1000, "karras25", betas)
-    sigmas = sigmas_of(betas, slice(None))
+    alphas_cumprod = np.cumprod(1 - betas)
+    sigmas = np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
     wanted = np.linspace(sigmas[0] ** (1 / 7), sigmas[-1] ** (1 / 7), 25) ** 7
     by_level = np.interp(wanted, sigmas, np.arange(1000))
     exact = 0.7 * np.linspace(0, 999, 25) + 0.3 * by_level

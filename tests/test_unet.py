@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from network_cases import GOLDEN, golden_networks, relative
+from network_cases import GOLDEN, SMALL, golden_networks, randomised, relative
 from torch import nn
 
 from guided_diffusion.nn import GroupNorm32
@@ -47,8 +47,6 @@ ADM_128 = {"image_size": 128, "channel_mult": (1, 1, 2, 3, 4), "num_head_channel
 ADM_512 = {"image_size": 512, "channel_mult": (0.5, 1, 1, 2, 2, 4, 4)}
 CLASSIFIER = {"model_channels": 128, "num_heads": 1}
 
-# The smallest network with every kind of block.
-SMALL = TrunkConfig(16, 32, (1, 2), 1, (8,), num_heads=4, num_head_channels=16)
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 
 
@@ -59,16 +57,6 @@ def empty(model, changes, *arguments):
 
 def shapes(model):
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def filled(model, seed=0):
-    """Random weights everywhere, the zeros of a fresh network included."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            fan_in = max(parameter[0].numel(), 1) if parameter.ndim > 1 else 10
-            parameter.normal_(std=fan_in**-0.5, generator=generator)
-    return model.eval()
 
 
 def small_input(n=2, size=16, seed=0):
@@ -215,7 +203,7 @@ def test_a_plain_port_computes_the_same(updown, scale_shift, new_order, memory_f
         SMALL, resblock_updown=updown, use_scale_shift_norm=scale_shift,
         use_new_attention_order=new_order,
     )  # fmt: skip
-    model, inputs = filled(UNetModel(cfg, 6, 5)), (*small_input(), torch.tensor([1, 3]))
+    model, inputs = randomised(UNetModel(cfg, 6, 5)), (*small_input(), torch.tensor([1, 3]))
     reference = plain.unet(model, *inputs)
     model.to(memory_format=memory_format).memory_format = memory_format
     with torch.inference_mode():
@@ -230,7 +218,7 @@ def test_a_plain_port_computes_the_same(updown, scale_shift, new_order, memory_f
 )
 def test_a_plain_classifier_computes_the_same_in_float64(pool, updown, monkeypatch):
     cfg = replace(SMALL, resblock_updown=updown, use_scale_shift_norm=updown)
-    model = filled(EncoderUNetModel(cfg, 5, pool).double()).requires_grad_(False)
+    model = randomised(EncoderUNetModel(cfg, 5, pool)).double()
     model.dtype = torch.float64
     x, t = small_input()
     x, y = x.double(), torch.tensor([1, 3])
@@ -282,7 +270,7 @@ ZERO_AT_START = r"(out_layers\.3|proj_out|^out\.2)\.weight$"
 
 
 def test_times_and_labels_matter_each_image_for_itself():
-    model = filled(UNetModel(SMALL, 6, 5))
+    model = randomised(UNetModel(SMALL, 6, 5))
     x, t = small_input()
     y = torch.tensor([1, 3])
     with torch.inference_mode():
@@ -298,12 +286,12 @@ def test_times_and_labels_matter_each_image_for_itself():
 
 
 def test_dropout_in_training_only():
-    model = filled(UNetModel(replace(SMALL, dropout=0.5), 6))
+    model = randomised(UNetModel(replace(SMALL, dropout=0.5), 6))
     x, t = small_input()
     with torch.no_grad():
         calm = model(x, t)
         assert torch.equal(calm, model(x, t))
-        without = filled(UNetModel(SMALL, 6))
+        without = randomised(UNetModel(SMALL, 6))
         torch.testing.assert_close(calm, without(x, t))
         model.train()
         assert not torch.allclose(model(x, t), model(x, t), atol=1e-3)
@@ -320,7 +308,8 @@ def test_checkpointing_changes_no_gradient(monkeypatch):
     x, t = small_input()
     gradients = []
     for use_checkpoint in (False, True):
-        model = filled(UNetModel(replace(SMALL, use_checkpoint=use_checkpoint), 6)).train()
+        model = randomised(UNetModel(replace(SMALL, use_checkpoint=use_checkpoint), 6))
+        model.train().requires_grad_()
         source = x.clone().requires_grad_()
         model(source, t).square().sum().backward()
         gradients.append([source.grad, *(p.grad for p in model.parameters())])
@@ -367,7 +356,7 @@ def test_what_half_precision_converts(dtype, updown, pool):
 
 @pytest.mark.parametrize("pool", [None, "attention", "spatial_v2"])
 def test_bfloat16_is_close_to_float32(pool):
-    model = filled(UNetModel(SMALL, 6) if pool is None else EncoderUNetModel(SMALL, 10, pool))
+    model = randomised(UNetModel(SMALL, 6) if pool is None else EncoderUNetModel(SMALL, 10, pool))
     x, t = small_input()
     types = []
     model.middle_block.register_forward_hook(lambda _, i, o: types.append((i[0].dtype, o.dtype)))

@@ -78,22 +78,12 @@ def broken(graph, inputs):
     raise RuntimeError("no compiler\nand a long story")
 
 
-def rounding(graph, inputs):
-    """Compute in bfloat16 what is to be float32."""
-    return lambda *arguments: tuple(out.bfloat16().float() for out in graph(*arguments))
-
-
-@pytest.mark.parametrize(
-    ("backend", "message"), [(broken, "does not work: .*; going on"), (rounding, "is wrong by")]
-)
-def test_where_compiling_fails_one_warning_and_the_plain_network(
-    network, monkeypatch, backend, message
-):
+def test_where_compiling_fails_one_warning_and_the_plain_network(network, monkeypatch):
     reference = network(X, T, Y)
-    with_backend(monkeypatch, backend)
+    with_backend(monkeypatch, broken)
     run = accelerate(network, CPU, True)
     with torch.inference_mode():
-        with pytest.warns(UserWarning, match=f"compile: .*{message}") as caught:
+        with pytest.warns(UserWarning, match="compile: .*does not work: .*; going on") as caught:
             first = run(X, T, Y)
         assert [each.category for each in caught].count(UserWarning) == 1
         second = run(X, T, Y)

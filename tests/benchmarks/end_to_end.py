@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import plain
-from sampler import NETWORKS, configuration, machine, positive, with_checkpoints
+from sampler import NETWORKS, configuration, machine, positive, synchronise, with_checkpoints
 
 from guided_diffusion.accel.accelerate import prepare
 from guided_diffusion.cli import OptionParser, command_line
@@ -126,12 +126,6 @@ def measure(way: Way, device: torch.device, at_most: float) -> None:
                 break
         synchronise(device)
         way.seconds = time.perf_counter() - started
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for all that a GPU has to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def table(ways: Sequence[Way], batch: int) -> str:

@@ -205,17 +205,13 @@ class Benchmark:
         y = torch.arange(batch, device=device) % conf.num_classes
         self.y = [y] if conf.guided or conf.class_cond else []
 
-    def synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def prepare(self, is_plain: bool, tf32: tuple[bool, bool]) -> None:
         """Set the process's switches as a mode has them."""
         torch.backends.cudnn.benchmark = True  # as Inpainter does: all calls have the same shapes
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         if self.device.type == "cpu":
             return_freed_memory() if is_plain else keep_freed_memory()
-        self.synchronise()
+        synchronise(self.device)
 
     @torch.inference_mode()
     def call(self, mode: Mode, count: int = 1) -> Tensor:
@@ -224,7 +220,7 @@ class Benchmark:
             output = mode.network(self.x, self.level(i), *self.y)
             if mode.is_plain:
                 output.flatten()[0].item()
-        self.synchronise()
+        synchronise(self.device)
         return output
 
     def level(self, call: int) -> Tensor:
@@ -296,6 +292,12 @@ class Benchmark:
                 started = time.perf_counter()
                 self.call(mode, calls)
                 mode.ms.append((time.perf_counter() - started) / calls * 1000)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for all that a GPU has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def return_freed_memory() -> None:
