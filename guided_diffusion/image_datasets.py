@@ -19,7 +19,6 @@ from guided_diffusion.io.colours import is_deep, to_gray, to_rgb, to_srgb
 from guided_diffusion.io.holes import (
     BLACK,
     WHITE,
-    grow_hole,
     harden,
     known_levels,
     same_shape,
@@ -85,12 +84,6 @@ class ReadOptions:
     mask_grow: int = 0  # enlarge holes by so many pixels of the photo
     mask_hard: bool = False  # make every pixel hole that the hole touches
     seed: int = 0  # of drawn masks
-
-    @property
-    def keeps_mask(self) -> bool:
-        """Whether a mask keeps the levels that its file has in each of three channels."""
-        is_plain = self.mask_hole is None and not self.mask_grow and not self.mask_hard
-        return is_plain and self.channels == 3
 
 
 AS_PUBLISHED = ReadOptions()
@@ -218,35 +211,14 @@ def load_pair(
     """
     image = read_photo(pair, options)
     photo = origin_of(image).size
-    mask = None
-    if pair.is_alpha:
-        mask = crop_mask(pair, image, image_size, options, photo)
     gt = crop_photo(pair, image, image_size, options)
-    del image  # before the mask is decoded
-    if mask is None:
-        mask = load_mask(pair, image_size, options, photo)
+    if not pair.is_alpha:
+        del image  # before the mask is decoded
+        image = read_mask(pair, options, image_size)
+    mask = crop_mask(pair, image, image_size, options, photo)
     if flip:
         gt, mask = np.ascontiguousarray(gt[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
     return gt, mask
-
-
-def load_mask(
-    pair: Pair,
-    size: int,
-    options: ReadOptions = AS_PUBLISHED,
-    photo: tuple[int, int] | None = None,
-) -> np.ndarray:
-    """Read or draw the mask of a pair: uint8 (size, size, C), 255 known, 0 generated.
-
-    A file is cut as the picture is. The soft values that scaling leaves stay, unless ``options``
-    say otherwise. ``photo`` is the picture's (width, height), in whose pixels ``mask_grow`` is.
-    """
-    if pair.mask_file is not None:
-        return crop_mask(pair, read_mask(pair, options), size, options, photo)
-    mask = _drawn(pair, size, options)
-    mask = 255 - mask if options.invert_mask else mask
-    mask = grow_hole(mask, _scaled(options.mask_grow, size, photo))
-    return np.repeat(mask[:, :, None], options.channels, axis=2)
 
 
 def read_photo(pair: Pair, options: ReadOptions) -> Image.Image:
@@ -271,28 +243,31 @@ def crop_photo(pair: Pair, image: Image.Image, size: int, options: ReadOptions) 
     return np.ascontiguousarray(pixels[:, :, :-1])
 
 
-def read_mask(pair: Pair, options: ReadOptions) -> Image.Image:
-    """Read the file of a mask: as RGB, or in its own mode where a rule needs that."""
-    image = read_upright(pair.mask_file)
-    return to_rgb(image) if options.mask_hole is None and not pair.is_alpha else image
+def read_mask(pair: Pair, options: ReadOptions, size: int) -> Image.Image:
+    """Read the file of a mask, as RGB, or in its own mode where a rule needs that; or draw it."""
+    image = read_upright(pair.mask_file) if pair.mask_file else _drawn(pair, (size, size), options)
+    return to_rgb(image) if pair.makes_mask or options.mask_hole is None else image
 
 
 def crop_mask(
-    pair: Pair,
-    image: Image.Image,
-    size: int,
-    options: ReadOptions,
-    photo: tuple[int, int] | None,
+    pair: Pair, image: Image.Image, size: int, options: ReadOptions, photo: tuple[int, int]
 ) -> np.ndarray:
-    """Turn what ``read_mask`` returned into what ``load_mask`` returns."""
-    if options.keeps_mask and not pair.is_alpha:
+    """Cut what ``read_mask`` returned as the picture is: uint8 (size, size, C), 255 known.
+
+    The soft values that scaling leaves stay, unless ``options`` say otherwise. ``photo`` is the
+    picture's (width, height), in whose pixels ``mask_grow`` is.
+    """
+    is_shaped = options.mask_grow or options.mask_hard
+    has_rule = pair.is_alpha or options.mask_hole is not None
+    if options.channels == 3 and not is_shaped and not has_rule:  # its channels may differ
         mask = center_crop(image, size, pair.mask_file)
         return 255 - mask if options.invert_mask else mask
     known = _known(pair, image, options)
-    if options.mask_grow or options.mask_hard:
+    if is_shaped:
         grow = options.mask_grow
-        if photo is None or is_of_the_square(image.size, photo, size):
-            photo, grow = image.size, _scaled(grow, min(image.size), photo)
+        if pair.mask_file is None or is_of_the_square(image.size, photo, size):
+            grow = grow and max(1, round(grow * min(image.size) / min(photo)))
+            photo = image.size
         known = shape_mask(known, photo, grow=grow, hard=options.mask_hard)
     mask = center_crop(Image.fromarray(known), size, pair.mask_file)[:, :, 0]
     # Scaling has made the rim soft again.
@@ -302,26 +277,26 @@ def crop_mask(
 
 def _known(pair: Pair, image: Image.Image, options: ReadOptions) -> np.ndarray:
     """Return what is known by the rule of the options, uint8 (H, W); raises UserError."""
+    rule = options.mask_hole if not pair.makes_mask else ALPHA if pair.is_alpha else None
     try:
-        known = known_levels(image, ALPHA if pair.is_alpha else options.mask_hole)
+        known = known_levels(image, rule)
     except UserError as error:
         path = name_of(pair.mask_file)
         raise UserError(error.problem, path=path, key="mask_path") from None
     return 255 - known if options.invert_mask else known
 
 
-def _drawn(pair: Pair, size: int, options: ReadOptions) -> np.ndarray:
-    """Draw the mask of a pair: uint8 (size, size)."""
-    rng = np.random.default_rng([options.seed, pair.index])
+def _drawn(pair: Pair, size: tuple[int, int], options: ReadOptions) -> Image.Image:
+    """Draw the mask of a pair, (width, height): the middle of a square."""
+    (width, height), side = size, max(size)
     try:
-        return masks.make_mask(pair.mask_path, size, rng)
+        mask = masks.make_mask(
+            pair.mask_path, side, np.random.default_rng([options.seed, pair.index])
+        )
     except ValueError as error:
         raise UserError(str(error), key="mask_path", got=pair.mask_path) from error
-
-
-def _scaled(pixels: int, side: int, photo: tuple[int, int] | None) -> int:
-    """Turn pixels of a photo into those of a picture of it whose short side is ``side``."""
-    return pixels if photo is None or not pixels else max(1, round(pixels * side / min(photo)))
+    left, top = (side - width) // 2, (side - height) // 2
+    return Image.fromarray(mask[top : top + height, left : left + width])
 
 
 def is_of_the_square(mask: tuple[int, int], photo: tuple[int, int], size: int) -> bool:
@@ -398,13 +373,9 @@ def _known_of_photo(
 ) -> tuple[np.ndarray, list[str]]:
     """Return the mask of a photo at its size, uint8 (H, W), and what is odd about its file."""
     notes: list[str] = []
-    if pair.mask_file is None:  # the middle of a square
-        side = max(photo.size)
-        left, top = (side - photo.width) // 2, (side - photo.height) // 2
-        known = _drawn(pair, side, options)[top : top + photo.height, left : left + photo.width]
-        known = 255 - known if options.invert_mask else known
-    elif pair.is_alpha:
-        known = _known(pair, photo, options)
+    if pair.makes_mask:
+        image = photo if pair.is_alpha else _drawn(pair, photo.size, options)
+        known = _known(pair, image, options)
     else:
         mask = read_upright(pair.mask_file, whole=True)
         if not same_shape(mask.size, photo.size):

@@ -15,7 +15,6 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import (
     Pair,
     ReadOptions,
-    load_mask,
     load_pair,
     load_photo,
     pair_images,
@@ -169,13 +168,13 @@ def test_a_family_draws_masks_from_seed_and_index_alone(tmp_path, monkeypatch):
     pairs = pair_images(gt, "thin")
     later = pair_images(gt, "thin", offset=1)
     state = torch.get_rng_state()
-    drawn = [load_mask(pair, 32, ReadOptions(seed=3)) for pair in pairs]
+    drawn = [load_pair(pair, 32, ReadOptions(seed=3))[1] for pair in pairs]
     assert torch.equal(state, torch.get_rng_state())
     assert drawn[0].shape == (32, 32, 3)
     assert set(np.unique(drawn[0])) == {0, 255}
     assert not np.array_equal(drawn[0], drawn[1])
-    assert not np.array_equal(drawn[0], load_mask(pairs[0], 32, ReadOptions(seed=4)))
-    assert np.array_equal(drawn[1], load_mask(later[0], 32, ReadOptions(seed=3)))
+    assert not np.array_equal(drawn[0], load_pair(pairs[0], 32, ReadOptions(seed=4))[1])
+    assert np.array_equal(drawn[1], load_pair(later[0], 32, ReadOptions(seed=3))[1])
     expected = masks.make_mask("thin", 32, np.random.default_rng([3, 1]))
     assert np.array_equal(drawn[1][:, :, 2], expected)
 
@@ -221,8 +220,8 @@ def test_grow_is_in_pixels_of_the_photo(tmp_path, side):
     inverted = load_pair(pair, 20, dataclasses.replace(options, invert_mask=True))[1]
     assert (inverted == 255).sum() == 3
     drawn = pair_images(gt, "genhalf")[0]
-    assert (load_mask(drawn, 20) == 255).sum() == 3 * 10 * 20
-    more = load_mask(drawn, 20, options, (160, 160))
+    assert (load_pair(drawn, 20)[1] == 255).sum() == 3 * 10 * 20
+    more = load_pair(drawn, 20, options)[1]
     assert (more == 255).sum() == 3 * 8 * 20
     # A mask of the square that the network sees grows by as much.
     wide = save(tmp_path / "wide.png", picture(300, 160))

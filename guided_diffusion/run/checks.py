@@ -16,7 +16,6 @@ from guided_diffusion.image_datasets import (
     crop_mask,
     crop_photo,
     is_of_the_square,
-    load_mask,
     load_photo,
     read_mask,
     read_photo,
@@ -183,13 +182,11 @@ def _check_squares(
 
 def _look_at_mask(pair: Pair, size: int, options: ReadOptions, photo: tuple[int, int]) -> _Mask:
     """Read or draw a mask, and judge it."""
-    if pair.makes_mask:
-        return _Mask(_share_of_hole(load_mask(pair, size, options, photo)))
-    image, notes, darkest = read_mask(pair, options), [], 0
-    if options.mask_hole is None:
+    image, notes, darkest = read_mask(pair, options, size), [], 0
+    if options.mask_hole is None and not pair.makes_mask:
         notes, darkest = notes_on_mask(image, invert=options.invert_mask)
     mask = crop_mask(pair, image, size, options, photo)
-    if mask.min() == mask.max():  # there is no hole whose place could be wrong
+    if pair.makes_mask or mask.min() == mask.max():  # no hole whose place could be wrong
         return _Mask(_share_of_hole(mask), notes=notes)
     hole, touched = (mask <= BLACK).sum(), (mask < WHITE).sum()
     half_known, softness = 1 - hole / max(1, touched), ""
