@@ -101,33 +101,14 @@ OTHERS = {
     "lsun_cat": {"dropout": 0.1, "timestep_respacing": "1000"},
     "lsun_horse": {"dropout": 0.1, "timestep_respacing": "1000"},
     "lsun_horse_nodropout": {"dropout": 0.0, "timestep_respacing": "1000"},
-    "inet512": {
-        "model": "512x512_diffusion.pt",
-        "class_cond": True,
-        "image_size": 512,
-        "use_fp16": False,
-        "classifier_scale": 4.0,
-    },
-    "inet64": {
-        "model": "64x64_diffusion.pt",
-        "image_size": 64,
-        "num_channels": 192,
-        "num_res_blocks": 3,
-        "use_new_attention_order": True,
-        "noise_schedule": "cosine",
-        "dropout": 0.1,
-        "class_cond": True,
-        "classifier_depth": 4,
-    },
-    "inet128": {
-        "model": "128x128_diffusion.pt",
-        "image_size": 128,
-        "num_heads": 4,
-        "num_head_channels": -1,
-        "class_cond": True,
-        "classifier_scale": 0.5,
-    },
-}
+    "inet512": {"model": "512x512_diffusion.pt", "class_cond": True, "image_size": 512,
+                "use_fp16": False, "classifier_scale": 4.0},
+    "inet64": {"model": "64x64_diffusion.pt", "image_size": 64, "num_channels": 192,
+               "num_res_blocks": 3, "use_new_attention_order": True, "noise_schedule": "cosine",
+               "dropout": 0.1, "class_cond": True, "classifier_depth": 4},
+    "inet128": {"model": "128x128_diffusion.pt", "image_size": 128, "num_heads": 4,
+                "num_head_channels": -1, "class_cond": True, "classifier_scale": 0.5},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -308,14 +289,12 @@ def test_data_keys_that_have_one_value_say_why(key, must):
         ({"num_head_channels": -1, "num_heads": 5}, ("num_heads and", "num_channels", "5")),
         ({"num_head_channels": -1, "num_heads_upsample": 3}, ("num_heads_upsample and", "3")),
         ({"diffusion_steps": 20}, ("diffusion_steps", "noise_schedule")),
-        ({"cond_y": 1000}, ("cond_y", "num_classes")),
         ({"cond_y": 10, "num_classes": 10}, ("cond_y", "num_classes")),
         (
             {"inpa_inj_sched_prev": False, "inpa_inj_sched_prev_cumnoise": True},
             ("inpa_inj_sched_prev_cumnoise", "and inpa_inj_sched_prev:"),
         ),
         ({"use_fp16": True, "precision": "bfloat16"}, ("use_fp16", "precision", "bfloat16")),
-        ({"use_fp16": True, "precision": "float32"}, ("use_fp16", "precision")),
         ({"predict_xstart": True, "predict_v": True}, ("predict_xstart", "predict_v")),
         ({"depth_min": 100.0, "depth_max": 100.0}, ("depth_min and depth_max",)),
         ({"full_size": True, "data__random_flip": True}, ("full_size", "set.random_flip")),
@@ -336,9 +315,7 @@ def test_data_keys_that_have_one_value_say_why(key, must):
             ("classifier_width", "classifier_attention_resolutions"),
         ),
         ({"data__paths": {"srs": "o", "lrs": "./o/"}}, ("paths.srs", "paths.lrs")),
-        ({"data__paths": {"gts": "log/run/inpainted"}}, ("paths.srs", "paths.gts")),
         ({"data__paths": {"srs": "gt"}}, ("data.eval.set.gt_path", "data.eval.set.paths.srs")),
-        ({"data__paths": {"gt_keep_masks": "mask"}}, ("set.mask_path", "paths.gt_keep_masks")),
     ],
 )
 def test_conflicts_name_both_keys(keys, named):
@@ -417,10 +394,8 @@ def test_training_conf():
     ("key", "value"),
     [
         ("lr", 0),
-        ("lr", "fast"),
         ("microbatch", 0),
         ("ema_rate", "1.0"),
-        ("ema_rate", ""),
         ("holdout", 1),
         ("sample_mask", "hole"),
         ("use_fp16", True),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guided_diffusion.config.docs import help_text, markdown_table
+from guided_diffusion.config.docs import help_text
 from guided_diffusion.config.keys import DataConf, InpaintConf, OutputPaths
 from guided_diffusion.config.reading import load_conf
 from guided_diffusion.config.schema import conf_from_dict, conf_to_dict, describe, keys_of
@@ -319,24 +319,10 @@ def test_every_key_is_documented_in_one_sentence(cls):
     assert len({doc.key for doc in docs}) == len(docs)
 
 
-def test_dotted_names_and_defaults():
-    docs = {doc.key: doc for doc in describe(InpaintConf)}
-    assert docs["schedule_jump_params.t_T"].default == "250"
-    assert docs["data.eval.<set>.paths.srs"].default == "empty"
-    assert docs["model_path"].default == "required"
-    assert docs["seed"].default == "absent"
-    assert docs["use_fp16"].default == "false"
-    assert docs["dropout"].type == "a finite number, at least 0 and below 1"
-
-
 @pytest.mark.parametrize("cls", [InpaintConf, TrainConf])
-def test_table_and_help_have_all_keys(cls):
-    docs = describe(cls)
-    rows = markdown_table(cls).splitlines()
-    assert len(rows) == len(docs) + 2
-    assert all(row.count("|") == 5 for row in rows)
+def test_help_has_all_keys_and_fits_the_terminal(cls):
     text = help_text(cls, width=80)
-    assert all(f"  {doc.key}  (" in text for doc in docs)
+    assert all(f"  {doc.key}  (" in text for doc in describe(cls))
     assert all(len(line) <= 80 for line in text.splitlines() if line.startswith("      "))
 
 
