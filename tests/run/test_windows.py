@@ -50,12 +50,12 @@ def test_the_average_of_what_is_the_same_everywhere_is_that(batch_size):
 
 def test_windows_without_a_hole_are_left_out():
     x, mask, network = torch.randn(1, 3, 64, 64), torch.ones(1, 3, 64, 64), Noting()
-    mask[..., 3, 5] = 0
-    windows = Windows(network, 16, mask, 1)
-    output = windows(x, T)
-    assert len(network.inputs) == 1
-    torch.testing.assert_close(output[..., 3, 5], torch.cat([2 * x, -x], dim=1)[..., 3, 5])
-    assert not output[..., 32:, 32:].any()
+    mask[..., 63, 63] = 0.5  # half-known is not known
+    output = Windows(network, 16, mask, 1)(x, T)
+    [(seen, _, _)] = network.inputs
+    assert torch.equal(seen, x[..., 48:, 48:])
+    torch.testing.assert_close(output[..., 48:, 48:], torch.cat([2 * seen, -seen], dim=1))
+    assert not output[..., :48].any()
 
 
 def test_the_middle_of_a_window_counts_more_than_its_border():
