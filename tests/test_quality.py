@@ -200,7 +200,6 @@ def test_what_remains_is_listed_and_nothing_written(folder, capsys):
         (["--pictures", "others"], "out: has results with other pictures"),  # of the same names
         (["--masks", "nn"], "--masks: expected of thin, thick"),
         (["--count", "4"], "--count: too few; expected 4, found 3"),
-        (["--batch_size", "0"], "--batch_size: expected 1 or more"),
         (["--set", "image_size=16"], "image_size: expected at least 31, for LPIPS, found 16"),
         (["--set", "model_path=no.pt"], r"no\.pt: no such checkpoint"),
         (["--settings", "nearest"], "--settings: needs --train, the training pictures"),

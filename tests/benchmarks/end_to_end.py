@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import plain
-from sampler import NETWORKS, configuration, machine, positive, synchronise, with_checkpoints
+from sampler import NETWORKS, configuration, machine, synchronise, with_checkpoints
 
 from guided_diffusion.accel.accelerate import prepare
 from guided_diffusion.cli import OptionParser, command_line
@@ -68,7 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OptionParser(description=__doc__, formatter_class=text)
     parser.add_argument("--network", choices=NETWORKS, default="256")
     parser.add_argument("--conf_path", metavar="YAML", help="its network instead")
-    parser.add_argument("--batch_size", type=positive, default=1, help="pictures at once")
+    parser.add_argument("--batch_size", type=int, default=1, help="pictures at once")
     parser.add_argument("--at_most", type=float, default=600, help="seconds a way (default: 600)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     return parser.parse_args(argv)

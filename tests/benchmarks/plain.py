@@ -156,17 +156,6 @@ def classifier(model: EncoderUNetModel, x: Tensor, timesteps: Tensor) -> Tensor:
     return rest[0](h.mean(dim=(2, 3), keepdim=True)).flatten(1)
 
 
-def classifier_gradient(
-    model: EncoderUNetModel, x: Tensor, timesteps: Tensor, y: Tensor, scale: float
-) -> Tensor:
-    """Return scale · ∇_x log p(y | x), (N, 3, S, S)."""
-    with torch.inference_mode(False), torch.enable_grad():
-        x = x.clone().requires_grad_()
-        log_probs = F.log_softmax(classifier(model, x, timesteps), dim=-1)
-        selected = log_probs[range(len(y)), y]
-        return torch.autograd.grad(selected.sum(), x)[0] * scale
-
-
 def repaint(
     diffusion: GaussianDiffusion,
     model: Callable[[Tensor, Tensor], Tensor],

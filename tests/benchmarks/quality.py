@@ -378,9 +378,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", default="log/quality", type=Path, metavar="DIR")
     parser.add_argument("--dry_run", action="store_true", help="only list what remains")
     args = parser.parse_args(argv)
-    for key in ("count", "batch_size"):
-        if getattr(args, key) < 1:
-            raise UserError(key=f"--{key}", expected="1 or more", got=getattr(args, key))
     for family in args.masks:
         if family not in FAMILIES:
             raise UserError(key="--masks", expected=f"of {', '.join(FAMILIES)}", got=family)

@@ -54,7 +54,7 @@ from guided_diffusion.dist_util import get_device
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import write_text_atomic
 from guided_diffusion.io.paths import check_folder
-from guided_diffusion.run.inpainter import Inpainter
+from guided_diffusion.run.inpainter import Inpainter, classifier_gradient
 from guided_diffusion.scheduler import count_steps
 from guided_diffusion.script_util import (
     create_classifier,
@@ -101,16 +101,9 @@ class Mode:
 # ---- What to run ---------------------------------------------------------------------------------
 
 
-def positive(text: str) -> int:
-    """Parse an integer above 0."""
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected an integer above 0, found {text!r}")
-    return int(text)
-
-
 def batch_sizes(text: str) -> list[int]:
     """Parse ``--batch_sizes``."""
-    return [positive(part) for part in text.split(",")]
+    return [int(part) for part in text.split(",")]
 
 
 def mode_names(text: str) -> list[str]:
@@ -134,8 +127,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     parser.add_argument("--modes", type=mode_names, help="with commas; default: those that the "
                         "device is good for")  # fmt: skip
-    parser.add_argument("--rounds", type=positive, default=10)
-    parser.add_argument("--calls", type=positive, default=5, help="of each mode in every round")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--calls", type=int, default=5, help="of each mode in every round")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--markdown", metavar="FILE", help="write there what is printed")
     args = parser.parse_args(argv)
@@ -261,7 +254,8 @@ class Benchmark:
             model.double()
         model.convert_trunk(dtype)
         if self.conf.guided:
-            return partial(plain.classifier_gradient, model, scale=self.conf.classifier_scale)
+            classifier = partial(plain.classifier, model)
+            return partial(classifier_gradient, classifier, scale=self.conf.classifier_scale)
         return partial(plain.unet, model)
 
     def _ours(self, precision: str | None, way: str | None) -> Network:
@@ -352,7 +346,7 @@ def count_flops(conf: InpaintConf) -> int:
     model.eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
         if conf.guided:
-            plain.classifier_gradient(model, *inputs, *y, scale=1.0)
+            classifier_gradient(partial(plain.classifier, model), *inputs, *y, scale=1.0)
         else:
             plain.unet(model, *inputs, *y)
     return counter.get_total_flops()
