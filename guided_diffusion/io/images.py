@@ -36,9 +36,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.\w+ImagePlugin")  # they name no
 # Times PIL.Image.MAX_IMAGE_PIXELS. A progressive JPEG has 3 bytes a pixel in memory at any scale.
 _LARGEST_JPEG = 4
 # The first bytes after "ftyp" of the pictures that telephones take.
-_HEIC_BRANDS = (
-    *(b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"),
-)
+_HEIC_BRANDS = b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split()
 _BYTES_A_PIXEL = 24  # of a photo at its own size: itself, its mask, what is written
 _BYTES_TO_CUT = 10  # a pixel, of a picture that is read to be cut to a square
 _REMOTE_MEMORY = 160 << 20  # bytes to read a picture of a store, of 16 megapixels
@@ -92,14 +90,9 @@ _silence_libtiff()
 
 def name_of(source: Source) -> str:
     """Return what messages call a picture: its path, or that it is in memory."""
-    return (
-        getattr(source, "filename", "") or "a picture in memory" if is_in_memory(source) else source
-    )
-
-
-def is_in_memory(source: Source) -> bool:
-    """Whether a picture is an image, and not the path of a file."""
-    return isinstance(source, Image.Image)
+    if isinstance(source, Image.Image):
+        return getattr(source, "filename", "") or "a picture in memory"
+    return source
 
 
 # ---- reading -----------------------------------------------------------------------------------
@@ -129,7 +122,7 @@ def read_upright(source: Source, *, whole: bool = False, frame: int = 0) -> Imag
     its ``info["metadata"]`` is what the file holds besides (``metadata_of``).
     """
     with _errors_of(source):
-        if is_in_memory(source):
+        if isinstance(source, Image.Image):
             return _upright(source, source.size, whole, copy=True)
         with open_bytes(source) as stream, open_image(stream) as image:
             stored = image.size
@@ -165,7 +158,7 @@ def memory_to_read(sources: Iterable[Source], show_progress: bool = False) -> in
         except UserError:
             return 0
 
-    paths = {source for source in sources if not is_in_memory(source)}
+    paths = {source for source in sources if not isinstance(source, Image.Image)}
     return max(in_threads(memory_of, paths, "looking at pictures", show_progress), default=0)
 
 
@@ -308,12 +301,9 @@ def scale_short_side(image: Image.Image, size: int, source: Source = "") -> Imag
     return image
 
 
-def load_crop(source: Source, size: int, depth: tuple[float, float] | None = None) -> np.ndarray:
-    """Read and cut one picture: uint8 (size, size, 3); raises ``UserError`` naming the file.
-
-    ``depth`` is that of ``read_rgb``.
-    """
-    return center_crop(read_rgb(source, depth), size, source)
+def load_crop(source: Source, size: int) -> np.ndarray:
+    """Read and cut one picture: uint8 (size, size, 3); raises ``UserError`` naming the file."""
+    return center_crop(read_rgb(source), size, source)
 
 
 # ---- tensors -----------------------------------------------------------------------------------

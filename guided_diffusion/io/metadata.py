@@ -39,16 +39,15 @@ def metadata_of(image: Image.Image) -> dict[str, object]:
 
 def _exif_of(image: Image.Image) -> bytes:
     found, exif = image.getexif(), Image.Exif()
-    details, place = dict(found.get_ifd(_EXIF)), dict(found.get_ifd(_GPS))
+    directories = {tag: dict(found.get_ifd(tag)) for tag in (_EXIF, _GPS)}
+    details = directories[_EXIF]
     if _INTEROP in details:
         details[_INTEROP] = dict(found.get_ifd(_INTEROP))
     if {_WIDTH, _HEIGHT} <= details.keys():
         is_turned = found.get(_ORIENTATION, 1) >= 5
         details[_WIDTH], details[_HEIGHT] = image.size[::-1] if is_turned else image.size
     exif.update(_writable(found))
-    for directory, tags in ((_EXIF, details), (_GPS, place)):
-        if tags:
-            exif[directory] = _writable(tags)
+    exif.update({directory: _writable(tags) for directory, tags in directories.items() if tags})
     if not exif:
         return b""
     exif[_ORIENTATION] = 1

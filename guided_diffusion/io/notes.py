@@ -12,10 +12,6 @@ from guided_diffusion.io.holes import BLACK, WHITE, same_shape, strips
 from guided_diffusion.io.images import Origin, Source, name_of, origin_of
 
 _WORTH_A_NOTE = 1e-4  # share of a mask's pixels
-_STROKES = (
-    "is a layer whose ground is transparent; mask_hole: alpha and invert_mask: true make what is"
-    " painted the hole"
-)
 
 
 def warn_of_kinds(found: Iterable[tuple[Source, str | None]]) -> None:
@@ -86,51 +82,43 @@ def notes_on_mask(image: Image.Image, *, invert: bool = False) -> tuple[list[str
     JPEG's noise, and nearly white in the place of white are not odd. A note ends with what mends
     it, mostly a key.
     """
-    darkest, brightest, coloured = np.zeros((3, 256), int)
+    darkest, lightest, coloured = np.zeros((3, 256), int)  # histograms
     for strip in strips(image):
         darkest += extreme_channel(ImageChops.darker, strip).histogram()
-        brightest += extreme_channel(ImageChops.lighter, strip).histogram()
+        lightest += extreme_channel(ImageChops.lighter, strip).histogram()
         coloured += colourfulness(strip).histogram()
-    first, last = np.flatnonzero(darkest)[0], np.flatnonzero(brightest)[-1]
-    is_white_layer = invert and darkest[WHITE:].any()
-    if origin_of(image).is_mostly_transparent and not is_white_layer:
-        note = _STROKES
-    else:
-        note = _note_on_levels(image, darkest, int(last), coloured)
-    notes = [note_on_frames(origin_of(image)), note]
-    return [note for note in notes if note], int(first)
-
-
-def _note_on_levels(
-    image: Image.Image, darkest: np.ndarray, brightest: int, coloured: np.ndarray
-) -> str | None:
-    """Judge by histograms of the darkest channel and of the difference between channels."""
-    origin, pixels = origin_of(image), image.width * image.height
+    origin, pixels, note = origin_of(image), image.width * image.height, None
     is_coloured = coloured[COLOURED + 1 :].sum() > max(3, _WORTH_A_NOTE * pixels)
     is_gray = darkest[BLACK + 1 : WHITE].sum() > pixels / 2
     is_black = not darkest[BLACK + 1 :].sum()
-    if origin.is_transparent and (is_coloured or is_gray or is_black):
-        return (
+    highest, white = int(np.flatnonzero(lightest)[-1]), 255
+    if origin.levels is not None:
+        highest, white = origin.levels.highest, origin.levels.white
+    if origin.is_mostly_transparent and not (invert and darkest[WHITE:].any()):
+        note = (
+            "is a layer whose ground is transparent; mask_hole: alpha and invert_mask: true make"
+            " what is painted the hole"
+        )
+    elif origin.is_transparent and (is_coloured or is_gray or is_black):
+        note = (
             "is not black and white where it is opaque; mask_hole: alpha makes the transparent"
             " parts the hole"
         )
-    if is_coloured:
+    elif is_coloured:
         colour = _main_colour(image)
-        return (
+        note = (
             f"is coloured ({colour}); draw the hole black on white, or set mask_hole: color (what"
             f" is not gray is hole) or mask_hole: '{colour}' (this colour is hole)"
         )
-    highest, white = brightest, 255
-    if origin.levels is not None:
-        highest, white = origin.levels.highest, origin.levels.white
-    if 0 < highest < white / 2:
-        return (
+    elif 0 < highest < white / 2:
+        note = (
             f"has no level above {highest:g} of {white:g}, so that nothing is known;"
             " mask_hole: zero makes every pixel known that is not 0"
         )
-    if is_gray:
-        return "is mostly gray, which is half-known; is it a mask? Draw the hole black on white"
-    return None
+    elif is_gray:
+        note = "is mostly gray, which is half-known; is it a mask? Draw the hole black on white"
+    notes = [note_on_frames(origin), note]
+    return [note for note in notes if note], int(np.flatnonzero(darkest)[0])
 
 
 def _main_colour(image: Image.Image) -> str:
