@@ -4,7 +4,7 @@ import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from guided_diffusion.io.listing import output_name, stem_of
 
@@ -27,13 +27,14 @@ def pair_up(images: Sequence[str], mask_files: Sequence[str]) -> Sequence[str]:
                 stacklevel=4,
             )
         return partners
-    for place, other in _contradictions(stems, mask_stems):
+    contradiction = _contradiction(stems, mask_stems)
+    if contradiction:
+        place, other = contradiction
         warnings.warn(
             f"{images[place]} is paired with {mask_files[place]} by sorted position, although"
             f" {mask_files[other]} has its name; check that both folders hold the same names",
             stacklevel=4,
         )
-        break
     return mask_files
 
 
@@ -69,8 +70,8 @@ def _affixed(shorter: Sequence[str], longer: Sequence[str]) -> list[int] | None:
     return None
 
 
-def _contradictions(stems: Sequence[str], mask_stems: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield images and masks that have one name, or number, without being at one position."""
+def _contradiction(stems: Sequence[str], mask_stems: Sequence[str]) -> tuple[int, int] | None:
+    """Return the first image and mask of one name, or number, that are at different positions."""
     for images, others, has_to_match in (
         (stems, mask_stems, False),
         (_differing_parts(stems), _differing_parts(mask_stems), False),
@@ -81,7 +82,8 @@ def _contradictions(stems: Sequence[str], mask_stems: Sequence[str]) -> Iterator
             continue
         for place, name in enumerate(images):
             if places.get(name, place) != place and others[place] != name:
-                yield place, places[name]
+                return place, places[name]
+    return None
 
 
 def _differing_parts(stems: Sequence[str]) -> list[str]:

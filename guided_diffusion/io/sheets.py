@@ -30,9 +30,6 @@ _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 _WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "msyh.ttc", "PingFang.ttc")
 
 
-# ---- overview ----------------------------------------------------------------------------------
-
-
 def finished_rows(
     folders: Mapping[str, str | None], results: Iterable[tuple[str, Sequence[str]]]
 ) -> Iterator[OverviewRow]:
@@ -101,9 +98,6 @@ def overview(rows: Sequence[OverviewRow]) -> Image.Image:
     return _grid(cells, columns, _BORDER, margin=_BORDER)
 
 
-# ---- the process -------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class ProcessFrame:
     """A step of the reverse process: time ``t``, x_t and the predicted x_0, uint8 (H, W, C)."""
@@ -153,9 +147,6 @@ def _frame_image(frame: ProcessFrame, tile: int) -> Image.Image:
     page.paste(pred_xstart, (0, x.height + _GAP))
     _write_label(page, f"t={frame.t}", 2 * x.height + _GAP)
     return page
-
-
-# ---- drawing -----------------------------------------------------------------------------------
 
 
 def _grid(cells: Sequence[Image.Image], columns: int, gap: int, *, margin: int = 0) -> Image.Image:
