@@ -99,6 +99,12 @@ def test_other_precisions_on_disk_become_float32(tmp_path, dtype):
     assert all((p == 1).all() for p in model.parameters())
 
 
+def test_a_checkpoint_that_is_not_of_numbers_is_refused(tmp_path):
+    path = saved(tmp_path / "model.pt", shapes(create_model, conf(**SMALL)), torch.int64)
+    line = refusal(load_model, conf(**SMALL, model_path=path))
+    assert "expected time_embed.0.weight as plain floating-point numbers" in line
+
+
 # ---- A checkpoint that does not fit --------------------------------------------------------------
 
 WRONG = [

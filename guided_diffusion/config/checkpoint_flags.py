@@ -79,14 +79,13 @@ def model_flags(
         sizes = [size for size, table in CHANNEL_MULT_BY_SIZE.items() if table == mult]
         image_size = sizes[0] if sizes else image_size
     attends = [f"{name}.1.qkv.weight" in shapes for name in first]
+    sides = {image_size >> i for i, is_on in enumerate(attends) if is_on}
     flags = {
         "image_size": image_size,
         "num_channels": width,
         "num_res_blocks": per_level - 1,
         "channel_mult": mult,
-        "attention_resolutions": {
-            image_size >> i for i, attending in enumerate(attends) if attending
-        },
+        "attention_resolutions": sides,
         "in_channels": in_channels,
         "learn_sigma": out_channels == 2 * in_channels,
         "class_cond": num_classes is not None,

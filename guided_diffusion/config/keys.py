@@ -8,7 +8,7 @@ that have to fit each other; schema.py does everything else.
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -228,10 +228,7 @@ class InpaintConf(ModelConf):
     data: DataConf = key(text="`eval:` and in it one data set by its name.", under="eval")  # noqa: RUF009
     # fmt: on
 
-    @classmethod
-    def completed(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the tree with the keys that the network at ``model_path`` decides."""
-        return follow_model(tree)
+    completed = staticmethod(follow_model)  # with the keys that the network decides
 
     @property
     def follows_model(self) -> bool:

@@ -125,15 +125,11 @@ def _override(tree: dict, option: str, cls: type[Conf]) -> str:
         branch = branch[part]
         if not isinstance(branch, dict):
             raise UserError(f"{part} is a value and has no keys in it")
-    branch[parts[-1]] = _parse_value(text)
-    return ".".join(str(part) for part in parts)
-
-
-def _parse_value(text: str) -> Any:
-    """Return the VALUE of KEY=VALUE: YAML, in which # begins no comment where nothing is quoted."""
     text = text.strip()
-    is_plain = not text.startswith(("'", '"', "[", "{"))
-    return text if is_plain and re.search(r"(^|\s)#", text) else _parse(text)
+    # Where nothing is quoted, # begins no comment: it may be a colour or part of a path.
+    has_hash = re.search(r"(^|\s)#", text) and not text.startswith(("'", '"', "[", "{"))
+    branch[parts[-1]] = text if has_hash else _parse(text)
+    return ".".join(str(part) for part in parts)
 
 
 def as_overrides(keys: Mapping[str, Any]) -> list[str]:

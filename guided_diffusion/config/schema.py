@@ -228,8 +228,8 @@ class Conf:
 
     ignored: ClassVar[Mapping[str, str]] = {}
 
-    @classmethod
-    def completed(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    @staticmethod
+    def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a tree completed with the keys that are decided elsewhere than in the YAML."""
         return tree
 

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -156,18 +155,17 @@ def load_lucidrains(checkpoint: Checkpoint, heads: int, device: torch.device) ->
 # ---- The network ---------------------------------------------------------------------------------
 
 
-def _import(name: str) -> ModuleType:
+def _unet_of(checkpoint: Checkpoint, heads: int) -> nn.Module:
+    """Return the package's Unet without weights.
+
+    Raises UserError where the package is missing, or its network is another one.
+    """
     try:
-        from denoising_diffusion_pytorch import denoising_diffusion_pytorch
+        from denoising_diffusion_pytorch import denoising_diffusion_pytorch as package
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
         reason = str(error).splitlines()[0][:160]
-        raise UserError(f"needs {_NAME}: {_NEEDS} ({reason})", path=name) from None
-    return denoising_diffusion_pytorch
-
-
-def _unet_of(checkpoint: Checkpoint, heads: int) -> nn.Module:
-    """Return the package's Unet without weights; raises UserError where it is another network."""
-    package, shapes = _import(checkpoint.name), checkpoint.shapes
+        raise UserError(f"needs {_NAME}: {_NEEDS} ({reason})", path=checkpoint.name) from None
+    shapes = checkpoint.shapes
     levels = range(len(checkpoint.dim_mults))
     hidden = [shapes.get(f"downs.{i}.2.to_qkv.weight", (384,))[0] // 3 for i in levels]
     attn_heads = checkpoint.heads or (heads,) * len(levels)
