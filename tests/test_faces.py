@@ -81,23 +81,19 @@ def draw(faces):
 
 
 @pytest.mark.parametrize(
-    ("option", "lowest"),
-    [("--count=abc", 1), ("--count=0", 1), ("--count=", 1), ("--start=-1", 0), ("--size=6.4", 1)],
+    ("option", "words"),
+    [
+        ("--count=abc", 'expected a whole number, at least 1, found "abc"'),
+        ("--count=0", 'expected a whole number, at least 1, found "0"'),
+        ("--start=-1", 'expected a whole number, at least 0, found "-1"'),
+        ("--sizes=64", ""),
+    ],
 )
-def test_what_is_no_number_is_one_line_and_makes_nothing(draw, tmp_path, option, lowest):
+def test_a_wrong_option_is_one_line_and_makes_nothing(draw, tmp_path, option, words):
     ended = draw("--out", "faces", option)
-    key, _, found = option.partition("=")
-    expected = f'error: {key}: expected a whole number, at least {lowest}, found "{found}"\n'
-    assert (ended.returncode, ended.stderr) == (2, expected)
-    assert not (tmp_path / "faces").exists()
-
-
-@pytest.mark.parametrize("option", ["--sizes=64", "--out", "32"])
-def test_an_unknown_option_is_one_line_too(draw, option):
-    ended = draw(option)
     assert ended.returncode == 2
-    assert re.fullmatch(r"error: .+\n", ended.stderr)
-    assert option.split("=")[0] in ended.stderr
+    assert re.fullmatch(rf"error: .*{option.partition('=')[0]}.*{words}.*\n", ended.stderr)
+    assert not (tmp_path / "faces").exists()
 
 
 def test_faces_have_their_numbers_for_names(draw, tmp_path):

@@ -143,12 +143,6 @@ def test_command_writes_what_it_reports(tmp_path, capsys):
         assert sheet.size == (5 * 68 + 4, 68 + 4)
 
 
-def test_other_pictures_in_the_folder_are_told(tmp_path):
-    (tmp_path / "holiday.JPG").touch()
-    with pytest.warns(UserWarning, match=r"1 other pictures, such as holiday\.JPG"):
-        make_masks.main(["--kind", "nn2", "--size", "8", "--out", str(tmp_path)])
-
-
 @pytest.mark.parametrize(
     "make",
     [

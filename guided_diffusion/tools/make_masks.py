@@ -4,7 +4,6 @@ import argparse
 import math
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,27 +83,13 @@ def _is_mask(path: Path) -> bool:
 
 
 def _prepare_folder(folder: Path, written: set[str]) -> None:
-    """Make the folder; warn of other pictures in it, which a run would take for masks.
-
-    Raises UserError where it cannot be made, or a file that is no mask would be overwritten.
-    """
+    """Make the folder; UserError where it cannot be, or a file that is no mask would be lost."""
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted(written & {path.name for path in folder.iterdir()}):
         if not _is_mask(folder / name):
             problem = "is no mask and would be overwritten: take another folder, or remove it"
             raise UserError(problem, path=folder / name, key="--out")
-    others = [
-        path.name
-        for path in folder.rglob("*")
-        if path.name not in written and path.suffix.lower() in (".png", ".jpg", ".jpeg", ".gif")
-    ]
-    if others:
-        warnings.warn(
-            f"{folder} holds {len(others)} other pictures, such as {min(others)}, which a run over "
-            "this folder takes for masks too",
-            stacklevel=2,
-        )
 
 
 def _preview_path(folder: Path) -> Path:

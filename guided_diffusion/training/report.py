@@ -26,7 +26,7 @@ from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.training.losses import training_losses
 from guided_diffusion.training.pictures import TrainingImages
 from guided_diffusion.training.timesteps import HELD_OUT, SHOW, draw_noise, generator
-from guided_diffusion.training.trainer import Trainer, gather, learning_rate
+from guided_diffusion.training.trainer import Trainer, gather, learning_rate, parts_of
 
 Tensor = torch.Tensor
 Row = dict[str, float]  # a line of the log; NaN or absent where a column is empty
@@ -166,7 +166,7 @@ class Evaluator:
             places = (q + rng.random(count)) / QUARTILES * diffusion.num_timesteps
             t = torch.from_numpy(places.astype(np.int64)).to(self.device)
             seeds, losses = rng.integers(2**32, size=count), []
-            for part in _parts(count, self.trainer.part):
+            for part in parts_of(count, self.trainer.part):
                 x, labels = self._inputs(self.held_out[part])
                 predict = self.trainer.ema_predictor(labels)
                 noise = draw_noise(seeds[part], x.shape[1:], self.device)
@@ -197,9 +197,9 @@ class Evaluator:
         gt, labels = self._inputs(self.shown)
         results = self._repaint(gt, keep, labels, jump_n_sample=5)
         rows = []
-        for i, mask, result in zip(self.shown, masks, results, strict=True):
-            name, crop = Path(self.images.paths[i]).stem, _eight_bits(self.crops[i])
-            rows.append((name, [masked_u8(crop, mask), result, crop]))
+        for i, mask, result, truth in zip(self.shown, masks, results, to_levels(gt), strict=True):
+            name = Path(self.images.paths[i]).stem
+            rows.append((name, [masked_u8(truth, mask), result, truth]))
         write_overview(path, rows)
 
     def _inputs(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
@@ -219,22 +219,13 @@ class Evaluator:
             steps, jump_length=max(1, steps // 5), jump_n_sample=jump_n_sample
         )
         sources = [torch.Generator(self.device).manual_seed(seed + i) for i in range(len(gt))]
-        for part in _parts(len(gt), self.trainer.part):
+        for part in parts_of(len(gt), self.trainer.part):
             predict = self.trainer.ema_predictor(None if labels is None else labels[part])
             x = self.sample_diffusion.inpaint(
                 predict, gt[part], keep[part], times, sampler=Repaint(), generators=sources[part]
             )
             results.append(to_levels(x))
         return np.concatenate(results)
-
-
-def _parts(count: int, size: int) -> list[slice]:
-    return [slice(i, i + size) for i in range(0, count, size)]
-
-
-def _eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """Return pixels of 8 or 16 bits as uint8."""
-    return pixels if pixels.dtype == np.uint8 else np.rint(pixels / 257).astype(np.uint8)
 
 
 def _spread(indices: np.ndarray, count: int) -> np.ndarray:

@@ -56,6 +56,11 @@ def pictures_at_once(conf: TrainConf) -> int:
     return count if conf.microbatch == -1 else min(count, conf.microbatch)
 
 
+def parts_of(count: int, size: int) -> list[slice]:
+    """Divide ``count`` pictures into parts of up to ``size``."""
+    return [slice(i, i + size) for i in range(0, count, size)]
+
+
 # ---- The network ---------------------------------------------------------------------------------
 
 
@@ -172,7 +177,7 @@ class Trainer:
             group["lr"] = learning_rate(conf, self.step)
         self.optimizer.zero_grad()
         losses = []
-        parts = [slice(i, i + self.part) for i in range(0, len(x), self.part)]
+        parts = parts_of(len(x), self.part)
         for part in parts:
             predict = self._predictor(self.network, None if y is None else y[part])
             keeps = part != parts[-1] and self.shared is not self.model

@@ -76,15 +76,16 @@ def test_measure(tmp_path, monkeypatch, capsys):
     path = write_conf(tmp_path / "tiny.yml", t_T=20, jump_length=2, jump_n_sample=2)
     path.write_text(
         path.read_text().replace("absent.pt", str(model))
+        + "      batch_size: 2\n"
         + "image_size: 32\nnum_channels: 32\nchannel_mult: '1,2'\nnum_res_blocks: 1\n"
         "attention_resolutions: '16'\nnum_head_channels: 16\ndevice: cpu\n"
     )
-    # A clock that adds 1 s a look: the timed transitions take 1 s together.
+    # A clock that adds 1 s a look: the timed transitions of two pictures take 1 s together.
     monkeypatch.setattr(plot_schedule.time, "perf_counter", iter(range(9)).__next__)
     assert plot_schedule.main(["--conf_path", str(path), "--measure"]) == 0
     *_, line = capsys.readouterr().out.splitlines()
     # 19 18 17 16 17 18 17 16 15: eight transitions with six calls, of 38 that an image takes.
-    assert line == "tiny: 6.3 s an image on cpu, 0.167 s a network call"
+    assert line == "tiny: 3.2 s an image on cpu, 0.0833 s a network call"
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_the_held_out_loss_is_the_same_however_it_is_cut_up(tmp_path):
     assert losses[0] == pytest.approx(losses[1])
     evaluator = observe(tiny_conf(tmp_path, holdout=0), know_nothing)
     assert evaluator.held_out_losses() == {}
-    assert len(evaluator.shown) == 2
+    assert evaluator.shown.tolist() == [0, 11]  # neighbours are often alike
 
 
 # ---- pictures ------------------------------------------------------------------------------------

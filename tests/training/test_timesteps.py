@@ -67,15 +67,3 @@ def test_the_sampler_takes_the_root_mean_square_of_the_last_ten():
     assert np.isclose(sampler.probabilities()[0], expected)
     sampler.update(np.array([0.0, 1.0]), np.array([np.nan, np.inf]))  # the training stops for these
     assert np.isclose(sampler.probabilities()[0], expected)
-
-
-def test_the_sampler_goes_on_from_its_state(tmp_path):
-    first, second = LossSecondMomentSampler(3), LossSecondMomentSampler(3)
-    rng = np.random.default_rng(0)
-    first.update(rng.integers(3, size=50), rng.random(50))
-    torch.save(first.state_dict(), tmp_path / "state.pt")
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for sampler in (first, second):
-        sampler.update(np.array([0, 2]), np.array([5.0, 6.0]))
-    assert (first.probabilities() == second.probabilities()).all()
-    assert len(set(first.probabilities())) == 3

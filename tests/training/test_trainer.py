@@ -77,6 +77,10 @@ def test_averages_follow_the_weights_at_their_rates_and_faster_at_first(tmp_path
     for rate, average in averages.items():
         assert torch.allclose(weights(trainer.emas[rate]), average, atol=1e-6)
         assert not torch.allclose(average, weights(trainer.model), atol=1e-6)
+    x, t = torch.ones(1, 3, 8, 8), torch.ones(1)
+    shown = [trainer.ema_predictor(None)(x, t), trainer.emas[0.15](x, t), trainer.emas[0.9](x, t)]
+    assert torch.equal(shown[0], shown[1])
+    assert not torch.equal(shown[0], shown[2])
 
 
 @pytest.mark.parametrize(
