@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 QUOTA = """Google Drive sent a page in place of the file; usually its daily limit for this file is
 used up (quota): try again in a day, or set REPAINT_MIRROR"""
 JSON_LIMIT, MARGIN = 1 << 20, 16 << 20  # bytes; MARGIN stays free on the disk
-TRIES = 4  # in a row without a new byte
+TRIES = 3  # in a row without a new byte
 PASSING = (408, 425, 429)  # HTTP statuses from 400 to 499 after which another try may help
 PLAIN = {0, stat.S_IFREG, stat.S_IFDIR}  # kinds of an archive's entries; 0: not stated
 
@@ -96,9 +96,9 @@ def check_room(target: Target, size: int, missing: int) -> None:
     """Raise NotFetchedError for a ``size`` above the limit, or no room for ``missing`` bytes."""
     if size > target.limit:
         raise NotFetchedError(f"has {human(size)}, expected at most {human(target.limit)}")
-    free = shutil.disk_usage(target.path.parent).free
-    if missing + MARGIN > free:
-        raise NotFetchedError(f"needs {human(missing)}, and the disk has {human(free)}")
+    needed, free = missing + MARGIN, shutil.disk_usage(target.path.parent).free
+    if needed > free:
+        raise NotFetchedError(f"needs {human(needed)}, and the disk has {human(free)}")
 
 
 def fill_part(target: Target, address: str, timeout: int) -> None:
@@ -113,7 +113,7 @@ def fill_part(target: Target, address: str, timeout: int) -> None:
         return
     failures, most = 0, 0
     while failures < TRIES:
-        time.sleep(failures * timeout / 12)
+        time.sleep(failures * timeout / 20)
         try:
             transfer(target, address, timeout)
             return
