@@ -195,9 +195,7 @@ def _look_at_mask(pair: Pair, size: int, options: ReadOptions, photo: tuple[int,
         if darkest > BLACK and not options.invert_mask:
             softness = "its hole is gray, which is half-known, and not black"
         elif not hole:
-            softness = (
-                f"its hole is thinner than a pixel at {size} x {size}, and all of it half-known"
-            )
+            softness = f"its hole is thinner than a pixel at {size} x {size}, so half-known"
     return _Mask(_share_of_hole(mask), origin_of(image), notes, softness)
 
 
@@ -226,8 +224,8 @@ def _notes_on_both(pair: Pair, photo: Origin, mask: _Mask, size: int) -> list[st
     if mask.notes or not mask.softness:
         return mask.notes
     return [
-        f"{mask.softness}, so that part of what should go stays; mask_hard: true makes these pixels"
-        " hole, mask_grow: N enlarges the hole"
+        f"{mask.softness}: part of what should go stays; mask_hard: true makes these pixels hole,"
+        " mask_grow: N enlarges the hole"
     ]
 
 

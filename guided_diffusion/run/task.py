@@ -84,9 +84,8 @@ class Plan:
         """Return how often ``jobs`` call the network at most, in the main process."""
         calls, size = 0, self.conf.data.batch_size
         for start in range(0, len(jobs), size):
-            together = [
-                task for job in jobs[start : start + size] for task in self.tasks[job.pair.index]
-            ]
+            indices = [job.pair.index for job in jobs[start : start + size]]
+            together = [task for index in indices for task in self.tasks[index]]
             calls += sum(max(1, -(-some[0].windows // size)) for some in batches(together, size))
         return calls * self.steps
 

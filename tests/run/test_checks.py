@@ -130,9 +130,13 @@ def test_thin_holes_and_soft_rims_are_told_and_mended(tmp_path):
     thin = save(tmp_path / "thin.png", mask_of(160, 160, (20, 80, 140, 83)))
     shares, told = check(gt, thin)
     assert len(told) == 1
-    assert "thin.png: its hole is thinner than a pixel at 16 x 16" in told[0]
-    assert "mask_hard: true" in told[0]
-    assert "mask_grow: N" in told[0]
+    for fact in (
+        "thin.png: ",
+        "thinner than a pixel at 16 x 16",
+        "mask_hard: true",
+        "mask_grow: N",
+    ):
+        assert fact in told[0]
     hard, told = check(gt, thin, mask_hard=True)
     assert told == []
     assert hard[0] > 2 * shares[0]
@@ -160,11 +164,9 @@ def test_odd_masks_are_told_once_a_kind(tmp_path):
     gt = folder_of(tmp_path / "gt", ["a.png", "b.png", "c.png"])
     for name, white in (("a", 1), ("b", 2), ("c", 255)):
         save(tmp_path / "mask" / f"{name}.png", mask_of(40, 30, (4, 4, 30, 20), white))
-    _, told = check(gt, str(tmp_path / "mask"), 30)
-    assert len(told) == 1
-    assert "mask/a.png: has no level above 1 of 255" in told[0]
-    assert "mask_hole: zero" in told[0]
-    assert "and 1 more like it" in told[0]
+    [told] = check(gt, str(tmp_path / "mask"), 30)[1]
+    for fact in ("mask/a.png: has no level above 1 of 255", "mask_hole: zero", "1 more like it"):
+        assert fact in told
     shares, told = check(gt, str(tmp_path / "mask"), 30, mask_hole="zero")
     assert told == []
     assert len(set(shares)) == 1
@@ -175,17 +177,14 @@ def test_dark_deep_pictures_are_told_and_scaled_by_a_key(tmp_path):
     deep = (x * 100).astype(np.uint16)
     gt = save(tmp_path / "gt" / "a.png", deep)
     save(tmp_path / "gt" / "b.png", deep // 2)
-    _, told = check(str(tmp_path / "gt"), "genhalf")
-    assert len(told) == 1
-    assert "gt/a.png: uses 3900 of 65535" in told[0]
-    assert "depth_max: 4095" in told[0]
+    [told] = check(str(tmp_path / "gt"), "genhalf")[1]
+    assert "gt/a.png: uses 3900 of 65535" in told and "depth_max: 4095" in told
     assert check(gt, "genhalf", depth_max=4095.0)[1] == []
     bright = save(tmp_path / "bright.png", deep * 16)
     assert check(bright, "genhalf")[1] == []
     negative = save(tmp_path / "n.tif", (x / 20.0 - 1).astype(np.float32))
     [told] = check(negative, "genhalf")[1]
-    assert "values of -1 to 0.95" in told
-    assert "depth_min" in told
+    assert "values of -1 to 0.95" in told and "depth_min" in told
 
 
 @pytest.mark.parametrize(
@@ -203,12 +202,10 @@ def test_a_turned_photo_with_a_mask_that_is_not(
     tmp_path, photo, turned, mask, mask_turned, is_told
 ):
     gt = save(tmp_path / "p.jpg", picture(*photo), turned=turned, quality=98)
-    box = (2, 2, 12, 12)
-    path = save(tmp_path / "m.png", mask_of(*mask, box), turned=mask_turned)
+    path = save(tmp_path / "m.png", mask_of(*mask, (2, 2, 12, 12)), turned=mask_turned)
     told = check(gt, path, 30)[1]
     assert [f"EXIF orientation {turned}" in text for text in told] == [True] * is_told
-    drawn = check(gt, "genhalf", 30)[1]
-    assert drawn == []
+    assert check(gt, "genhalf", 30)[1] == []
 
 
 @pytest.mark.parametrize("name", ["p.gif", "p.png", "p.webp", "p.tif"])

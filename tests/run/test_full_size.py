@@ -34,10 +34,6 @@ def filled(photo, mask, size, feather=0, value=77):
     return result
 
 
-def test_without_a_hole_there_is_no_cut():
-    assert find_cuts(mask_of(50, 80), 16) == []
-
-
 HOLES = {
     "inside": (40, 30, 50, 45),
     "in a corner": (0, 0, 9, 7),
@@ -80,10 +76,10 @@ def test_joined_holes_hold_all_and_no_two_belong_together(longest, seed):
     rng = np.random.default_rng(seed)
     left, top = rng.integers(0, 400, 200), rng.integers(0, 300, 200)
     ends = left + rng.integers(1, longest, 200), top + rng.integers(1, 5, 200)
-    boxes = [tuple(map(int, box)) for box in np.stack([left, top, *ends], axis=1)]
-    joined = np.array(merge_boxes(boxes, 16))
-    assert 1 < len(joined) < 200 or longest == 200
-    for box in np.array(boxes):
+    boxes = np.stack([left, top, *ends], axis=1)
+    joined = np.array(merge_boxes(map(tuple, boxes.tolist()), 16))
+    assert 1 < len(joined) < 200
+    for box in boxes:
         assert ((joined[:, :2] <= box[:2]) & (joined[:, 2:] >= box[2:])).all(axis=1).sum() == 1
     for k, box in enumerate(joined):
         others = np.delete(joined, k, axis=0)
@@ -209,10 +205,8 @@ def test_beyond_the_photo_nothing_is_known():
 
 
 def test_soft_masks_mix():
-    photo = np.full((40, 40, 3), 100, np.uint8)
-    mask = mask_of(40, 40)
-    mask[10:20, 10:20] = 51
-    result = filled(photo, mask, 16, value=200)
+    mask = np.where(mask_of(40, 40, (10, 10, 20, 20)), 255, 51).astype(np.uint8)
+    result = filled(np.full((40, 40, 3), 100, np.uint8), mask, 16, value=200)
     assert (result[10:20, 10:20] == 180).all()
 
 
