@@ -413,6 +413,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             time.sleep(TOUCH_SECONDS / 4)
             page.sweep()
     finally:
+        for job in worker.jobs:
+            job.is_cancelled = True
         gr.close_all(verbose=False)
         shutil.rmtree(folder, ignore_errors=True)
 

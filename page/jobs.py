@@ -130,7 +130,7 @@ class Worker:
         self._checkpoints = self._find_checkpoints()
         self._repaint: RePaint | None = None
         self._thread = ThreadPoolExecutor(1)
-        self._jobs: list[Job] = []
+        self.jobs: list[Job] = []  # in their order, those that are not finished among them
 
     def _find_checkpoints(self) -> dict[str, str]:
         return {key: check_network(path) for key, path in checkpoints_of(self.conf).items()}
@@ -153,12 +153,12 @@ class Worker:
         except BaseException:
             shutil.rmtree(folder)
             raise
-        self._jobs = [*(each for each in self._jobs if not each.work.done()), job]
+        self.jobs = [*(each for each in self.jobs if not each.work.done()), job]
         return job
 
     def count_before(self, job: Job) -> int:
         """Return how many jobs have to finish before this one begins."""
-        earlier = takewhile(lambda each: each is not job, self._jobs)
+        earlier = takewhile(lambda each: each is not job, self.jobs)
         return sum(not (each.is_cancelled or each.work.done()) for each in earlier)
 
     def _work(self, job: Job, mask: str) -> None:

@@ -34,7 +34,6 @@ from guided_diffusion.errors import UserError
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FEW_STEPS = ("timestep_respacing='8'", "schedule_jump_params={t_T: 8, jump_n_sample: 1}", "seed=4")
 PHONE = {"width": 390, "height": 844}
-EXAMPLE = "#editor .examples img"
 PHOTO = sorted((ROOT / "data/datasets/gts/demo").iterdir())[0]
 MASK = sorted((ROOT / "data/datasets/gt_keep_masks/demo").iterdir())[0]
 
@@ -194,7 +193,7 @@ def page_server(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser():
+def open_page(page_server):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not CHROMIUM:
         pytest.skip("chromium is not installed")
@@ -202,28 +201,20 @@ def browser():
         chromium = driver.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
         )
-        yield chromium
+
+        def open_(**options):
+            page = chromium.new_page(**{"viewport": {"width": 1280, "height": 1000}} | options)
+            page.set_default_timeout(90_000)
+            page.goto(page_server[0])
+            page.wait_for_selector("#run")
+            return page
+
+        yield open_
         chromium.close()
 
 
-@pytest.fixture
-def open_page(browser, page_server):
-    pages = []
-
-    def open_(**options):
-        pages.append(browser.new_page(**{"viewport": {"width": 1280, "height": 1000}} | options))
-        pages[-1].set_default_timeout(90_000)
-        pages[-1].goto(page_server[0])
-        pages[-1].wait_for_selector("#run")
-        return pages[-1]
-
-    yield open_
-    for page in pages:
-        page.close()
-
-
 def take_example(page, number=0):
-    page.locator(EXAMPLE).nth(number).click()
+    page.locator("#editor .examples img").nth(number).click()
     told(page, "Paint over", "#editor .message")
 
 
@@ -445,10 +436,10 @@ def test_programs_learn_in_one_sentence_what_is_wrong(page_server):
     client = gradio_client.Client(page_server[0], verbose=False)
     endpoint = client.view_api(return_format="dict")["named_endpoints"]["/inpaint"]
     labels = [each["label"] for each in endpoint["parameters"] + endpoint["returns"]]
-    assert labels == [
-        "picture", "mask", "hole", "method", "samples", "seed", "full_size", "mask_grow",
-        "mask_hole", "message", "before and after", "all results", "files",
-    ]  # fmt: skip
+    assert ", ".join(labels) == (
+        "picture, mask, hole, method, samples, seed, full_size, mask_grow, mask_hole, "
+        "message, before and after, all results, files"
+    )
     for wrong, message in (
         ({"seed": 1.7}, "seed: expected a whole number from 0 to 2147483647, found 1.7"),
         ({"hole": "painted"}, "hole: expected uploaded, thin, thick"),
