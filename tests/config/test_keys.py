@@ -177,11 +177,6 @@ def test_required_keys(missing):
             conf_from_dict(without, InpaintConf, "x.yml")
 
 
-@pytest.mark.parametrize("missing", ["gt_path", "mask_path"])
-def test_required_keys_of_a_data_set(missing):
-    refused(f"data.eval.set.{missing}: is missing", **{f"data__{missing}": None})
-
-
 @pytest.mark.parametrize(
     ("keys", "whole", "nearest"),
     [
