@@ -1,7 +1,7 @@
 """CONDITION: how the known pixels come in. Each sampler is one class.
 
 To add one, derive it from ``Sampler`` (gaussian_diffusion.py) or from one of these, override the
-methods that differ, and give it a name for the YAML in ``create_sampler`` of script_util.py.
+methods that differ, and give it a name for the YAML in ``SAMPLERS`` of script_util.py.
 """
 
 from dataclasses import dataclass

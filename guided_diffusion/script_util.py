@@ -6,6 +6,7 @@ that does not fit says by its shapes which YAML keys have to change.
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -136,12 +137,21 @@ def create_schedule(conf: InpaintConf, diffusion: GaussianDiffusion) -> list[int
     return times
 
 
-def create_sampler(conf: InpaintConf) -> Sampler:
-    """Build what puts the known pixels in, as the key ``sampler`` says."""
-    if conf.sampler == "ddnm":
-        return Ddnm(conf.ddnm_eta, conf.ddnm_eta_falls, conf.inpa_inj_sched_prev)
+def _repaint(conf: InpaintConf) -> Sampler:
     sampler = Ddim if conf.use_ddim else Repaint
     return sampler(conf.inpa_inj_sched_prev, conf.inpa_inj_sched_prev_cumnoise)
+
+
+# What the key ``sampler`` may be.
+SAMPLERS: dict[str, Callable[[InpaintConf], Sampler]] = {
+    "repaint": _repaint,
+    "ddnm": lambda conf: Ddnm(conf.ddnm_eta, conf.ddnm_eta_falls, conf.inpa_inj_sched_prev),
+}
+
+
+def create_sampler(conf: InpaintConf) -> Sampler:
+    """Build what puts the known pixels in, as the key ``sampler`` says."""
+    return SAMPLERS[conf.sampler](conf)
 
 
 # ---- Loading -------------------------------------------------------------------------------------
