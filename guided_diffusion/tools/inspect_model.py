@@ -58,9 +58,6 @@ def _count(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return f"{count / 1e6:,.1f} million parameters" if count > 1e5 else f"{count:,} parameters"
 
 
-# ---- Networks of other programs ------------------------------------------------------------------
-
-
 def _of_foreign(path: str, side: int | None) -> list[str]:
     """Describe a network whose own files decide most keys, and add the usual values of others."""
     fetch_configuration(path)
@@ -96,9 +93,6 @@ def _about_chain(model: ForeignModel) -> str:
         f"# chain: {len(betas):,} steps with betas from {betas[0]:.3g} to {betas[-1]:.3g}; "
         f"predicts {outputs}, {clip}; variance: {variance}"
     )
-
-
-# ---- A checkpoint --------------------------------------------------------------------------------
 
 
 def _of_checkpoint(path: str, side: int | None) -> list[str]:

@@ -74,9 +74,6 @@ class LPIPS(nn.Module):
         return whole, (maps * hole).sum((1, 2)) / hole.sum((1, 2))
 
 
-# ---- weights -------------------------------------------------------------------------------------
-
-
 def load_lpips(alexnet: str | os.PathLike | None = None) -> LPIPS:
     """Return LPIPS with its weights; ``alexnet`` is a file for AlexNet's, None fetches it.
 

@@ -32,9 +32,6 @@ from guided_diffusion.unet import UNetModel
 Tensor = torch.Tensor
 
 
-# ---- Processes that share a batch ----------------------------------------------------------------
-
-
 def gather(values: Tensor, dim: int) -> Tensor:
     """Join every process's ``values`` along ``dim``, in the order of their ranks."""
     if world_size() == 1:
@@ -61,9 +58,6 @@ def parts_of(count: int, size: int) -> list[slice]:
     return [slice(i, i + size) for i in range(0, count, size)]
 
 
-# ---- The network ---------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch's generator of the CPU within the block, and restore it at its end."""
@@ -80,9 +74,6 @@ def uses_bfloat16(conf: TrainConf, device: torch.device) -> bool:
         warnings.warn(problem, stacklevel=3)
         return False
     return wanted
-
-
-# ---- The step ------------------------------------------------------------------------------------
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -64,9 +64,6 @@ def test_the_end_of_torchrun_is_told_whoever_noticed_it(tmp_path, team, monkeypa
         raise KeyboardInterrupt
 
 
-# ---- one training --------------------------------------------------------------------------------
-
-
 def meet(monkeypatch, *processes):
     """Let processes compare (conf, names, start), one after the other; raises as the last does."""
     met = []

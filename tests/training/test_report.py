@@ -61,9 +61,6 @@ def gray_pictures(folder, count=12):
         Image.new("RGB", (8, 8), (level,) * 3).save(folder / f"{number:02d}.png")
 
 
-# ---- the log -------------------------------------------------------------------------------------
-
-
 def test_the_log_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "log.csv"
     assert read_log(path) == []
@@ -121,9 +118,6 @@ def test_the_plot_is_a_picture_whatever_there_is(tmp_path, count):
         assert coloured.any() == (count > 0)
 
 
-# ---- the held-out loss ---------------------------------------------------------------------------
-
-
 def test_who_knows_everything_has_no_error_left_and_who_knows_nothing_has_it_all(tmp_path):
     gray_pictures(tmp_path / "pictures")
     conf = tiny_conf(tmp_path, learn_sigma=True)
@@ -160,9 +154,6 @@ def test_the_held_out_loss_is_the_same_however_it_is_cut_up(tmp_path):
     evaluator = observe(tiny_conf(tmp_path, holdout=0), know_nothing)
     assert evaluator.held_out_losses() == {}
     assert evaluator.shown.tolist() == [0, 11]  # neighbours are often alike
-
-
-# ---- pictures ------------------------------------------------------------------------------------
 
 
 def test_samples_are_what_the_network_knows(tmp_path):
