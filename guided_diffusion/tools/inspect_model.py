@@ -34,19 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OptionParser(description="Say what a checkpoint or a diffusers folder is, and which "
                           "YAML keys it needs. The output is YAML.")  # fmt: skip
     parser.add_argument("path", metavar="FILE_OR_FOLDER", help="or hf://owner/name")
-    parser.add_argument("--image_size", type=_side, metavar="PIXELS",
+    parser.add_argument("--image_size", type=int, metavar="PIXELS",
                         help="side of the pictures, which shapes do not always tell")  # fmt: skip
     args: argparse.Namespace = parser.parse_args(argv)
     is_foreign = is_folder(args.path) or is_lucidrains(args.path)
     lines = (_of_foreign if is_foreign else _of_checkpoint)(args.path, args.image_size)
     print("\n".join(lines))
     return 0
-
-
-def _side(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 8192):
-        raise argparse.ArgumentTypeError(f"expected a number from 1 to 8192, found {text!r}")
-    return int(text)
 
 
 def _yaml(keys: Mapping[str, Any]) -> list[str]:
