@@ -31,7 +31,7 @@ def inputs(number):
 WALKS = [
     {},
     {"fast": True},
-    {"paste_known": True, "mask_grow": 1},
+    {"paste_known": True, "mask_grow": 1, "masks": "thick"},  # drawn for each picture
     {"full_size": True},
     {"full_size": True, "windows": True, "feather": 2},
 ]
@@ -39,12 +39,15 @@ WALKS = [
 
 @pytest.mark.parametrize("keys", WALKS, ids=str)
 def test_the_same_seed_gives_the_pixels_of_test_py(here, keys):
-    fast = ["--fast"] if keys.get("fast") else []
-    settings = [f"--set={key}={str(value).lower()}" for key, value in keys.items() if key != "fast"]
-    assert here(*fast, *settings, "--set=seed=7").status == 0
-    first, second = inputs(0), inputs(1)
-    repaint = RePaint("c.yml")
-    made = repaint([first[0], second[0]], [first[1], second[1]], seed=7, **keys)
+    names = {"fast": ["--fast"], "masks": ["--mask", keys.get("masks")]}
+    options = [
+        option
+        for key, value in keys.items()
+        for option in names.get(key, [f"--set={key}={str(value).lower()}"])
+    ]
+    assert here(*options, "--set=seed=7").status == 0
+    pictures, masks = zip(inputs(0), inputs(1), strict=True)
+    made = RePaint("c.yml")(list(pictures), seed=7, **{"masks": list(masks), **keys})
     for number, result in enumerate(made):
         assert np.array_equal(np.asarray(result), pixels(f"{LOG}/inpainted/{number:02d}.png"))
 
