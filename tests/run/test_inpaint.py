@@ -543,9 +543,5 @@ def test_fast_is_ddnm_in_33_calls_and_says_so(here, tmp_path, own, replaced):
     assert (conf.ddnm_eta, conf.ddnm_eta_falls) == (1, 2)
     assert (conf.timestep_respacing, conf.schedule_jump_params.t_T) == ("karras33", 33)
     assert conf.schedule_jump_params.jump_n_sample == 1
-
-
-def test_what_is_said_of_fast_is_what_runs(here, tmp_path):
-    options = write_run(tmp_path, 1)
     ended = here(*options, "--fast", "--set", "sampler=repaint")
     assert "--fast: repaint with 33 network calls a picture" in ended.out
