@@ -86,9 +86,9 @@ _INTERVALS = ("iterations", "log_interval", "save_interval", "sample_interval")
 
 
 def refuse_differences(conf: TrainConf, names: Sequence[str], start: int) -> None:
-    """Raise UserError where a process would train otherwise than the first.
+    """Raise UserError where a process has other settings, pictures or a start than the first.
 
-    All processes have to call this. ``names`` are its pictures, ``start`` is its first step.
+    All processes have to call this, with their pictures' ``names`` and their first step ``start``.
     """
     if world_size() == 1:
         return

@@ -171,18 +171,15 @@ def test_files_of_another_network_are_refused(tmp_path, conf, kind):
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def test_batches_have_to_divide(tmp_path, monkeypatch):
+def test_batches_have_to_divide_and_a_precision_for_gpus_is_told(tmp_path, conf, monkeypatch):
+    with pytest.warns(UserWarning, match="precision: tf32 is for GPUs"):
+        check(tiny_conf(tmp_path, precision="tf32"), CPU, resume=False)
     with pytest.raises(UserError, match=r"batch_size and microbatch: 4 pictures .* parts of 3"):
         check(tiny_conf(tmp_path, microbatch=3), CPU, resume=False)
     check(tiny_conf(tmp_path, microbatch=5), CPU, resume=False)  # more than there are: all of them
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match=r"batch_size: .*among 3 processes; found 4"):
-        check(tiny_conf(tmp_path), CPU, resume=False)
-
-
-def test_a_precision_for_gpus_is_told_on_a_cpu(tmp_path):
-    with pytest.warns(UserWarning, match="precision: tf32 is for GPUs"):
-        check(tiny_conf(tmp_path, precision="tf32"), CPU, resume=False)
+        check(conf, CPU, resume=False)
 
 
 def test_a_full_disk_is_found_before_it_is_full(tmp_path, conf, monkeypatch):
