@@ -143,6 +143,7 @@ ACCENTED = ["e\u0301te", "fan"]  # an accent is one character, however a system 
         (["0", "1", "2"], ["000000", "000001", "000002"], False),
         (["img_1", "img_10", "img_2"], ["mask_1", "mask_10", "mask_2"], False),
         (["00012", "00345"], ["000000", "000001"], False),
+        (["img_1", "img_5"], ["m_05x", "m_19x"], False),
         (["a", "b", "c"], ["b", "c", "d"], True),
         (["img_1", "img_10", "img_2"], ["mask_01", "mask_02", "mask_10"], True),
         (["0", "1", "10", "2"], ["000000", "000001", "000002", "000010"], True),
@@ -177,6 +178,11 @@ def test_a_family_draws_masks_from_seed_and_index_alone(tmp_path, monkeypatch):
     assert np.array_equal(drawn[1], load_pair(later[0], 32, ReadOptions(seed=3))[1])
     expected = masks.make_mask("thin", 32, np.random.default_rng([3, 1]))
     assert np.array_equal(drawn[1][:, :, 2], expected)
+    by_rule = load_pair(pairs[1], 32, ReadOptions(seed=3, mask_hole="color"))[1]
+    assert np.array_equal(by_rule, drawn[1])  # which is for masks that are read
+    known = load_photo(pairs[1], ReadOptions(seed=3)).known
+    whole = masks.make_mask("thin", 40, np.random.default_rng([3, 1]))
+    assert np.array_equal(known, whole[5:35])  # the middle, for a photo of 40 x 30
 
 
 def test_flip_mirrors_both_and_inversion_only_the_mask(tmp_path):

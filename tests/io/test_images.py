@@ -208,11 +208,13 @@ def test_palettes_are_applied_and_transparent_parts_are_black(
         assert np.abs(found - colour).max() <= 1
 
 
-def test_the_first_frame_of_an_animation(tmp_path):
+def test_the_first_frame_is_read_and_those_of_its_size_are_counted(tmp_path):
     frames = [Image.new("RGB", (5, 5), colour) for colour in (RED, GREEN)]
-    for name in ("p.gif", "p.png"):
-        path = save(tmp_path / name, frames[0], save_all=True, append_images=frames[1:])
+    other = Image.new("RGB", (9, 9), BLUE)
+    for name, more in (("p.gif", frames[1:]), ("p.png", frames[1:]), ("p.tif", [other, *frames])):
+        path = save(tmp_path / name, frames[0], save_all=True, append_images=more)
         assert pixels(path)[2, 2].tolist() == list(RED)
+        assert images.read_header(path).frames == ([0, 2, 3] if name == "p.tif" else [0, 1])
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,9 @@ ODD = {
     "a photo with a hole": (
         np.dstack([photo(), square_mask()]), "opaque", "mask_hole: alpha",
     ),
+    "half transparent": (
+        np.dstack([square_mask()] * 3 + [square_mask(200, 200)]), "opaque", "mask_hole: alpha",
+    ),
     "black with a hole": (
         np.dstack([square_mask(0)] * 3 + [square_mask()]), "opaque", "mask_hole: alpha",
     ),

@@ -63,13 +63,14 @@ def test_the_sheet_grows_and_stays_within_bounds():
     assert 0.5 < sizes[-1][0] / sizes[-1][1] < 2
 
 
-def test_large_runs_are_paged_from_a_generator(tmp_path):
-    rows = (row(f"{number}.png") for number in range(sheets.ROWS_PER_PAGE + 1))
+def test_large_runs_are_paged_from_a_generator(tmp_path, monkeypatch):
+    monkeypatch.setattr(sheets, "ROWS_PER_PAGE", 2)
+    rows = (row(f"{number}.png") for number in range(5))
     paths = sheets.write_overview(tmp_path / "overview.png", rows)
-    assert [path.name for path in paths] == ["overview.png", "overview_2.png"]
-    assert read(paths[0]).size > 10 * read(paths[1]).size
+    assert [path.name for path in paths] == ["overview.png", "overview_2.png", "overview_3.png"]
+    assert read(paths[0]).size > read(paths[2]).size
     assert sheets.write_overview(tmp_path / "none.png", []) == []
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
     assert sheets.write_overview(tmp_path / "overview.png", [row()]) == paths[:1]
     assert list(tmp_path.iterdir()) == paths[:1]  # no page of the larger one stays
 
