@@ -91,6 +91,7 @@ def test_the_downloads_repeat_a_result_byte_for_byte(worker, capsys, changes):
     assert len(job.results) == job.settings["samples"]
     assert {"picture.png", "mask.png", "repeat.yml"} <= {path.name for path in job.downloads()}
     assert job.calls == job.total > 0
+    assert f"mask_grow: {changes.get('mask_grow', 0)}\n" in Path("repeat.yml").read_text()
 
 
 def test_a_result_changes_only_where_it_is_painted_and_keeps_its_size(worker):
