@@ -104,7 +104,8 @@ def _make_all(
     plan: Plan, team: Team, sampling: Sampling, interrupts: Interrupts
 ) -> list[dict[str, Any]]:
     """Make this process's results; return what each process did, if this is the main one."""
-    summary, mine = Summary(in_float32=sampling.in_float32), plan.todo[team.rank :: team.size]
+    mine = plan.todo[team.rank :: team.size]
+    summary = Summary(in_float32=sampling.in_float32)  # a list that sampling fills
     with sampling.progress("images", len(plan.todo), "image", leave=True) as bar:
         refuse_changed(plan)
         for batch in sampling.make(mine):
