@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import open_regular
 from guided_diffusion.io.images import open_image
+from guided_diffusion.io.listing import IMAGE_SUFFIXES
 from guided_diffusion.io.paths import check_folder
 from guided_diffusion.io.results import read_mark, write_image
 from guided_diffusion.masks import FAMILIES, MAX_SIZE, MIN_SIZE, generated_share, make_mask
@@ -83,13 +85,22 @@ def _is_mask(path: Path) -> bool:
 
 
 def _prepare_folder(folder: Path, written: set[str]) -> None:
-    """Make the folder; UserError where it cannot be, or a file that is no mask would be lost."""
+    """Make the folder; UserError where it cannot be, or a file that is no mask would be lost.
+
+    Warns of other pictures in it, which a run over the folder takes for masks.
+    """
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted(written & {path.name for path in folder.iterdir()}):
         if not _is_mask(folder / name):
             problem = "is no mask and would be overwritten: take another folder, or remove it"
             raise UserError(problem, path=folder / name, key="--out")
+    others = {path.name for path in folder.iterdir() if path.name.lower().endswith(IMAGE_SUFFIXES)}
+    if others := sorted(others - written):
+        text = (
+            f"holds {len(others)} other pictures, such as {others[0]}, which a run takes for masks"
+        )
+        warnings.warn(f"{folder}: {text}", stacklevel=2)
 
 
 def _preview_path(folder: Path) -> Path:

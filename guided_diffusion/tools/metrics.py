@@ -217,10 +217,10 @@ def measure(run: Run, lpips: LPIPS) -> list[dict[str, Any]]:
 
     Numbers are those of ``compare`` averaged over the samples, whose own are under
     ``samples``; with two samples or more also ``diversity`` and ``diversity_hole``. Warns of
-    missing results. Raises ``UserError`` where no picture remains, and for files that cannot be
+    missing results and of gray pictures. Raises ``UserError`` where no picture remains, and for files that cannot be
     read or do not fit each other.
     """
-    rows, missing = [], []
+    rows, missing, gray = [], [], 0
     for name, names in tqdm(run.results.items(), "measuring", delay=2, leave=False):
         paths = {n: Path(run.folders["srs"]) / n for n in names if n not in run.failures}
         found = {n: path for n, path in paths.items() if path.is_file()}
@@ -231,6 +231,7 @@ def measure(run: Run, lpips: LPIPS) -> list[dict[str, Any]]:
         mask = read_like(Path(run.folders["gt_keep_masks"]) / name, gt)
         hole = np.asarray(to_rgb(mask))[:, :, 0] < 128
         pairs = [comparable(read_like(path, gt), gt) for path in found.values()]
+        gray += pairs[0][1].shape[2] == 1
         each = [compare(lpips, *pair, hole) for pair in pairs]
         row = {key: statistics.fmean(numbers[key] for numbers in each) for key in each[0]}
         if len(pairs) > 1:
@@ -246,6 +247,9 @@ def measure(run: Run, lpips: LPIPS) -> list[dict[str, Any]]:
         total = sum(map(len, run.results.values()))
         warnings.warn(f"{len(missing)} of {total} results are missing, such as {missing[0]}",
                       stacklevel=2)  # fmt: skip
+    if gray:
+        warnings.warn(f"{gray} of {len(rows)} pictures are gray: LPIPS repeats them over three "
+                      "channels", stacklevel=2)  # fmt: skip
     return rows
 
 

@@ -142,6 +142,14 @@ def test_gray_files_keep_their_depth(tmp_path, dtype):
         assert np.array_equal(found, pixels[:, :, None])
 
 
+def test_a_gray_run_says_what_its_lpips_is(tmp_path, lpips):
+    for folder in ("inpainted", "gt", "gt_keep_mask"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(picture(0)[:, :, 0]).save(tmp_path / folder / "a.png")
+    with pytest.warns(UserWarning, match="1 of 1 pictures are gray: LPIPS repeats them"):
+        metrics.measure(metrics.find_run(None, str(tmp_path)), lpips)
+
+
 def write_results(folder, count=3, samples=1, record=True):
     """Write a run's folder by hand; return its pictures by name."""
     found = {}
