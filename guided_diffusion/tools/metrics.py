@@ -217,8 +217,8 @@ def measure(run: Run, lpips: LPIPS) -> list[dict[str, Any]]:
 
     Numbers are those of ``compare`` averaged over the samples, whose own are under
     ``samples``; with two samples or more also ``diversity`` and ``diversity_hole``. Warns of
-    missing results and of gray pictures. Raises ``UserError`` where no picture remains, and for files that cannot be
-    read or do not fit each other.
+    missing results and of gray pictures. Raises ``UserError`` where no picture remains, and for
+    files that cannot be read or do not fit each other.
     """
     rows, missing, gray = [], [], 0
     for name, names in tqdm(run.results.items(), "measuring", delay=2, leave=False):
