@@ -161,6 +161,7 @@ def command_line(main: Callable[[], int | None]) -> None:
     out, err = BreakableStream(sys.stdout), BreakableStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         warnings.showwarning = show
+        warnings.filterwarnings("ignore", module=r"PIL\.\w+ImagePlugin")  # they name no file
         if stray:
             warnings.warn(stray, stacklevel=2)
         try:

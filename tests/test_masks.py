@@ -165,7 +165,7 @@ def test_a_file_that_is_no_mask_is_not_overwritten(tmp_path, make):
 
 
 def test_a_preview_replaces_a_preview_and_nothing_else(tmp_path):
-    options = ["--kind", "nn2", "--count", "2", "--size", "8", "--out", str(tmp_path), "--preview"]
+    options = ["--kind", "nn2", "--size", "8", "--out", str(tmp_path / "m"), "--preview"]
     photo = tmp_path / "m_preview.png"
     Image.new("RGB", (64, 64), "red").save(photo)
     before = photo.read_bytes()
@@ -187,7 +187,7 @@ def test_masks_are_replaced_by_masks_of_any_size(tmp_path, monkeypatch):
         assert np.array_equal(np.array(Image.open(path)), draw("ev2li", 32))
     Image.new("RGB", (8, 8)).save(tmp_path / "holiday.JPG", "JPEG")
     with pytest.warns(UserWarning, match=r"1 other pictures, such as holiday\.JPG"):
-        make_masks.main(["--kind", "nn2", "--count", "2", "--size", "8", "--out", str(tmp_path)])
+        make_masks.main(["--kind", "nn2", "--size", "8", "--count", "2", "--out", str(tmp_path)])
 
 
 def test_as_a_script_from_any_folder(tmp_path):

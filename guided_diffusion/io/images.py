@@ -9,7 +9,6 @@ import dataclasses
 import importlib
 import io
 import struct
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -32,7 +31,6 @@ for _name in ("Jpeg", "Png", "Gif", "WebP", "Bmp", "Tiff", "Avif"):
     with contextlib.suppress(ImportError):
         importlib.import_module(f"PIL.{_name}ImagePlugin")  # registers its format
 _FORMATS = [f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF") if f in Image.OPEN]
-warnings.filterwarnings("ignore", module=r"PIL\.\w+ImagePlugin")  # they name no file
 # Times PIL.Image.MAX_IMAGE_PIXELS. A progressive JPEG has 3 bytes a pixel in memory at any scale.
 _LARGEST_JPEG = 4
 # The first bytes after "ftyp" of the pictures that telephones take.
