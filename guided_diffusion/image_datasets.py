@@ -16,14 +16,7 @@ from PIL import Image
 from guided_diffusion import masks
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.colours import is_deep, to_gray, to_rgb, to_srgb
-from guided_diffusion.io.holes import (
-    BLACK,
-    WHITE,
-    harden,
-    known_levels,
-    same_shape,
-    shape_mask,
-)
+from guided_diffusion.io.holes import BLACK, WHITE, harden, known_levels, same_shape, shape_mask
 from guided_diffusion.io.images import (
     Source,
     center_crop,

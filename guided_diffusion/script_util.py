@@ -20,11 +20,7 @@ from guided_diffusion.config.checkpoint_flags import (
 from guided_diffusion.config.keys import CLASSIFIER_CLASSES, CLASSIFIER_HEAD_CHANNELS, InpaintConf
 from guided_diffusion.config.network_keys import CHANNEL_MULT_BY_SIZE, ModelConf
 from guided_diffusion.errors import UserError
-from guided_diffusion.gaussian_diffusion import (
-    GaussianDiffusion,
-    Sampler,
-    get_named_beta_schedule,
-)
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Sampler, get_named_beta_schedule
 from guided_diffusion.io.checkpoints import check_checkpoint, fingerprint, load_state_dict
 from guided_diffusion.io.weights import filled, shapes_of
 from guided_diffusion.models.diffusers import check_folder, load_network, read_folder

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from guided_diffusion.io.cache import cache_folder, is_own_path
+from guided_diffusion.io.paths import cache_folder, is_own_path
 
 _FOLDER = Path(__file__).parent
 _SOURCE, _HEADER = "cpu_kernels.cpp", "cpu_kernels.h"

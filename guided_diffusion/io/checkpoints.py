@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from guided_diffusion.errors import UserError, looked_in
-from guided_diffusion.io.cache import cache_folder
 from guided_diffusion.io.files import atomic_path, open_regular, stamp_of, write_checkpoint
+from guided_diffusion.io.paths import cache_folder
 from guided_diffusion.io.weights import Weights, find_weights, is_plain, short
 
 _DAMAGED = "is damaged or incomplete: download it again"

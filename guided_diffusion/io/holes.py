@@ -10,13 +10,7 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.colours import (
-    COLOURED,
-    colourfulness,
-    extreme_channel,
-    is_deep,
-    to_rgb,
-)
+from guided_diffusion.io.colours import COLOURED, colourfulness, extreme_channel, is_deep, to_rgb
 
 # A pixel is hole up to BLACK and known from WHITE on; a JPEG's noise is smaller.
 BLACK, WHITE = 12, 243

@@ -16,8 +16,7 @@ from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.image_datasets import Pair, Photo, ReadOptions, load_pair, load_photo
 from guided_diffusion.io.files import FileStamp
 from guided_diffusion.io.images import memory_to_read
-from guided_diffusion.run.full_size import CUT_SEED_STRIDE, Cut, cut_out, find_cuts, known_in
-from guided_diffusion.run.windows import window_places
+from guided_diffusion.run import full_size
 from guided_diffusion.scheduler import count_steps
 
 SAMPLE_SEED_STRIDE = 1_000_003  # sample j of image k: seed + k + j · this, so that none coincide
@@ -41,14 +40,14 @@ class Task:
 
     seed: int
     side: int  # of the square that walks, in pixels
-    cut: Cut | None = None  # where it lies in the photo, with full_size
+    cut: full_size.Cut | None = None  # where it lies in the photo, with full_size
     windows: int = 0  # so many windows, batch_size at once, predict its square; 0: one call does
 
     def inputs(self, picture: Picture) -> tuple[np.ndarray, np.ndarray]:
         """Return pixels and mask that the network sees of ``picture``, each (side, side, C)."""
         if self.cut is None:
             return picture.pixels, picture.mask
-        return cut_out(picture.pixels, picture.photo.known, self.cut, self.side)
+        return full_size.cut_out(picture.pixels, picture.photo.known, self.cut, self.side)
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,13 @@ def tasks_of(conf: InpaintConf, photo: Photo | None, seed: int) -> tuple[Task, .
     if photo is None:
         return (Task(seed, size),)
     tasks = []
-    for number, cut in enumerate(find_cuts(photo.known, size)):
+    for number, cut in enumerate(full_size.find_cuts(photo.known, size)):
         side, windows = size, 0
         if conf.windows:
             side = max(cut.side, size)
-            known = known_in(photo.known, cut) == 255
-            windows = len(window_places(known, size)) if cut.side > size else 1
-        tasks.append(Task(seed + number * CUT_SEED_STRIDE, side, cut, windows))
+            known = full_size.known_in(photo.known, cut) == 255
+            windows = len(full_size.window_places(known, size)) if cut.side > size else 1
+        tasks.append(Task(seed + number * full_size.CUT_SEED_STRIDE, side, cut, windows))
     return tuple(tasks)
 
 

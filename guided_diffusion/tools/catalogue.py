@@ -42,9 +42,7 @@ CATALOGUE = (
     Published("celeba256_250000.pt", f"{DRIVE}/1norNWWGYP3EZ_o05DmoW1ryKuKMmhlCX", _NC, 2.211),
     Published("places256_300000.pt", f"{DRIVE}/1QEl-btGbzQz6IwkXiFGd49uQNTUtTHsk", _NC, 2.211),
     Published(
-        "data.zip",
-        f"{DRIVE}/1Q_dxuyI41AAmSv9ti3780BwaJQqwvwMv",
-        f"{_NC}; pictures: see source",
+        "data.zip", f"{DRIVE}/1Q_dxuyI41AAmSv9ti3780BwaJQqwvwMv", f"{_NC}; pictures: see source"
     ),
     *(Published(f"{name}.pt", f"{_OPENAI}/{name}.pt", _CODE, size) for name, size in _GB.items()),
     *(

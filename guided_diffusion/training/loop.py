@@ -30,12 +30,7 @@ from guided_diffusion.training.report import (
     restart_log,
     write_loss_plot,
 )
-from guided_diffusion.training.trainer import (
-    Trainer,
-    gather,
-    pictures_at_once,
-    seeded,
-)
+from guided_diffusion.training.trainer import Trainer, gather, pictures_at_once, seeded
 
 # ---- Processes -----------------------------------------------------------------------------------
 

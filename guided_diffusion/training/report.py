@@ -12,12 +12,7 @@ import torch
 from guided_diffusion.errors import StoppedError, UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.io.files import atomic_path, write_text_atomic
-from guided_diffusion.io.images import (
-    mask_to_tensor,
-    masked_u8,
-    to_levels,
-    to_model_range,
-)
+from guided_diffusion.io.images import mask_to_tensor, masked_u8, to_levels, to_model_range
 from guided_diffusion.io.results import write_image
 from guided_diffusion.io.sheets import montage, write_overview
 from guided_diffusion.masks import make_mask

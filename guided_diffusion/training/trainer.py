@@ -100,11 +100,7 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        conf: TrainConf,
-        model: UNetModel,
-        diffusion: GaussianDiffusion,
-        device: torch.device,
+        self, conf: TrainConf, model: UNetModel, diffusion: GaussianDiffusion, device: torch.device
     ) -> None:
         self.conf, self.diffusion, self.device = conf, diffusion, device
         self.bf16 = uses_bfloat16(conf, device)

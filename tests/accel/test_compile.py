@@ -16,7 +16,7 @@ from guided_diffusion.accel.accelerate import CompiledBatch, accelerate
 from guided_diffusion.accel.layout import trunk_dtype
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.reading import load_conf
-from guided_diffusion.io import cache
+from guided_diffusion.io import paths
 from guided_diffusion.run.inpainter import Inpainter, classifier_gradient
 from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.unet import EncoderUNetModel
@@ -40,7 +40,7 @@ def network():
 def with_backend(monkeypatch, backend):
     """Let networks compile on a CPU by another backend than the slow C++ one."""
     monkeypatch.setattr(door, "_cpu_kernels", lambda *_: None)  # as without a C++ compiler
-    monkeypatch.setattr(cache, "_CACHE", "unused")
+    monkeypatch.setattr(paths, "_CACHE", "unused")
     if backend:
         compile = torch.compile
         monkeypatch.setattr(
@@ -92,7 +92,7 @@ def test_where_compiling_fails_one_warning_and_the_plain_network(network, monkey
 
 
 def test_compiled_code_is_kept_where_the_user_says_or_in_our_folder(monkeypatch, tmp_path, network):
-    monkeypatch.setattr(cache, "_CACHE", str(tmp_path / "own"))
+    monkeypatch.setattr(paths, "_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     door.compiled(network, CPU)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)

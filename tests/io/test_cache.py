@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from guided_diffusion.io.cache import cache_folder
+from guided_diffusion.io.paths import cache_folder
 
 
 @pytest.fixture
