@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -162,6 +163,15 @@ def test_a_file_that_is_no_mask_is_not_overwritten(tmp_path, make):
         make_masks.main(["--kind", "thick", "--size", "32", "--count", "3", "--out", str(tmp_path)])
     assert [each.name for each in tmp_path.iterdir()] == ["000002.png"]
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == before
+
+
+def test_a_folder_that_the_system_refuses_to_make(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match=r"m/000000\.png: cannot be written: No space left"):
+        make_masks.main(["--kind", "nn2", "--size", "8", "--out", str(tmp_path / "m")])
 
 
 def test_a_preview_replaces_a_preview_and_nothing_else(tmp_path):

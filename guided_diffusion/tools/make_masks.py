@@ -84,19 +84,19 @@ def _is_mask(path: Path) -> bool:
         return False
 
 
-def _prepare_folder(folder: Path, written: set[str]) -> None:
-    """Make the folder; UserError where it cannot be, or a file that is no mask would be lost.
+def _check_folder_of_masks(folder: Path, written: set[str]) -> None:
+    """Raise UserError where masks cannot go there, or a file that is no mask would be lost.
 
     Warns of other pictures in it, which a run over the folder takes for masks.
     """
     check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in sorted(written & {path.name for path in folder.iterdir()}):
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    for name in sorted(written & present):
         if not _is_mask(folder / name):
             problem = "is no mask and would be overwritten: take another folder, or remove it"
             raise UserError(problem, path=folder / name, key="--out")
-    others = {path.name for path in folder.iterdir() if path.name.lower().endswith(IMAGE_SUFFIXES)}
-    if others := sorted(others - written):
+    others = {name for name in present - written if name.lower().endswith(IMAGE_SUFFIXES)}
+    if others := sorted(others):
         text = (
             f"holds {len(others)} other pictures, such as {others[0]}, which a run takes for masks"
         )
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(options.out)
     shares, tiles = [], []
     sheet = _preview_path(folder) if options.preview else None
-    _prepare_folder(folder, {f"{index:06d}.png" for index in range(options.count)})
+    _check_folder_of_masks(folder, {f"{index:06d}.png" for index in range(options.count)})
     for index in range(options.count):
         rng = np.random.default_rng([options.seed, index])
         mask = make_mask(options.kind, options.size, rng)

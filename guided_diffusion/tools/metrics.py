@@ -124,7 +124,11 @@ def find_run(conf_path: str | None, folder: str | None) -> Run:
     path, record = log_dir / "run.yml", {}
     if path.is_file():
         conf = load_conf(path, InpaintConf)
-        record = read_yaml(path).get("record") or {}
+        record = read_yaml(path).get("record", {})
+        try:
+            record = {**record, **{key: dict(record.get(key, {})) for key in ("seeds", "failures")}}
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError("is not the record of a run", path=path, key="record") from error
     folders = {key: str(log_dir / RESULT_FOLDERS[key]) for key in ("srs", "gts", "gt_keep_masks")}
     if conf and (folder is None or not Path(folders["srs"]).is_dir()):
         folders = {key: getattr(conf.data.paths, key) for key in folders}

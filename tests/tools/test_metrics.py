@@ -248,6 +248,15 @@ def test_what_an_earlier_run_left_in_the_place_of_a_failure_counts_as_missing(tm
     assert samples == ["0_1.png", "1_1.png"]
 
 
+@pytest.mark.parametrize("notes", [5, [1], None, {"seeds": None}, {"failures": 3}])
+def test_a_record_that_somebody_has_changed_is_refused_by_name(tmp_path, notes):
+    write_results(tmp_path / "log")
+    path = tmp_path / "log/run.yml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"record": notes}))
+    with pytest.raises(UserError, match=r"log/run\.yml: record: is not the record of a run"):
+        metrics.find_run(None, str(tmp_path / "log"))
+
+
 def test_other_sizes_are_refused_by_name(tmp_path, lpips):
     write_results(tmp_path / "log")
     Image.fromarray(picture(0, 40)).save(tmp_path / "log/inpainted/1.png")
