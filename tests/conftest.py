@@ -55,3 +55,9 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(Inpainter, "steps", noting)
     return seen
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Where results of a run go, by their YAML keys."""
+    return {key: str(tmp_path / "log" / key) for key in ("srs", "lrs", "gts", "gt_keep_masks")}

@@ -10,6 +10,8 @@ from torch import nn
 
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.schema import conf_from_dict
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
+from guided_diffusion.respace import respaced_betas, space_timesteps
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
 
@@ -34,6 +36,20 @@ def unet(out_channels=6, num_classes=None, **changes):
 def relative(output, reference):
     """Return the largest difference over the largest value of the reference."""
     return ((output - reference).abs().max() / reference.abs().max()).item()
+
+
+def chain(respacing="12", noise_schedule="linear", steps=1000, **flags):
+    """Return the steps that are kept of a diffusion."""
+    kept = space_timesteps(steps, respacing)
+    betas = respaced_betas(get_named_beta_schedule(noise_schedule, steps), kept)
+    return GaussianDiffusion(betas, kept, **flags)
+
+
+def step_inputs(channels=6):
+    """Return what a network of this many channels gives, x, its noise, and a gradient."""
+    generator = torch.Generator().manual_seed(1)
+    x, noise, gradient = torch.randn(3, 2, 3, 4, 4, generator=generator)
+    return torch.randn(2, channels, 4, 4, generator=generator) * 0.5, x, noise, gradient
 
 
 def golden_networks(name):

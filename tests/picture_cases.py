@@ -12,6 +12,10 @@ def picture(width=40, height=30, seed=0):
     return np.stack(planes, -1).astype(np.uint8) ^ rng.integers(0, 4, 3, dtype=np.uint8)
 
 
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
 def mask_of(width, height, box, white=255, black=0):
     """A mask of ``white`` with a box of ``black``."""
     mask = np.full((height, width), white, np.uint16 if white > 255 else np.uint8)

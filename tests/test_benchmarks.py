@@ -5,13 +5,15 @@ import os
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
+import end_to_end
 import numpy as np
+import plain
 import pytest
+import sampler
 import torch
 from network_cases import unet
-from run_cases import tiny_tree, write_tree
+from run_cases import ROOT, tiny_tree, write_tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_diffusion.config.keys import FAST, InpaintConf
@@ -22,12 +24,6 @@ from guided_diffusion.samplers import Ddim, Ddnm, Repaint
 from guided_diffusion.scheduler import count_steps, get_schedule_jump
 from guided_diffusion.script_util import create_gaussian_diffusion, create_schedule
 
-sys.path.append(str(Path(__file__).parent / "benchmarks"))
-import end_to_end
-import plain
-import sampler
-
-ROOT = Path(__file__).resolve().parents[1]
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 CLASSIFIER = """
 name: benchmark
@@ -124,9 +120,6 @@ def test_options_are_checked_before_anything_runs(arguments):
 def test_default_modes_are_understood(device):
     names = sampler.default_modes(torch.device(device))
     assert sampler.parse_args(["--modes", ",".join(names)]).modes == names
-
-
-# ---- Nothing waits for the device ----------------------------------------------------------------
 
 
 class Operations(TorchDispatchMode):

@@ -41,9 +41,6 @@ def assert_golden(case, folder):
     assert_same(results(folder, "gt_keep_mask"), masks)
 
 
-# ---- what the published program computed ---------------------------------------------------------
-
-
 @pytest.mark.parametrize(("case", "batch_size"), [("plain", 1), ("plain", 2), ("guided", 3)])
 def test_golden_runs_for_every_batch_size(here, tmp_path, case, batch_size):
     options = write_golden(tmp_path, case, batch_size=batch_size)
@@ -58,9 +55,6 @@ def test_golden_run_in_a_process_of_its_own(tmp_path):
     first, last = ended.out.splitlines()
     assert first == "3 images, 25.0% of the pixels to generate, seed 10"
     assert re.fullmatch(r"log/plain: 3 images, 28 network calls and [0-9.]+ s an image", last)
-
-
-# ---- files ---------------------------------------------------------------------------------------
 
 
 def test_four_files_an_image_a_record_and_an_overview(here, tmp_path):
@@ -156,9 +150,6 @@ def test_process_pictures_show_the_result_last(here, tmp_path, kept):
     assert (pixels(process / "00.png")[:128, -128:] == final).all()
 
 
-# ---- the command line ----------------------------------------------------------------------------
-
-
 def test_help_has_every_key_with_its_sentence_and_imports_no_torch(tmp_path):
     code = (
         "import runpy, sys, atexit; sys.argv = sys.argv[1:]\n"
@@ -213,9 +204,6 @@ def test_the_last_of_equal_settings_wins_and_set_comes_last(here, tmp_path):
     assert "seed 7" in ended.out
 
 
-# ---- what is said --------------------------------------------------------------------------------
-
-
 def test_a_warning_is_one_line_and_comes_once_past_the_bars(here, tmp_path):
     options = write_run(tmp_path, 2, timestep_respacing="9")
     ended = here(*options)
@@ -228,32 +216,12 @@ def test_a_warning_is_one_line_and_comes_once_past_the_bars(here, tmp_path):
     assert here(*options, "--set", "show_progress=false").err.count("%|") == 0
 
 
-def test_soft_masks_and_masks_of_another_size_are_used_as_they_are(here, tmp_path):
-    options = write_run(tmp_path, 1)
-    soft = np.linspace(0, 255, 32, dtype=np.uint8)
-    Image.fromarray(np.tile(soft, (32, 1))).save(tmp_path / "soft.png")
-    assert here(*options, "--mask", "soft.png").status == 0
-    written = results("log/run", "gt_keep_mask")["00.png"]
-    assert len(np.unique(written)) == 8
-    expected = np.rint(results("log/run", "gt")["00.png"] * written / 255)
-    assert (results("log/run", "gt_masked")["00.png"] == expected).all()
-
-
 def test_home_may_be_missing_and_nobody_read_the_output(tmp_path):
     run = f"{shlex.join(command(*write_run(tmp_path, 1)))} 2>&1; echo $? > status"
     environment = {"HOME": "/nonexistent", "TMPDIR": "/nonexistent", "LC_ALL": "C"}
     subprocess.run(f"({run}) | true", shell=True, cwd=tmp_path, env=ENVIRONMENT | environment)
     assert (tmp_path / "status").read_text() == "0\n"
     assert list(results(tmp_path / "log/run")) == ["00.png"]
-
-
-def test_a_second_run_overwrites_without_asking(here, tmp_path):
-    options = write_run(tmp_path, 1)
-    here(*options)
-    first, files = results("log/run"), snapshot("log")
-    here(*options, "--set", "seed=6")
-    assert (first["00.png"] != results("log/run")["00.png"]).any()
-    assert snapshot("log").keys() == files.keys()
 
 
 def test_own_pictures_are_all_taken_whatever_the_yaml_chose_of_its_own(here, tmp_path):
@@ -265,8 +233,6 @@ def test_own_pictures_are_all_taken_whatever_the_yaml_chose_of_its_own(here, tmp
     here(*options, "--gt", "gt", "--mask", "mask", "--out", "two", "--set", "data.max_len=2")
     assert len(results("two")) == 2
 
-
-# ---- streams -------------------------------------------------------------------------------------
 
 SPEAKING = r"""
 import contextlib, os, sys

@@ -5,16 +5,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
+import quality_baselines
 from run_cases import ROOT
 
 from guided_diffusion.errors import UserError
-
-sys.path.append(str(ROOT / "tests" / "benchmarks"))
-import quality_baselines
 
 FACES = ROOT / "data" / "faces"
 SIDE = 4

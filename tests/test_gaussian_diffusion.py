@@ -1,13 +1,12 @@
 import itertools
 import math
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from network_cases import golden_networks
+from network_cases import GOLDEN, chain, golden_networks, step_inputs
 
 from guided_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
@@ -20,14 +19,6 @@ from guided_diffusion.samplers import Ddim, Ddnm, Repaint
 from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.script_util import create_sampler
 from guided_diffusion.training.losses import training_losses
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def chain(respacing="12", noise_schedule="linear", steps=1000, **flags):
-    kept = space_timesteps(steps, respacing)
-    betas = respaced_betas(get_named_beta_schedule(noise_schedule, steps), kept)
-    return GaussianDiffusion(betas, kept, **flags)
 
 
 def repaint(diffusion, model, gt, mask, times, draw, **flags):
@@ -421,12 +412,6 @@ def test_resampling_brings_the_posterior_nearer():
 
 
 # --- one step ------------------------------------------------------------------------------------
-
-
-def step_inputs(channels=6):
-    generator = torch.Generator().manual_seed(1)
-    x, noise, gradient = torch.randn(3, 2, 3, 4, 4, generator=generator)
-    return torch.randn(2, channels, 4, 4, generator=generator) * 0.5, x, noise, gradient
 
 
 def test_the_smaller_variance_that_is_not_learned():

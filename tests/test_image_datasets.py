@@ -9,21 +9,13 @@ import pytest
 import torch
 from picture_cases import folder_of, mask_of, picture, save
 from PIL import Image
+from run_cases import GOLDEN
 
 from guided_diffusion import masks
 from guided_diffusion.errors import UserError
-from guided_diffusion.image_datasets import (
-    Pair,
-    ReadOptions,
-    load_pair,
-    load_photo,
-    pair_images,
-)
+from guided_diffusion.image_datasets import Pair, ReadOptions, load_pair, load_photo, pair_images
 from guided_diffusion.io.images import center_crop, to_model_range
 from guided_diffusion.io.pairing import pair_up
-
-GOLDEN = Path(__file__).parent / "golden"
-
 
 # ---- golden ------------------------------------------------------------------------------------
 

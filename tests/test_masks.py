@@ -56,8 +56,7 @@ def test_exact_patterns(size):
 
 
 @pytest.mark.parametrize(
-    ("size", "start", "stop"),
-    [(256, 96, 160), (8, 3, 5), (9, 3, 5), (10, 3, 6), (255, 95, 159)],
+    ("size", "start", "stop"), [(256, 96, 160), (8, 3, 5), (9, 3, 5), (10, 3, 6), (255, 95, 159)]
 )
 def test_exact_centre(size, start, stop):
     expected = np.zeros((size, size), np.uint8)

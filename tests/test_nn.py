@@ -5,17 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from guided_diffusion.nn import (
-    GroupNorm32,
-    downsample,
-    timestep_embedding,
-    upsample,
-)
+from guided_diffusion.nn import GroupNorm32, downsample, timestep_embedding, upsample
 
 
 @pytest.mark.parametrize("dim", [2, 32, 33])
 def test_timestep_embedding_by_hand(dim):
-    times = [0, 1, 7, 999]
+    times = [0, 1, 2.5, 7, 999]  # rescaled times are no integers
     half = dim // 2
     angles = [[t * math.exp(-math.log(10_000) * i / half) for i in range(half)] for t in times]
     expected = [
@@ -25,15 +20,7 @@ def test_timestep_embedding_by_hand(dim):
     got = timestep_embedding(torch.tensor(times), dim)
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got.numpy(), np.array(expected), atol=1e-4)
-    np.testing.assert_allclose(got[:2].numpy(), np.array(expected)[:2], atol=1e-6)
-
-
-def test_timestep_embedding_takes_fractions():
-    # Rescaled times are no integers, and 2.5 is not 2.
-    got = timestep_embedding(torch.tensor([2.5, 2.0]), 8)
-    assert got[0, 0].item() == pytest.approx(math.cos(2.5))
-    assert got[0, 4].item() == pytest.approx(math.sin(2.5))
-    assert got[1, 0].item() == pytest.approx(math.cos(2.0))
+    np.testing.assert_allclose(got[:3].numpy(), np.array(expected)[:3], atol=1e-6)
 
 
 def test_group_norm_of_one_number_a_group():

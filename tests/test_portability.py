@@ -3,17 +3,15 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from run_cases import ENVIRONMENT, write_run
+from run_cases import ENVIRONMENT, ROOT, write_run
 from train_cases import tiny_tree
 
 from guided_diffusion import cli
 from guided_diffusion.accel import build
 
-ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = [*ROOT.glob("*.py"), *(ROOT / "guided_diffusion").rglob("*.py")]
 POSIX_MODULES = {"fcntl", "grp", "posix", "pwd", "pty", "resource", "select", "termios", "tty"}
 ABSENT = {

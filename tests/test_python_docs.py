@@ -2,11 +2,10 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import torch
+from run_cases import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs/python.md").read_text(encoding="utf-8")
 
 

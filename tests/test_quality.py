@@ -2,22 +2,19 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import quality
+import quality_baselines
+import quality_report
 import torch
 from lpips_cases import alexnet_state
 from PIL import Image
 from run_cases import run_here, tiny_tree, write_run, write_tree
 
 from guided_diffusion.errors import UserError
-
-sys.path.append(str(Path(__file__).parent / "benchmarks"))
-import quality
-import quality_baselines
-import quality_report
 
 SIDE = 32
 

@@ -15,9 +15,6 @@ ROOT = Path(scheduler.__file__).resolve().parent.parent
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "schedules.json").read_text())
 
 
-# --- the walk ------------------------------------------------------------------------------------
-
-
 def naive_schedule(
     t_T,
     n_sample=1,
@@ -81,17 +78,6 @@ def test_the_default_walk_has_the_published_cost():
     assert len(times) == 4571
     assert count_steps(times) == (2410, 2160)
     assert times == get_schedule_jump(250, 1, 10, 10)
-
-
-def test_a_small_walk_by_hand():
-    # Multiples of 2 below 5 - 2 are 0 and 2; each is left upwards once.
-    walk = [4, 3, 2, 3, 4, 3, 2, 1, 0, 1, 2, 1, 0, -1]
-    assert get_schedule_jump(5, jump_length=2, jump_n_sample=2) == walk
-    assert get_schedule_jump(4, n_sample=2, jump_n_sample=1) == [3, 2, 1, 2, 1, 0, 1, 0, -1]
-    assert get_schedule_jump(1) == [0, -1]
-    # Towards the end, the third level climbs from 0 to 2 and the second, just refilled, on to 3.
-    walk = "3 2 3 2 1 2 1 0 1 2 1 0 1 0 1 2 1 0 1 2 1 2 1 0 1 2 3 2 1 0 1 2 1 0 1 0 1 2 1 0 -1"
-    assert get_schedule_jump(4, 1, 2, 2, 1, 2, 2, 2) == [int(t) for t in walk.split()]
 
 
 @st.composite

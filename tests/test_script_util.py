@@ -230,9 +230,7 @@ architectures = st.fixed_dictionaries(
     }
 )
 relaxed = settings(
-    max_examples=15,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -338,9 +336,7 @@ def test_impossible_respacings_are_refused_by_name(respacing):
 
 def test_an_undo_outside_the_chain_is_refused_by_name():
     far = conf(
-        timestep_respacing="20",
-        schedule_jump_params=JumpParams(t_T=20),
-        inpa_inj_time_shift=15,
+        timestep_respacing="20", schedule_jump_params=JumpParams(t_T=20), inpa_inj_time_shift=15
     )
     with pytest.raises(UserError) as caught:
         create_schedule(far, create_gaussian_diffusion(far))

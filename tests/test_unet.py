@@ -1,12 +1,9 @@
 import json
-import math
 import re
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-import numpy as np
+import plain
 import pytest
 import torch
 from network_cases import GOLDEN, SMALL, golden_networks, randomised, relative
@@ -20,12 +17,8 @@ from guided_diffusion.unet import (
     ResBlock,
     TrunkConfig,
     UNetModel,
-    attend,
     heads,
 )
-
-sys.path.append(str(Path(__file__).parent / "benchmarks"))
-import plain
 
 # The published architectures (sides, widths, multipliers).
 ADM = {
@@ -107,37 +100,8 @@ def test_forward_pass_equals_golden(name):
 # --- attention -----------------------------------------------------------------------------------
 
 
-def naive_attention(qkv, num_heads, new_order):
-    """One head and one query at a time, in float64."""
-    n, width, length = qkv.shape
-    channels = width // 3
-    d = channels // num_heads
-    out = np.zeros((n, channels, length))
-    for i in range(n):
-        for head in range(num_heads):
-            if new_order:  # all q, then all k, then all v; a head is a slice of each
-                begins = [part * channels + head * d for part in range(3)]
-            else:  # a head is 3·d rows: its q, its k, its v
-                begins = [head * 3 * d + part * d for part in range(3)]
-            q, k, v = (qkv[i, begin : begin + d] for begin in begins)
-            for query in range(length):
-                scores = np.array([q[:, query] @ k[:, j] for j in range(length)]) / math.sqrt(d)
-                weights = np.exp(scores - scores.max())
-                out[i, head * d : (head + 1) * d, query] = v @ (weights / weights.sum())
-    return out
-
-
-@pytest.mark.parametrize("new_order", [False, True])
-@pytest.mark.parametrize("num_heads", [1, 4])
-def test_attention_against_loops(num_heads, new_order):
-    qkv = np.random.default_rng(num_heads).normal(0, 2, (2, 3 * 16, 9))
-    got = attend(torch.tensor(qkv), num_heads, new_order).numpy()
-    np.testing.assert_allclose(got, naive_attention(qkv, num_heads, new_order), atol=1e-10)
-
-
 @pytest.mark.parametrize(
-    ("channels", "num_heads", "num_head_channels", "expected"),
-    [(64, 4, -1, 4), (64, 4, 32, 2)],
+    ("channels", "num_heads", "num_head_channels", "expected"), [(64, 4, -1, 4), (64, 4, 32, 2)]
 )
 def test_num_head_channels_wins(channels, num_heads, num_head_channels, expected):
     assert heads(channels, num_heads, num_head_channels) == expected

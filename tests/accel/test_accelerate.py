@@ -33,9 +33,6 @@ def way(request):
     return classifier, GRADIENT, partial(GRADIENT, classifier)
 
 
-# ---- Faults in the kernels -----------------------------------------------------------------------
-
-
 def one_scale(compute, *arguments, **options):
     """Every image is normalised as the first one."""
     return tuple(part[:1].repeat(len(part), 1) for part in compute(*arguments, **options))
@@ -104,9 +101,6 @@ def test_without_a_fault_the_kernels_output_is_used(way, kernels):
     assert torch.equal(*outputs)
     assert not torch.equal(outputs[0], expected)
     assert relative(outputs[0], expected) < 1e-4
-
-
-# ---- Which way is taken --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("compile", ["auto", False])

@@ -26,9 +26,6 @@ def folder(monkeypatch, tmp_path):
     return tmp_path / "kept"
 
 
-# ---- The check itself ----------------------------------------------------------------------------
-
-
 class Calls:
     """A function that notes the batch sizes that it is called with."""
 
@@ -139,9 +136,6 @@ def test_a_failure_later_on_goes_on_with_the_plain_network():
         assert torch.equal(run(X, T), X)
 
 
-# ---- Verdicts of earlier runs --------------------------------------------------------------------
-
-
 def verdicts(kernels="kernels", network=None, samples=lambda: [(X, X)]):
     return Verdicts(kernels, network or network_cases.unet(), samples)
 
@@ -211,9 +205,6 @@ def test_where_nothing_can_be_kept_every_run_compares(folder):
     folder.chmod(0o777)  # others could write there
     assert [plain_calls(verdicts()) for _ in range(2)] == [3, 3]
     assert list(folder.iterdir()) == []
-
-
-# ---- Verdicts of the kernels ---------------------------------------------------------------------
 
 
 def networks():

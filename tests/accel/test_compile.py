@@ -4,12 +4,12 @@ import copy
 import dataclasses
 import os
 from functools import partial
-from pathlib import Path
 
 import network_cases
 import pytest
 import torch
 from network_cases import SMALL, randomised, relative
+from run_cases import ROOT
 
 from guided_diffusion.accel import accelerate as door
 from guided_diffusion.accel.accelerate import CompiledBatch, accelerate
@@ -21,7 +21,6 @@ from guided_diffusion.run.inpainter import Inpainter, classifier_gradient
 from guided_diffusion.scheduler import get_schedule_jump
 from guided_diffusion.unet import EncoderUNetModel
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([10, 700, 4])
@@ -74,23 +73,6 @@ def test_a_compiled_classifiers_gradient_is_the_same(monkeypatch):
         assert relative(run(X, T, Y), reference) < 1e-5
 
 
-def broken(graph, inputs):
-    raise RuntimeError("no compiler\nand a long story")
-
-
-def test_where_compiling_fails_one_warning_and_the_plain_network(network, monkeypatch):
-    reference = network(X, T, Y)
-    with_backend(monkeypatch, broken)
-    run = accelerate(network, CPU, True)
-    with torch.inference_mode():
-        with pytest.warns(UserWarning, match="compile: .*does not work: .*; going on") as caught:
-            first = run(X, T, Y)
-        assert [each.category for each in caught].count(UserWarning) == 1
-        second = run(X, T, Y)
-    assert relative(first, reference) < 1e-6
-    assert relative(second, reference) < 1e-6
-
-
 def test_compiled_code_is_kept_where_the_user_says_or_in_our_folder(monkeypatch, tmp_path, network):
     monkeypatch.setattr(paths, "_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -99,9 +81,6 @@ def test_compiled_code_is_kept_where_the_user_says_or_in_our_folder(monkeypatch,
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     door.compiled(network, CPU)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "own")
-
-
-# ---- One batch size ------------------------------------------------------------------------------
 
 
 class Graph:
@@ -146,9 +125,6 @@ def test_a_gpus_first_output_is_that_of_a_replayed_graph():
     for _ in range(2):
         run(X, T)
     assert graph.calls == [(3, 0), (3, 0), (3, X.numel()), (3, X.numel())]
-
-
-# ---- On a GPU ------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -51,13 +51,7 @@ from guided_diffusion.config.reading import load_conf
 from guided_diffusion.dist_util import get_device
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import condition
-from guided_diffusion.image_datasets import (
-    Pair,
-    ReadOptions,
-    list_images,
-    load_pair,
-    output_name,
-)
+from guided_diffusion.image_datasets import Pair, ReadOptions, list_images, load_pair, output_name
 from guided_diffusion.io.checkpoints import check_beginning, fingerprint
 from guided_diffusion.io.files import write_text_atomic
 from guided_diffusion.io.images import load_crop, mask_to_tensor, to_levels, to_model_range

@@ -78,9 +78,6 @@ def standard_error(values: Sequence[float] | np.ndarray) -> float:
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
 
 
-# ---- tables --------------------------------------------------------------------------------------
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -162,9 +159,6 @@ def difference_table(blocks: Blocks, reference: str) -> str:
         ]
         rows.append([name, *cells])
     return table([f"LPIPS more than {reference}", *blocks, "mean"], rows)
-
-
-# ---- plot ----------------------------------------------------------------------------------------
 
 
 def plot(blocks: Blocks) -> Figure:

@@ -312,8 +312,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize(
-    ("name", "is_zip"),
-    [*((name, True) for name in WRAPPED), ("lightning", False)],
+    ("name", "is_zip"), [*((name, True) for name in WRAPPED), ("lightning", False)]
 )
 def test_weights_are_found_wherever_they_are(tmp_path, recwarn, name, is_zip):
     path = tmp_path / "model.pt"

@@ -128,9 +128,6 @@ def test_a_lock_is_not_followed_to_another_file_and_a_pipe_does_not_hang(tmp_pat
         pass
 
 
-# ---- whole files -------------------------------------------------------------------------------
-
-
 def test_a_file_appears_whole_and_alone(tmp_path):
     target = tmp_path / "new" / "folder" / "名.yml"
     with files.atomic_path(target) as temporary:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from picture_cases import picture, save
 from PIL import Image, features
+from run_cases import GOLDEN
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io import colours, images
 from guided_diffusion.io.listing import list_images
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 

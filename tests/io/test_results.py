@@ -6,25 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from picture_cases import noise
 from PIL import Image
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io import images, results
 
 
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
 def read(path):
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image)
-
-
-@pytest.fixture
-def folders(tmp_path):
-    return {key: str(tmp_path / "log" / key) for key in ("srs", "lrs", "gts", "gt_keep_masks")}
 
 
 @pytest.mark.parametrize("array", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8)])

@@ -4,28 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from picture_cases import noise
 from PIL import Image
+from run_cases import pixels
 
 from guided_diffusion.io import images, results, sheets
 
 
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def read(path):
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        return np.asarray(image)
-
-
 def colours(image):
     return {colour for _, colour in image.getcolors(1 << 24)}
-
-
-@pytest.fixture
-def folders(tmp_path):
-    return {key: str(tmp_path / "log" / key) for key in ("srs", "lrs", "gts", "gt_keep_masks")}
 
 
 def plain(colour, side=16):
@@ -68,7 +55,7 @@ def test_large_runs_are_paged_from_a_generator(tmp_path, monkeypatch):
     rows = (row(f"{number}.png") for number in range(5))
     paths = sheets.write_overview(tmp_path / "overview.png", rows)
     assert [path.name for path in paths] == ["overview.png", "overview_2.png", "overview_3.png"]
-    assert read(paths[0]).size > read(paths[2]).size
+    assert pixels(paths[0]).size > pixels(paths[2]).size
     assert sheets.write_overview(tmp_path / "none.png", []) == []
     assert len(list(tmp_path.iterdir())) == 3
     assert sheets.write_overview(tmp_path / "overview.png", [row()]) == paths[:1]
@@ -114,7 +101,7 @@ def frames(count, side=16):
 
 def test_film_strip_puts_noise_above_and_prediction_below(tmp_path):
     sheets.write_film_strip(tmp_path / "strip.png", frames(3, side=20))
-    strip = read(tmp_path / "strip.png").astype(int)
+    strip = pixels(tmp_path / "strip.png")
     for t in range(3):
         x = np.argwhere((strip == (200, 0, t)).all(-1))
         pred = np.argwhere((strip == (0, 200, t)).all(-1))
@@ -126,7 +113,7 @@ def test_film_strip_puts_noise_above_and_prediction_below(tmp_path):
 
 def test_long_strips_are_wrapped(tmp_path):
     sheets.write_film_strip(tmp_path / "strip.png", frames(30))
-    strip = read(tmp_path / "strip.png")
+    strip = pixels(tmp_path / "strip.png")
     assert strip.shape[1] < 13 * 130
     seen = colours(Image.fromarray(strip))
     assert all((200, 0, t) in seen for t in range(30))

@@ -33,9 +33,6 @@ def plain(tmp_path_factory):
     return folder, *save(folder)
 
 
-# ---- The network ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("form", ["pipeline", "flat", "bare", "unet"])
 def test_the_output_is_that_of_diffusers(tmp_path, form):
     unet, place = tiny_unet(), tmp_path
@@ -111,8 +108,6 @@ def test_averages_beside_the_network_are_preferred(tmp_path, recwarn):
     assert not recwarn
 
 
-# ---- The reverse step ----------------------------------------------------------------------------
-
 STEP_CASES = [
     {"prediction_type": "epsilon", "variance_type": "fixed_small", "beta_schedule": "sigmoid"},
     {"prediction_type": "epsilon", "variance_type": "learned_range", "clip_sample_range": 0.5},
@@ -146,9 +141,6 @@ def test_the_reverse_step_is_that_of_diffusers(tmp_path, monkeypatch, case):
         torch.testing.assert_close(found, expected.prev_sample, rtol=near, atol=near)
         scale = expected.pred_original_sample.abs().max().item()
         assert (x_start - expected.pred_original_sample).abs().max() < near * max(1, scale)
-
-
-# ---- What is refused -----------------------------------------------------------------------------
 
 
 def check(folder):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lucidrains_cases import STEPS, lucidrains, tiny, trainer_file
 from network_cases import chain_of, write_foreign
-from run_cases import assert_same, results, run_here
+from run_cases import assert_same, results
 
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.reading import load_conf
@@ -28,9 +28,6 @@ def loaded(path):
 
 def inputs(channels=3):
     return torch.randn(2, channels, 8, 8), torch.tensor([3, STEPS - 1])
-
-
-# ---- The reverse step ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -72,9 +69,6 @@ def test_a_learned_variance_is_that_of_the_package(tmp_path):
             found, _ = diffusion.p_sample(network(x, times), x, t, z)
         expected = mean + (0.5 * log_variance).exp() * z
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-# ---- The file ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["trainer", "diffusion", "unet", "safetensors"])
@@ -145,29 +139,20 @@ def test_loss_weights_tell_the_objective(tmp_path, objective, is_clipped):
     assert keys["diffusion_steps"] == STEPS
 
 
-# ---- The configuration ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def write_theirs(folder, state, **changes):
     options = write_foreign(folder, **{"image_size": 8, **changes})
     torch.save(state, folder / "model.pt")
     return options
 
 
-def test_a_run_goes_through_and_its_record_repeats_it(here, capsys):
+def test_a_run_goes_through_and_its_record_repeats_it(here, tmp_path):
     content, _ = trainer_file(tiny())
-    options = write_theirs(here, content)
-    outcome = run_here(capsys, *options)
+    options = write_theirs(tmp_path, content)
+    outcome = here(*options)
     assert outcome.status == 0, outcome.err
     assert "averaged weights" in outcome.err
     first = results("log/run")
-    outcome = run_here(capsys, "--conf_path", "log/run/run.yml", "--out", "again")
+    outcome = here("--conf_path", "log/run/run.yml", "--out", "again")
     assert outcome.status == 0, outcome.err
     assert_same(first, results("again"))
     conf = load_conf("log/run/run.yml")
@@ -179,11 +164,7 @@ def test_a_run_goes_through_and_its_record_repeats_it(here, capsys):
     [
         ("", {"image_size": None}, "^c.yml: image_size: is missing, .*model.pt does not tell it"),
         ("", {"image_size": 9}, "^c.yml: image_size: expected a side divisible by 2"),
-        (
-            "",
-            {"predict_v": False},
-            "predict_v: contradicts model.pt.*expected true, found false",
-        ),
+        ("", {"predict_v": False}, "predict_v: contradicts model.pt.*expected true, found false"),
         ("loss_weight", {}, "^c.yml: predict_v: is missing, .*pred_v"),
         ("betas", {"predict_v": True}, "^c.yml: diffusion_steps: is missing, .*timesteps"),
         ("betas", {"predict_v": True, "diffusion_steps": 30}, "^c.yml: noise_schedule: is missing"),
@@ -191,17 +172,17 @@ def test_a_run_goes_through_and_its_record_repeats_it(here, capsys):
     ],
     ids=str,
 )
-def test_what_the_file_does_not_tell_is_asked_by_key(here, taken, changes, line):
+def test_what_the_file_does_not_tell_is_asked_by_key(here, tmp_path, taken, changes, line):
     state = tiny().state_dict()
     state = {name: value for name, value in state.items() if not taken or taken not in name}
-    write_theirs(here, state, **changes)
+    write_theirs(tmp_path, state, **changes)
     with pytest.raises(UserError, match=line):
         load_conf("c.yml")
 
 
-def test_stated_keys_take_the_place_of_what_the_file_does_not_tell(here):
+def test_stated_keys_take_the_place_of_what_the_file_does_not_tell(here, tmp_path):
     stated = {"diffusion_steps": 300, "noise_schedule": "cosine", "predict_xstart": True}
-    write_theirs(here, tiny().model.state_dict(), **stated)
+    write_theirs(tmp_path, tiny().model.state_dict(), **stated)
     conf = load_conf("c.yml", InpaintConf)
     assert {key: getattr(conf, key) for key in stated} == stated
 

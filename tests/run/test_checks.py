@@ -1,13 +1,12 @@
 """What is checked before a run: every picture and mask is decoded, and what is odd is told."""
 
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 from picture_cases import folder_of, mask_of, picture, save
 from PIL import Image
-from run_cases import tiny_tree
+from run_cases import GOLDEN, ROOT, tiny_tree
 
 from guided_diffusion import image_datasets
 from guided_diffusion.config.keys import InpaintConf
@@ -15,9 +14,6 @@ from guided_diffusion.config.schema import conf_from_dict
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import Pair, pair_images
 from guided_diffusion.run.checks import check_pictures
-
-ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "golden"
 
 
 def check_pairs(pairs, size=16, **keys):

@@ -18,13 +18,13 @@ from pathlib import Path
 import gdown
 import pytest
 import torch
+from run_cases import ROOT
 
 from guided_diffusion.config.reading import load_conf
 from guided_diffusion.io.files import locked
 from guided_diffusion.script_util import create_classifier, create_model
 from guided_diffusion.tools import catalogue, download
 
-ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = "256x256_diffusion.pt"
 PICTURE = "datasets/gts/face/0.png"
 WEIGHTS = "diffusion_pytorch_model"

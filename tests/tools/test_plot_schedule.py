@@ -4,19 +4,16 @@ import os
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from run_cases import ROOT
 
-from guided_diffusion import scheduler
 from guided_diffusion.config.reading import load_conf
 from guided_diffusion.errors import UserError
 from guided_diffusion.scheduler import count_steps, get_schedule_jump
 from guided_diffusion.tools import plot_schedule
-
-ROOT = Path(scheduler.__file__).resolve().parent.parent
 
 
 def write_conf(path, **params):

@@ -40,9 +40,6 @@ def average(conf, step=3):
     return checkpoint_path(conf, f"ema_{conf.ema_rates[0]}_", step)
 
 
-# ---- names ---------------------------------------------------------------------------------------
-
-
 def test_files_have_the_names_that_users_of_guided_diffusion_know(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(
@@ -70,9 +67,6 @@ def test_the_newest_set_is_the_last_that_is_complete(conf):
     assert newest_step(conf) == 20
     checkpoint_path(conf, "opt", 20).unlink()
     assert newest_step(conf) == 9
-
-
-# ---- resuming ------------------------------------------------------------------------------------
 
 
 def test_a_training_goes_on_where_its_files_are_whole(conf):
@@ -133,9 +127,6 @@ def test_what_a_killed_training_left_is_removed_and_nothing_else(tmp_path, conf)
     assert other.exists()
 
 
-# ---- damaged files, and files of others ----------------------------------------------------------
-
-
 def test_a_damaged_optimizer_is_one_line(conf):
     saved(conf)
     path = checkpoint_path(conf, "opt", 3)
@@ -168,9 +159,6 @@ def test_files_of_another_network_are_refused(tmp_path, conf, kind):
         checkpoints.load(trainer, 3)
 
 
-# ---- checks --------------------------------------------------------------------------------------
-
-
 def test_batches_have_to_divide_and_a_precision_for_gpus_is_told(tmp_path, conf, monkeypatch):
     with pytest.warns(UserWarning, match="precision: tf32 is for GPUs"):
         check(tiny_conf(tmp_path, precision="tf32"), CPU, resume=False)
@@ -194,9 +182,6 @@ def test_a_full_disk_is_found_before_it_is_full(tmp_path, conf, monkeypatch):
         checkpoints.check_disk(conf, parameters)
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(0, 0, size + 2**20))
     checkpoints.check_disk(conf, parameters)
-
-
-# ---- the YAML for test.py ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -240,9 +225,6 @@ def test_the_yaml_names_the_classes_whatever_bytes_their_names_have(tmp_path):
     text = (tmp_path / "out" / "test.yml").read_text(encoding="utf-8")
     assert all(f" is {name}\n" in text for name in names.values())
     assert load_conf(tmp_path / "out" / "test.yml", InpaintConf).num_classes == len(names)
-
-
-# ---- export --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["small.pt", "small.safetensors"])

@@ -1,29 +1,13 @@
 """The losses: the published program's numbers, and closed forms."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from network_cases import GOLDEN, chain, step_inputs
 
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
-from guided_diffusion.respace import respaced_betas, space_timesteps
 from guided_diffusion.training.losses import training_losses, vb_terms_bits
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def chain(respacing="12", noise_schedule="linear", steps=1000, **flags):
-    kept = space_timesteps(steps, respacing)
-    betas = respaced_betas(get_named_beta_schedule(noise_schedule, steps), kept)
-    return GaussianDiffusion(betas, kept, **flags)
-
-
-def step_inputs(channels=6):
-    generator = torch.Generator().manual_seed(1)
-    x, noise, gradient = torch.randn(3, 2, 3, 4, 4, generator=generator)
-    return torch.randn(2, channels, 4, 4, generator=generator) * 0.5, x, noise, gradient
 
 
 @pytest.mark.parametrize("respacing", ["1000", "250"])
