@@ -11,8 +11,7 @@ from run_cases import load_yaml, run_apart, run_here, snapshot, tiny_tree, write
 
 from guided_diffusion.run import checks
 
-# ---- ways to spoil a run -------------------------------------------------------------------------
-# Each is a function of the run's folder; what it returns, if anything, are further options.
+# Each way to spoil a run is a function of the run's folder; what it returns, if anything, are further options.
 
 
 def keys(**changes):
@@ -130,11 +129,8 @@ CASES = {
     # pictures and masks
     "more pictures than masks": (copy("gt/00.png", "gt/09.png"), "mask: mask_path: images"),
     "samples that collide": (
-        both(
-            copy("gt/00.png", "gt/00_1.png"),
-            copy("mask/00.png", "mask/00_1.png"),
-            options("--set", "samples_per_image=2"),
-        ),
+        both(copy("gt/00.png", "gt/00_1.png"), copy("mask/00.png", "mask/00_1.png"),
+             options("--set", "samples_per_image=2")),
         "would write its results to 00_1.png",
     ),
     "a pipe as a picture": (pipe("gt/01.png"), "gt/01.png: is a pipe or device"),

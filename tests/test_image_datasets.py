@@ -17,8 +17,6 @@ from guided_diffusion.image_datasets import Pair, ReadOptions, load_pair, load_p
 from guided_diffusion.io.images import center_crop, to_model_range
 from guided_diffusion.io.pairing import pair_up
 
-# ---- golden ------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("run", ["plain", "guided"])
 def test_pairs_equal_the_published_programs(run):
@@ -29,9 +27,6 @@ def test_pairs_equal_the_published_programs(run):
         gt, mask = load_pair(pair, gt_u8.shape[0])
         assert np.array_equal(gt, gt_u8)
         assert np.array_equal(mask, mask_u8)
-
-
-# ---- pairing -----------------------------------------------------------------------------------
 
 
 def test_pairs_by_position_with_offset_and_length(tmp_path):
@@ -152,9 +147,6 @@ def test_pairs_by_name_or_by_position_with_a_warning(names, partners, is_doubtfu
     assert [told in str(each.message) for each in caught] == [True] * bool(told)
 
 
-# ---- drawn masks -------------------------------------------------------------------------------
-
-
 def test_a_family_draws_masks_from_seed_and_index_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     gt = folder_of(tmp_path / "gt", ["a.png", "b.png", "c.png"])
@@ -248,9 +240,6 @@ def test_the_pictures_own_transparency_is_the_hole(tmp_path, monkeypatch):
     (tmp_path / "alpha").mkdir()
     save(tmp_path / "alpha" / "m.png")
     assert not pair_images(gt, "alpha")[0].is_alpha
-
-
-# ---- pictures in memory, and one channel -------------------------------------------------------
 
 
 def in_memory(path):

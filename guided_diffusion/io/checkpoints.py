@@ -114,6 +114,7 @@ def check_checkpoint(path: str | os.PathLike) -> None:
 
     It is read once, about two seconds for 2 GB. The cache folder remembers that it is whole.
     """
+    check_beginning(path)  # also of what is remembered: it may no longer be read
     _once_a_file(_check_finite, Path(path))
 
 

@@ -36,8 +36,6 @@ def with_chunk(path, extra):
     return str(path)
 
 
-# ---- PNG -----------------------------------------------------------------------------------------
-
 LONG = zlib.compress(b'{"node": 1}, ' * 90_000, 9)
 CHUNKS = {
     "compressed text": chunk(b"zTXt", b"workflow\0\0" + LONG),
@@ -59,9 +57,6 @@ def test_damaged_pixels_beside_text_are_still_refused(tmp_path):
     (tmp_path / "p.png").write_bytes((tmp_path / "p.png").read_bytes()[:-5000])
     with pytest.raises(UserError, match=r"p\.png: cannot be read"):
         images.read_rgb(str(tmp_path / "p.png"))
-
-
-# ---- formats -------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
@@ -89,9 +84,6 @@ def test_a_damaged_tiff_is_told_in_our_line_alone(tmp_path, capfd):
     assert told.out + told.err == ""
 
 
-# ---- size ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("limit", "progressive"), [(9000, False), (2500, True)])
 def test_a_jpeg_too_large_to_read_is_read_smaller(tmp_path, monkeypatch, limit, progressive):
     blocks = np.kron(picture(10, 10), np.ones((10, 10, 1), np.uint8))
@@ -112,9 +104,6 @@ def test_deep_gray_is_scaled_some_rows_at_a_time(tmp_path, monkeypatch):
     whole = np.asarray(images.read_rgb(path))
     monkeypatch.setattr(colours, "_BLOCK", 100)
     assert np.array_equal(np.asarray(images.read_rgb(path)), whole)
-
-
-# ---- depth ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -148,9 +137,6 @@ def test_deep_colour_is_noted(tmp_path):
     origin = images.origin_of(images.read_rgb(write_deep_colour(tmp_path / "p.png", values)))
     assert origin.is_deep_colour
     assert not images.origin_of(images.read_rgb(save(tmp_path / "q.png", picture()))).is_deep_colour
-
-
-# ---- what a person sees ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -299,9 +285,6 @@ def test_damaged_bytes_never_escape_as_anything_but_a_user_error(tmp_path):
                 except UserError:
                     refused += 1
     assert refused > 20
-
-
-# ---- cutting -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", range(6))

@@ -46,9 +46,6 @@ def states(conf, step):
     return [torch.load(checkpoint_path(conf, kind, step)) for kind in kinds]
 
 
-# ---- a whole training ----------------------------------------------------------------------------
-
-
 def test_a_training_leaves_everything_and_test_py_runs_it(tmp_path, run, capsys):
     assert run(sample_interval=3) == 0
     told = capsys.readouterr()
@@ -139,9 +136,6 @@ def test_a_gpu_trains_compiled_in_bfloat16_and_goes_on(tmp_path, run):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert {value.dtype for value in states(tiny_conf(tmp_path), 6)[0].values()} == {torch.float32}
-
-
-# ---- what is wrong is told -----------------------------------------------------------------------
 
 
 def test_a_mistake_is_one_line_and_status_2(tmp_path):
@@ -272,9 +266,6 @@ def test_out_of_memory_is_one_line_that_names_the_way_on(run, monkeypatch, place
     )
     with pytest.raises(UserError, match=message):
         run("--resume")
-
-
-# ---- what survives -------------------------------------------------------------------------------
 
 
 def test_a_kill_costs_no_more_than_the_steps_since_the_last_checkpoint(tmp_path, run, conf):

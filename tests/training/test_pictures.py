@@ -52,9 +52,6 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-# ---- classes and the split -----------------------------------------------------------------------
-
-
 def test_labels_are_the_first_level_subfolders(tmp_path):
     images = classes(tmp_path, random_crop=False, random_flip=False)
     batch, labels = images.batch([15, 0, 15], rng())
@@ -118,9 +115,6 @@ def test_held_out_pictures_are_never_learnt(tmp_path):
     assert seen == {crops[i] for i in images.train}
 
 
-# ---- cuts ----------------------------------------------------------------------------------------
-
-
 def test_flips_are_half_of_all(tmp_path):
     images = training(tmp_path)
     batch, _ = images.batch([0] * 400, rng())
@@ -173,9 +167,6 @@ def test_processes_together_see_what_one_sees(tmp_path, monkeypatch):
         monkeypatch.setenv("RANK", number)
         parts += batches(classes(tmp_path), range(1))
     assert same([whole], [[torch.cat(values) for values in zip(*parts, strict=True)]])
-
-
-# ---- frames, profiles and gray -------------------------------------------------------------------
 
 
 def save_frames(path, count=6):
@@ -231,9 +222,6 @@ def test_gray_pictures_keep_16_bits_for_a_network_of_one_channel(tmp_path, rando
     assert (images.middle(0).dtype, images.middle(0).shape) == (np.uint16, (12, 12, 1))
 
 
-# ---- memory --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("random_crop", "kept", "cached"), [(False, 0, 0), (True, 3, 3), (False, 1000, 12)]
 )
@@ -255,9 +243,6 @@ def test_each_process_looks_at_its_share_at_the_start(tmp_path, monkeypatch):
     paths = decoded(monkeypatch)
     training(tmp_path)
     assert sorted(Path(path).name for path in paths) == [f"{n:02d}.png" for n in range(1, 12, 2)]
-
-
-# ---- odd and bad pictures ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("random_crop", [False, True])
