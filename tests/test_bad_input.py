@@ -11,7 +11,7 @@ from run_cases import load_yaml, run_apart, run_here, snapshot, tiny_tree, write
 
 from guided_diffusion.run import checks
 
-# Each way to spoil a run is a function of the run's folder; what it returns, if anything, are further options.
+# Each way to spoil a run is a function of its folder; what it returns, if anything, are options.
 
 
 def keys(**changes):

@@ -77,9 +77,6 @@ def demanded(line):
     return yaml.safe_load("\n".join(re.split(r", (?=[a-z_]+: )", text)))
 
 
-# ---- Loading -------------------------------------------------------------------------------------
-
-
 def test_weights_arrive_where_they_belong(tmp_path):
     torch.manual_seed(0)
     source = create_model(conf(**SMALL)).state_dict()
@@ -104,8 +101,6 @@ def test_a_checkpoint_that_is_not_of_numbers_is_refused(tmp_path):
     line = refusal(load_model, conf(**SMALL, model_path=path))
     assert "expected time_embed.0.weight as plain floating-point numbers" in line
 
-
-# ---- A checkpoint that does not fit --------------------------------------------------------------
 
 WRONG = [
     {"learn_sigma": False},
@@ -269,8 +264,6 @@ def test_a_mutilated_state_dict_gets_one_line(tmp_path, seed, kind, keep):
     model_flags(rest, 64), classifier_flags(rest)  # whatever is asked
 
 
-# ---- What shapes do not tell ---------------------------------------------------------------------
-
 PUBLISHED_64 = {
     "image_size": 64, "num_channels": 192, "num_res_blocks": 3, "class_cond": True,
     "use_new_attention_order": True, "noise_schedule": "cosine",
@@ -306,9 +299,6 @@ def test_other_networks_of_that_size_do_not_warn(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_model(conf(**own, model_path=path), CPU)
-
-
-# ---- The chain and the walk ----------------------------------------------------------------------
 
 
 def test_a_walk_above_the_chain_is_refused_and_one_below_warned_of():

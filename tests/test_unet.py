@@ -58,9 +58,6 @@ def small_input(n=2, size=16, seed=0):
     return torch.randn(n, 3, size, size, generator=generator), torch.arange(n) * 400 + 3
 
 
-# --- published checkpoints -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "model", "changes", "arguments"),
     [
@@ -82,9 +79,6 @@ def test_number_of_parameters(millions, changes):
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == millions
 
 
-# --- golden forward passes -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["plain", "guided"])
 def test_forward_pass_equals_golden(name):
     _, expect, model, classifier = golden_networks(name)
@@ -95,9 +89,6 @@ def test_forward_pass_equals_golden(name):
         if classifier is not None:
             logits = classifier(expect["fwd_x"], expect["fwd_t"])
             torch.testing.assert_close(logits, expect["classifier_logits"], rtol=0, atol=1e-5)
-
-
-# --- attention -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -151,9 +142,6 @@ def test_heads_on_the_way_up(up, expected):
     assert count(model.output_blocks) == expected
 
 
-# --- beside a plain port of both networks -------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("updown", "scale_shift", "new_order", "memory_format"),
     [
@@ -195,9 +183,6 @@ def test_a_plain_classifier_computes_the_same_in_float64(pool, updown, monkeypat
     assert relative(plains, classifier_gradient(model, x, t, y, 3.0)) < 1e-12
 
 
-# --- blocks --------------------------------------------------------------------------------------
-
-
 def test_resizing_by_convolution_has_its_own_names():
     with torch.device("meta"):
         names = shapes(UNetModel(replace(SMALL, resblock_updown=False), 6))
@@ -212,9 +197,6 @@ def test_widths_are_rounded_down():
     assert names["input_blocks.0.0.weight"][0] == 32
     assert names["middle_block.0.in_layers.2.weight"][0] == 96
     assert names["out.2.weight"] == [6, 32, 3, 3]
-
-
-# --- the whole network ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -334,8 +316,6 @@ def test_bfloat16_is_close_to_float32(pool):
     error = (rounded - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert 0 < error < 0.05
 
-
-# --- the classifier ------------------------------------------------------------------------------
 
 # Features of the small trunk: input blocks of 32, 32, 32 and 64 channels, a middle of 64.
 # The head's weights; each has a bias of its first side.

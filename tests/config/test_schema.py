@@ -43,9 +43,6 @@ def problem(load, text, overrides=(), base=BASE):
     return message
 
 
-# ---- values --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "key", "value"),
     [
@@ -106,9 +103,6 @@ def test_a_conf_checks_itself_however_it_is_made(load):
     assert dataclasses.replace(loaded, channel_mult=[1, 2]).channel_mult == "1,2"
     with pytest.raises(dataclasses.FrozenInstanceError):
         loaded.name = "other"
-
-
-# ---- files ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -194,9 +188,6 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         load_conf(tmp_path / "a.yml")
 
 
-# ---- the home folder -----------------------------------------------------------------------------
-
-
 def test_a_tilde_is_the_home_folder_in_the_path_of_the_conf(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.yml").write_text(BASE)
@@ -220,9 +211,6 @@ def test_every_key_that_is_a_path_is_known_to_be_one():
             if field.name.endswith(("_path", "_dir")) or "heckpoint" in field.metadata["text"][:10]:
                 assert field.metadata["path"], field.name
     assert all(field.metadata["path"] for field in keys_of(OutputPaths).values())
-
-
-# ---- overrides -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -298,9 +286,6 @@ def test_short_form_needs_one_data_set(load):
     assert "no data.eval.<set>" in problem(load, "", ["data.gt_path=a"], two)
 
 
-# ---- documentation -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("cls", [InpaintConf, TrainConf])
 def test_every_key_is_documented_in_one_sentence(cls):
     docs = describe(cls)
@@ -319,8 +304,6 @@ def test_help_has_all_keys_and_fits_the_terminal(cls):
     assert all(f"  {doc.key}  (" in text for doc in describe(cls))
     assert all(len(line) <= 80 for line in text.splitlines() if line.startswith("      "))
 
-
-# ---- any text ------------------------------------------------------------------------------------
 
 PIECES = (
     *"[]{}:,-?&*!|>'\"#%@`=~\n\t ",

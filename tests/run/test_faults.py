@@ -58,9 +58,6 @@ def leftovers(folder):
     return [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
-# ---- killed --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("kills", "images"), [(2, 12), pytest.param(30, 90, marks=pytest.mark.slow)]
 )
@@ -98,9 +95,6 @@ def test_kills_at_random_moments_lose_nothing(tmp_path, kills, images):
     for kind in FOLDERS:
         assert_same(results(tmp_path / LOG, kind), results(tmp_path / "whole", kind))
     assert leftovers(tmp_path) == []
-
-
-# ---- asked to end --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -142,9 +136,6 @@ def test_ctrl_c_before_anything_is_made(here, tmp_path, monkeypatch):
     ended = here(*write_run(tmp_path, 1))
     assert (ended.status, ended.err) == (130, "interrupted\n")
     assert not (tmp_path / "log").exists()
-
-
-# ---- several processes ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +231,6 @@ def test_a_fault_of_another_process_than_the_first_is_told_and_ends_all(tmp_path
     assert run_apart(tmp_path, *options, "--resume").status == 0
 
 
-# ---- the disk ------------------------------------------------------------------------------------
-
-
 def test_a_full_disk_ends_the_run_in_one_line_and_the_rest_is_resumed(here, tmp_path, monkeypatch):
     options = write_run(tmp_path, 4)
     sync, synced = files._sync, []
@@ -332,9 +320,6 @@ def test_inputs_that_vanish_under_the_run_cost_only_themselves(here, tmp_path, m
     assert "log/run: 2 images, 2 failed (01.png, 02.png), which --resume tries again" in ended.out
     assert {name for name, _ in before.items() & finished(tmp_path).items()} == {"01.png", "02.png"}
     assert Image.open(Path(LOG, "overview.png")).height < height  # without what an earlier run made
-
-
-# ---- nothing gets out ----------------------------------------------------------------------------
 
 
 STRANGE = [

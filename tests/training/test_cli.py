@@ -313,3 +313,23 @@ def test_two_processes_learn_as_one(tmp_path, run):
             np.testing.assert_allclose(*values, rtol=1e-3, err_msg=name)
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {path.name for path in (tmp_path / "two").iterdir()}
+
+
+@pytest.mark.slow
+def test_an_orphaned_process_saves_and_says_so_in_one_line(tmp_path, conf):
+    written = write_conf(tmp_path, iterations=100_000, log_interval=1, save_interval=100_000)
+    command = [*TORCHRUN, ROOT / "train.py", "--conf_path", written]
+    errors = tmp_path / "errors"
+    with errors.open("w") as stream:
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=stream)
+    log = tmp_path / "out" / "log.csv"
+    while not log.exists() or log.read_text().count("\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    process.stdout.read()  # until all processes have ended
+    lines = [line for line in errors.read_text().splitlines() if line.startswith("error: ")]
+    step = newest_step(conf)
+    assert lines == [f"error: torchrun has ended; the last checkpoint is of step {step}"]
+    assert "Traceback" not in errors.read_text()

@@ -9,12 +9,13 @@ import torch
 from train_cases import make_trainer, sample_diffusion, tiny_conf, write_pictures
 
 from guided_diffusion.errors import StoppedError
+from guided_diffusion.io.images import load_crop
 from guided_diffusion.training import trainer
 from guided_diffusion.training.checkpoints import checkpoint_path, load, newest_step
 from guided_diffusion.training.loop import train
 from guided_diffusion.training.losses import training_losses
 from guided_diffusion.training.pictures import TrainingImages, batches
-from guided_diffusion.training.report import log_row, read_log
+from guided_diffusion.training.report import Evaluator, log_row, read_log
 from guided_diffusion.training.timesteps import draw_noise
 from guided_diffusion.training.trainer import learning_rate
 
@@ -234,3 +235,25 @@ def test_a_step_on_a_gpu_waits_for_nothing(tmp_path):
         own.train_step(second, None)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow
+def test_sixteen_pictures_are_learnt_by_heart(tmp_path):
+    write_pictures(tmp_path / "pictures", 16, side=8)
+    changes = {"channel_mult": "1,1", "random_flip": False, "holdout": 0, "batch_size": 48}
+    changes |= {"lr": 3e-3, "warmup_steps": 20, "lr_anneal_steps": 500, "grad_clip": 1}
+    changes |= {"iterations": 1000, "log_interval": 100, "save_interval": 1000}
+    conf = tiny_conf(tmp_path, ema_rate="0.99", sample_respacing="50", **changes)
+    trainer = run(conf)
+    rows = read_log(tmp_path / "out" / "log.csv")
+    assert rows[-1]["loss"] < 0.1 * rows[0]["loss"]
+
+    images = TrainingImages(conf)
+    evaluator = Evaluator(trainer, images, sample_diffusion(conf))
+    nothing = torch.zeros(32, 3, 8, 8)
+    samples = evaluator._repaint(nothing, nothing, None, jump_n_sample=1) / 255.0
+    pictures = np.stack([load_crop(path, 8) for path in images.paths]) / 255.0
+    distances = ((samples[:, None] - pictures[None]) ** 2).mean(axis=(2, 3, 4))
+    apart = ((pictures[:, None] - pictures[None]) ** 2).mean(axis=(2, 3, 4))
+    assert np.median(distances.min(axis=1)) < 0.1 * np.median(apart)
+    assert len(set(distances.argmin(axis=1))) >= 6  # and not one of them alone
