@@ -183,10 +183,8 @@ def _refuse_colliding_names(pairs: Sequence[Pair], samples_per_image: int) -> No
         for name in {pair.name, *sample_names(pair.name, samples_per_image)}:
             other = owners.setdefault(name, pair.gt_path)
             if other != pair.gt_path:
-                raise UserError(
-                    f"would write its results to {name}, and so would {other}; rename one of them",
-                    path=pair.gt_path,
-                )
+                problem = f"would write its results to {name}, as would {other}; rename one of them"
+                raise UserError(problem, path=pair.gt_path)
             if len(os.fsencode(name)) > _LONGEST_NAME:
                 raise UserError(f"its result's name is too long: {name}", path=pair.gt_path)
 
@@ -372,12 +370,9 @@ def _known_of_photo(
     else:
         mask = read_upright(pair.mask_file, whole=True)
         if not same_shape(mask.size, photo.size):
-            raise UserError(
-                f"with full_size a mask has the shape of its photo {name_of(pair.gt_path)}",
-                path=name_of(pair.mask_file),
-                expected="the shape of {} x {}".format(*photo.size),
-                got="{} x {}".format(*mask.size),
-            )
+            problem = f"with full_size a mask has the shape of its photo {name_of(pair.gt_path)}"
+            expected, got = "the shape of {} x {}".format(*photo.size), "{} x {}".format(*mask.size)
+            raise UserError(problem, path=name_of(pair.mask_file), expected=expected, got=got)
         known = _known(pair, mask, options)
         known = np.where(known >= WHITE, 255, np.where(known <= BLACK, 0, known)).astype(np.uint8)
         if options.mask_hole is None:

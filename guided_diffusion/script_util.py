@@ -108,12 +108,10 @@ def create_schedule(conf: InpaintConf, diffusion: GaussianDiffusion) -> list[int
     """
     params, kept = conf.schedule_jump_params, diffusion.num_timesteps
     if params.t_T > kept:
-        raise UserError(
-            "the walk cannot start above the kept steps",
-            key="schedule_jump_params.t_T and timestep_respacing",
-            expected=f"t_T of at most {kept}, the steps that {conf.timestep_respacing!r} keeps",
-            got=params.t_T,
-        )
+        problem = "the walk cannot start above the kept steps"
+        keys = "schedule_jump_params.t_T and timestep_respacing"
+        expected = f"t_T of at most {kept}, the steps that {conf.timestep_respacing!r} keeps"
+        raise UserError(problem, key=keys, expected=expected, got=params.t_T)
     if params.t_T < kept:
         warnings.warn(
             f"schedule_jump_params.t_T: {params.t_T} starts the walk below the top of the "

@@ -88,7 +88,8 @@ class Checked:
             if is_out_of_memory(error):
                 raise
             expected = self._plain(*inputs)  # raises, too, if the inputs are wrong
-            return self._give_up(f"does not work: {_first_line(error)}", expected)
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            return self._give_up(f"does not work: {lines[0][:200]}", expected)
         return self._compared(output, inputs) if has_to_be_compared else output
 
     def _has_to_be_compared(self, output: Tensor, inputs: list[Tensor]) -> bool:
@@ -106,7 +107,10 @@ class Checked:
 
     def _compared(self, output: Tensor, inputs: list[Tensor]) -> Tensor:
         """Return ``output`` if it is that of ``plain``; else ``plain``'s, and use that alone."""
-        x, expected = inputs[0], self._expected(inputs)
+        x = inputs[0]
+        with _forgetting_pages(self._network):  # image by image, which takes little memory
+            images = zip(*(tensor.split(1) for tensor in inputs), strict=True)
+            expected = torch.cat([self._plain(*image) for image in images])
         error, tolerance = _largest_error(output, expected), _tolerance(self._network, x.device)
         if not error <= tolerance:  # NaN compares as False
             problem = f"is wrong by {error:.2g} of the largest value at batch size {len(x)}"
@@ -117,22 +121,11 @@ class Checked:
             self._verdicts.add(inputs)
         return output
 
-    def _expected(self, inputs: list[Tensor]) -> Tensor:
-        """Return what ``plain`` computes, image by image, so that it takes little memory."""
-        with _forgetting_pages(self._network):
-            images = zip(*(tensor.split(1) for tensor in inputs), strict=True)
-            return torch.cat([self._plain(*image) for image in images])
-
     def _give_up(self, problem: str, expected: Tensor) -> Tensor:
         self._fast = None
         text = f"compile: the fast network {problem}; going on with PyTorch's own operations"
         warnings.warn(text, stacklevel=4)
         return expected
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
 
 
 def _largest_error(output: Tensor, expected: Tensor) -> float:

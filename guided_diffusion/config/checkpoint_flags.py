@@ -32,12 +32,9 @@ def warn_of_silent_flags(conf: ModelConf) -> None:
     published = SILENT_FLAGS.get(shape, {})
     wrong = {key: value for key, value in published.items() if getattr(conf, key) != value}
     if wrong and conf.class_cond and conf.learn_sigma:
-        warnings.warn(
-            f"{conf.model_path}: has the shapes of the published {conf.image_size}x"
-            f"{conf.image_size} checkpoint, which needs {_quoted(wrong)}; without, results are "
-            "garbage",
-            stacklevel=3,
-        )
+        side, needed = conf.image_size, ", ".join(yaml_lines(wrong))
+        text = f"has the shapes of the published {side}x{side} checkpoint, which needs {needed}"
+        warnings.warn(f"{conf.model_path}: {text}; without, results are garbage", stacklevel=3)
 
 
 # ---- What shapes tell ----------------------------------------------------------------------------
@@ -189,7 +186,8 @@ def fitting(
         fewer = {name: value for name, value in changes.items() if name != key}
         if _shapes_with(fewer, create, conf) == shapes:
             changes = fewer
-    raise UserError(f"does not fit the configuration; set {_quoted(changes)}", path=path)
+    wanted = ", ".join(yaml_lines(changes))
+    raise UserError(f"does not fit the configuration; set {wanted}", path=path)
 
 
 def _shapes_with(
@@ -214,8 +212,12 @@ def _text(value: Any) -> Any:
     return value
 
 
-def yaml_text(key: str, value: Any) -> str:
-    """Write a value as a YAML file has it: lists of numbers as quoted text."""
+def yaml_lines(keys: Mapping[str, Any]) -> list[str]:
+    """Write keys and values as a YAML file has them: lists of numbers as quoted text."""
+    return [f"{key}: {_yaml_text(key, value)}" for key, value in keys.items()]
+
+
+def _yaml_text(key: str, value: Any) -> str:
     value = _text(value)
     if isinstance(value, str) and key in _LISTS:
         return f"'{value}'"
@@ -228,8 +230,3 @@ def check_channels(path: str, shapes: Shapes) -> None:
     channels = shapes.get("input_blocks.0.0.weight", (0, 3))[1:2]
     if channels and channels[0] not in (1, 3):
         raise UserError(path=path, key="in_channels", expected=ALLOWED_CHANNELS, got=channels[0])
-
-
-def _quoted(flags: Mapping[str, Any]) -> str:
-    """Write flags as in a YAML file, with commas between them."""
-    return ", ".join(f"{key}: {yaml_text(key, value)}" for key, value in flags.items())

@@ -244,52 +244,37 @@ class InpaintConf(ModelConf):
         """Check the keys one by one, then those that have to fit each other."""
         super().__post_init__()
         check_name(self.name, "./log/")
-        require(
-            self.cond_y is None or self.cond_y < self.num_classes,
-            "cond_y and num_classes",
-            f"label {self.cond_y} of {self.num_classes} classes, which count from 0",
-        )
+        problem = f"label {self.cond_y} of {self.num_classes} classes, which count from 0"
+        is_label = self.cond_y is None or self.cond_y < self.num_classes
+        require(is_label, "cond_y and num_classes", problem)
+        problem = "the first has no effect while the second is false"
         for first, second in (
             ("inpa_inj_sched_prev_cumnoise", "inpa_inj_sched_prev"),
             ("windows", "full_size"),
             ("output_format", "full_size"),
         ):
-            require(
-                getattr(self, second) or getattr(self, first) in (False, "png"),
-                f"{first} and {second}",
-                "the first has no effect while the second is false",
-            )
-        require(
-            not (self.full_size and self.data.random_flip),
-            f"full_size and data.eval.{self.data.name}.random_flip",
-            "a photo that is given back whole is not mirrored",
-        )
-        require(
-            not (self.windows and self.guided),
-            "windows and classifier_path",
-            "a classifier sees squares of one size only",
-        )
+            has_effect = getattr(self, second) or getattr(self, first) in (False, "png")
+            require(has_effect, f"{first} and {second}", problem)
+        problem = "a photo that is given back whole is not mirrored"
+        keys = f"full_size and data.eval.{self.data.name}.random_flip"
+        require(not (self.full_size and self.data.random_flip), keys, problem)
+        problem = "a classifier sees squares of one size only"
+        require(not (self.windows and self.guided), "windows and classifier_path", problem)
         for name in ("use_ddim", "inpa_inj_sched_prev_cumnoise"):
-            require(
-                self.sampler != "ddnm" or not getattr(self, name),
-                f"sampler and {name}",
-                f"{name} belongs to sampler: repaint; ddnm_eta: 0 is ddnm without fresh noise",
-            )
-        require(
-            not self.use_fp16 or self.precision in (None, "float16"),
-            "use_fp16 and precision",
-            f"true and {self.precision} contradict each other",
-        )
+            problem = f"{name} belongs to sampler: repaint; ddnm_eta: 0 is ddnm without fresh noise"
+            is_free = self.sampler != "ddnm" or not getattr(self, name)
+            require(is_free, f"sampler and {name}", problem)
+        problem = f"true and {self.precision} contradict each other"
+        is_half = self.precision in (None, "float16")
+        require(not self.use_fp16 or is_half, "use_fp16 and precision", problem)
         if self.guided:
             self._check_classifier()
         self._complete_data()
 
     def _check_classifier(self) -> None:
-        require(
-            self.image_size in CHANNEL_MULT_BY_SIZE,
-            "image_size and classifier_path",
-            f"there are classifiers for sides of {sorted(CHANNEL_MULT_BY_SIZE)} only",
-        )
+        is_known = self.image_size in CHANNEL_MULT_BY_SIZE
+        problem = f"there are classifiers for sides of {sorted(CHANNEL_MULT_BY_SIZE)} only"
+        require(is_known, "image_size and classifier_path", problem)
         mult = CHANNEL_MULT_BY_SIZE[self.image_size]
         widths = [int(m * self.classifier_width) for m in mult]
         attending = widths_with_attention(
@@ -306,22 +291,16 @@ class InpaintConf(ModelConf):
     def _complete_data(self) -> None:
         """Set the data set's size and folders; refuse a folder that is used twice."""
         prefix, size = f"data.eval.{self.data.name}.", self.data.image_size
-        require(
-            size in (None, self.image_size),
-            f"{prefix}image_size and image_size",
-            f"{size} and {self.image_size} have to be equal",
-        )
+        problem = f"{size} and {self.image_size} have to be equal"
+        require(size in (None, self.image_size), f"{prefix}image_size and image_size", problem)
         paths = self.data.paths.filled(self.name)
         self._set("data", dataclasses.replace(self.data, image_size=self.image_size, paths=paths))
         inputs = {"gt_path": self.data.gt_path, "mask_path": self.data.mask_path}
         used = {os.path.realpath(path): name for name, path in inputs.items()}
         for name, path in ((f"paths.{name}", getattr(paths, name)) for name in paths.__dict__):
             first = used.setdefault(os.path.realpath(path), name) if path else name
-            require(
-                first == name,
-                f"{prefix}{first} and {prefix}{name}",
-                f"files in {path} would overwrite one another",
-            )
+            problem = f"files in {path} would overwrite one another"
+            require(first == name, f"{prefix}{first} and {prefix}{name}", problem)
 
     @property
     def log_dir(self) -> str:

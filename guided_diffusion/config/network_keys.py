@@ -108,16 +108,12 @@ class ModelConf(Conf):
         super().__post_init__()
         if not self.timestep_respacing:
             self._set("timestep_respacing", str(self.diffusion_steps))
-        require(
-            not (self.predict_xstart and self.predict_v),
-            "predict_xstart and predict_v",
-            "a network predicts one of them, or the noise where both are false",
-        )
-        require(
-            self.depth_min < self.depth_max if self.depth_max else not self.depth_min,
-            "depth_min and depth_max",
-            "the first has to be below the second, which has to be stated and not 0",
-        )
+        problem = "a network predicts one of them, or the noise where both are false"
+        is_one = not (self.predict_xstart and self.predict_v)
+        require(is_one, "predict_xstart and predict_v", problem)
+        problem = "the first has to be below the second, which has to be stated and not 0"
+        is_range = self.depth_min < self.depth_max if self.depth_max else not self.depth_min
+        require(is_range, "depth_min and depth_max", problem)
         if not self.follows_model:
             self._check_network()
 
@@ -127,11 +123,9 @@ class ModelConf(Conf):
         return False
 
     def _check_network(self) -> None:
-        require(
-            self.noise_schedule != "linear" or not 1 < self.diffusion_steps <= 20,
-            "diffusion_steps and noise_schedule",
-            "a linear schedule of 20 steps or fewer would need noise above 1",
-        )
+        problem = "a linear schedule of 20 steps or fewer would need noise above 1"
+        is_possible = self.noise_schedule != "linear" or not 1 < self.diffusion_steps <= 20
+        require(is_possible, "diffusion_steps and noise_schedule", problem)
         sizes = ", ".join(map(str, sorted(CHANNEL_MULT_BY_SIZE)))
         require(
             bool(self.channel_mult) or self.image_size in CHANNEL_MULT_BY_SIZE,
@@ -141,28 +135,21 @@ class ModelConf(Conf):
         )
         mult = self.channel_mult_list
         unit = 2 ** (len(mult) - 1)
-        require(
-            self.image_size % unit == 0,
-            "image_size and channel_mult",
-            f"{len(mult)} levels need a side divisible by {unit}, not {self.image_size}",
-        )
+        problem = f"{len(mult)} levels need a side divisible by {unit}, not {self.image_size}"
+        require(self.image_size % unit == 0, "image_size and channel_mult", problem)
         widths = [int(m * self.num_channels) for m in mult]
-        require(
-            all(width and width % 32 == 0 for width in widths),
-            "num_channels and channel_mult",
-            f"every width has to be a multiple of 32, and they make {widths}",
-        )
+        problem = f"every width has to be a multiple of 32, and they make {widths}"
+        are_whole = all(width and width % 32 == 0 for width in widths)
+        require(are_whole, "num_channels and channel_mult", problem)
         attending = widths_with_attention(
             self.image_size, mult, self.num_channels, self.attention_sides
         )
         heads = ("num_heads", "num_heads_upsample")
         for name in heads if self.num_head_channels == -1 else ("num_head_channels",):
+            number = getattr(self, name)  # -1 divides all
             for width in sorted(attending):
-                require(
-                    width % getattr(self, name) == 0,  # -1 divides all
-                    f"{name} and num_channels",
-                    f"{getattr(self, name)} does not divide {width}, a width with attention",
-                )
+                problem = f"{number} does not divide {width}, a width with attention"
+                require(width % number == 0, f"{name} and num_channels", problem)
 
     @property
     def depth(self) -> tuple[float, float] | None:

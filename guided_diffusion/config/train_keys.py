@@ -71,11 +71,8 @@ class TrainConf(ModelConf):
         check_name(self.name, "./runs/")
         self._set("out_dir", self.out_dir or f"./runs/{self.name}")
         self._set("sample_respacing", self.sample_respacing or str(self.diffusion_steps))
-        require(
-            not self.use_fp16,
-            "use_fp16 and precision",
-            "training in half precision is not stable; write precision: bfloat16 instead",
-        )
+        problem = "training in half precision is not stable; write precision: bfloat16 instead"
+        require(not self.use_fp16, "use_fp16 and precision", problem)
         require(
             self.image_size >= MIN_SIZE or not (self.sample_interval and self.sample_count),
             "image_size and sample_interval",

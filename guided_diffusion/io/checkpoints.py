@@ -30,7 +30,7 @@ from torch import Tensor
 from guided_diffusion.errors import UserError, looked_in
 from guided_diffusion.io.files import atomic_path, open_regular, stamp_of, write_checkpoint
 from guided_diffusion.io.paths import cache_folder
-from guided_diffusion.io.weights import Weights, find_weights, is_plain, short
+from guided_diffusion.io.weights import Weights, find_weights, is_plain, shapes_of, short
 
 _DAMAGED = "is damaged or incomplete: download it again"
 _NOT_OF_TORCH = "is not a checkpoint saved by torch"
@@ -139,8 +139,7 @@ def read_weights(path: Path) -> Weights:
 
 def state_dict_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """Return each tensor's shape without reading the weights; raises as ``load_state_dict``."""
-    weights = find_weights(Path(path), read_tree(Path(path), "meta"))
-    return {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
+    return shapes_of(find_weights(Path(path), read_tree(Path(path), "meta")).tensors)
 
 
 def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor]) -> None:

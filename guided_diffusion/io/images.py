@@ -42,6 +42,9 @@ _BYTES_TO_CUT_LAYERS = 20  # the same of a picture with transparency or a profil
 
 # A PNG may hold a text or a profile of any size, up to Pillow's limit for all texts together.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+# Keep libtiff from writing its own lines about a damaged file beside ours.
+with contextlib.suppress(OSError, AttributeError):  # Pillow's own libtiff may not be reachable
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +78,6 @@ class Header:
     size: tuple[int, int]
     frames: list[int]
     memory: int
-
-
-def _silence_libtiff() -> None:
-    """Keep libtiff from writing its own lines about a damaged file beside ours."""
-    with contextlib.suppress(OSError, AttributeError):  # Pillow's own libtiff may not be reachable
-        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
-
-
-_silence_libtiff()
 
 
 def name_of(source: Source) -> str:

@@ -29,12 +29,9 @@ def check_memory(needed: int, path: str, what: str = "the picture") -> None:
     """Raise ``UserError`` where ``what``, of the file ``path``, needs more bytes than are free."""
     free = free_memory()
     if free is not None and needed > free:
-        raise UserError(
-            f"{what} does not fit into the memory that is free",
-            path=path,
-            expected=f"at most {free >> 20} MiB",
-            got=f"about {needed >> 20} MiB",
-        )
+        problem = f"{what} does not fit into the memory that is free"
+        expected, got = f"at most {free >> 20} MiB", f"about {needed >> 20} MiB"
+        raise UserError(problem, path=path, expected=expected, got=got)
 
 
 def _free_of_system() -> int | None:

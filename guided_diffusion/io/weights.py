@@ -173,13 +173,9 @@ def check_fits(
     for name in (*expected, *state):
         shape = tuple(state[name].shape) if name in state else None
         if expected.get(name) != shape:
-            raise UserError(
-                f"does not fit the network: {short(name)} has another size or is missing",
-                path=path,
-                key=key,
-                expected=expected.get(name, "no such tensor"),
-                got=shape or "no such tensor",
-            )
+            problem = f"does not fit the network: {short(name)} has another size or is missing"
+            wanted, got = expected.get(name, "no such tensor"), shape or "no such tensor"
+            raise UserError(problem, path=path, key=key, expected=wanted, got=got)
         if not is_plain(state[name]):
             wanted = f"{short(name)} as plain floating-point numbers"
             raise UserError(path=path, key=key, expected=wanted, got=state[name].dtype)

@@ -18,7 +18,7 @@ from guided_diffusion.config.checkpoint_flags import (
     check_channels,
     classifier_flags,
     model_flags,
-    yaml_text,
+    yaml_lines,
 )
 from guided_diffusion.config.network_keys import CHANNEL_MULT_BY_SIZE
 from guided_diffusion.errors import UserError
@@ -41,10 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = (_of_foreign if is_foreign else _of_checkpoint)(args.path, args.image_size)
     print("\n".join(lines))
     return 0
-
-
-def _yaml(keys: Mapping[str, Any]) -> list[str]:
-    return [f"{key}: {yaml_text(key, value)}" for key, value in keys.items()]
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -73,9 +69,9 @@ def _of_foreign(path: str, side: int | None) -> list[str]:
     stated = {"image_size": side} if side and "image_size" in guesses else {}
     if names := [key for key in guesses if key not in stated]:
         lines.append(f"# warning: the files do not tell {', '.join(names)}; below are guesses")
-    lines.append(f"# These follow the files and may be left out: {', '.join(_yaml(decided))}")
+    lines.append(f"# These follow the files and may be left out: {', '.join(yaml_lines(decided))}")
     walk = short_walk({}, decided.get("diffusion_steps"))
-    return [*lines, *_yaml({"model_path": path, **guesses, **stated, **walk})]
+    return [*lines, *yaml_lines({"model_path": path, **guesses, **stated, **walk})]
 
 
 def _about_chain(model: ForeignModel) -> str:
@@ -104,7 +100,7 @@ def _of_checkpoint(path: str, side: int | None) -> list[str]:
         lines = _of_network(path, flags, side)
         return [f"# {path}: a network of {kind}, {about}", *notes, *lines]
     if flags := classifier_flags(shapes):
-        lines = _yaml({"classifier_path": path, **flags})
+        lines = yaml_lines({"classifier_path": path, **flags})
         return [f"# {path}: a classifier of noisy pictures, {about}", *notes, *lines]
     problem = "is not a whole network of guided-diffusion's kind"
     raise UserError(problem, path=path, got=f"tensors named {listed(list(shapes))}")
@@ -132,7 +128,7 @@ def _of_network(path: str, flags: dict[str, Any], side: int | None) -> list[str]
     published = SILENT_FLAGS.get((size, flags["num_channels"], flags["num_res_blocks"]), {})
     if published and flags["class_cond"] and flags["learn_sigma"]:
         lines.append("# the shapes are those of a published checkpoint: below are its keys")
-        return [*lines, *_yaml({"model_path": path, **flags, **published})]
+        return [*lines, *yaml_lines({"model_path": path, **flags, **published})]
     guesses = {**_heads(flags), "use_new_attention_order": False, "norm_groups": 32,
                "noise_schedule": "linear", "diffusion_steps": 1000, "predict_xstart": False,
                "predict_v": False, "rescale_timesteps": False}  # fmt: skip
@@ -140,7 +136,7 @@ def _of_network(path: str, flags: dict[str, Any], side: int | None) -> list[str]
         f"# warning: shapes cannot tell {', '.join(guesses)}: below are the usual values; if the "
         "results are noise, the training had others"
     )
-    return [*lines, *_yaml({"model_path": path, **flags, **guesses})]
+    return [*lines, *yaml_lines({"model_path": path, **flags, **guesses})]
 
 
 def _heads(flags: Mapping[str, Any]) -> dict[str, Any]:

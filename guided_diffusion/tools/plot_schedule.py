@@ -149,15 +149,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _schedule_of(conf: InpaintConf, path: str) -> list[int]:
-    from guided_diffusion.script_util import create_gaussian_diffusion, create_schedule
-
-    try:
-        return create_schedule(conf, create_gaussian_diffusion(conf))
-    except UserError as error:
-        raise UserError(str(error), path=path) from error
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Plot the schedules of the command line, and print what each costs in one line.
 
@@ -169,7 +160,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     labels = stems if len(set(stems)) == len(stems) else list(confs)
     schedules = {} if confs else {"default": get_schedule_jump(t_T=250)}
     for label, (path, conf) in zip(labels, confs.items(), strict=True):
-        schedules[label] = _schedule_of(conf, path)
+        from guided_diffusion.script_util import create_gaussian_diffusion, create_schedule
+
+        try:
+            schedules[label] = create_schedule(conf, create_gaussian_diffusion(conf))
+        except UserError as error:
+            raise UserError(str(error), path=path) from error
 
     from guided_diffusion.io.files import atomic_path
 

@@ -113,18 +113,13 @@ def run_settings(conf: TrainConf, names: Sequence[str]) -> dict[str, object]:
 
 
 def check_disk(conf: TrainConf, parameters: int) -> None:
-    """Raise UserError where the disk has no room for the next set of checkpoints."""
+    """Raise UserError where the disk, or the folder, does not take the next set of checkpoints."""
     needed = 4 * parameters * (len(conf.ema_rates) + 3) + 2**20  # Adam keeps two numbers for each
-    folder = Path(conf.out_dir).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(check_folder(conf.out_dir)).free
     if free < needed:
-        raise UserError(
-            "the disk is too full for the next checkpoint",
-            path=conf.out_dir,
-            expected=f"{needed / 1e6:,.0f} MB free",
-            got=f"{free / 1e6:,.0f} MB",
-        )
+        problem = "the disk is too full for the next checkpoint"
+        expected, got = f"{needed / 1e6:,.0f} MB free", f"{free / 1e6:,.0f} MB"
+        raise UserError(problem, path=conf.out_dir, expected=expected, got=got)
 
 
 def test_yaml(

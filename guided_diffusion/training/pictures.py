@@ -132,31 +132,24 @@ class TrainingImages:
             self.bad[index] = error
         most = max(1, int(_MOST_BAD * len(self.train)))
         if len(self.bad) > most:
-            raise UserError(
-                f"too many pictures have become unreadable: {first_of(self.bad.values(), '; ')}",
-                path=self.conf.data_dir,
-                expected=f"at most {most} of {len(self.train)}",
-                got=len(self.bad),
-            )
+            listed = first_of(self.bad.values(), "; ")
+            problem = f"too many pictures have become unreadable: {listed}"
+            expected, got = f"at most {most} of {len(self.train)}", len(self.bad)
+            raise UserError(problem, path=self.conf.data_dir, expected=expected, got=got)
         if is_new:
             warnings.warn(f"{error}; another takes its place", stacklevel=2)
 
     def _labels(self, files: Sequence[str]) -> np.ndarray:
         """Return each file's label, its first-level subfolder, and determine the order of these."""
+        conf = self.conf
         for path, name in zip(files, self.names, strict=True):
             if "/" not in name:
-                raise UserError(
-                    "with class_cond every picture must lie in a subfolder, one for each class",
-                    path=path,
-                )
-        folders = classes_of(self.names)
-        if len(folders) != self.conf.num_classes:
-            raise UserError(
-                f"{self.conf.data_dir} has another number of subfolders, one for each class",
-                key="num_classes",
-                expected=len(folders),
-                got=self.conf.num_classes,
-            )
+                problem = "with class_cond each picture must lie in a subfolder, one for each class"
+                raise UserError(problem, path=path)
+        folders, number = sorted({name.split("/", 1)[0] for name in self.names}), conf.num_classes
+        if len(folders) != number:
+            problem = f"{conf.data_dir} has another number of subfolders, one for each class"
+            raise UserError(problem, key="num_classes", expected=len(folders), got=number)
         if not self.class_names:
             are_numbers = all(name.isdecimal() for name in folders)
             self.class_names = sorted(folders, key=int) if are_numbers else folders
@@ -215,11 +208,6 @@ class TrainingImages:
             return error
         return notes
 
-    def _side(self, short: int) -> int:
-        """Return the length to which random crops scale a short side before they are drawn."""
-        size = self.conf.image_size
-        return max(size, min(math.ceil(size / _SMALLEST_CROP), short))
-
     def _keep(self, index: int, pixels: np.ndarray) -> None:
         """Keep a decoded picture, unless the memory for them is full: then no other is kept."""
         with self._lock:
@@ -236,9 +224,10 @@ class TrainingImages:
 
     def _scale(self, index: int, image: Image.Image) -> np.ndarray:
         """Return the middle crop (S, S, C), or for random crops all that they are cut from."""
+        size = self.conf.image_size
         if not self.conf.random_crop:
-            return center_crop(image, self.conf.image_size, self.paths[index])
-        side = self._side(min(image.size))
+            return center_crop(image, size, self.paths[index])
+        side = max(size, min(math.ceil(size / _SMALLEST_CROP), min(image.size)))
         return np.atleast_3d(scale_short_side(image, side, self.paths[index]))
 
     def _augment(self, pixels: np.ndarray, draw: np.ndarray) -> np.ndarray:
@@ -266,11 +255,6 @@ def names_below(folder: str, paths: Sequence[str]) -> list[str]:
         return [folder.rstrip("/").rpartition("/")[2]]
     root = folder if folder.endswith("/") else folder + "/"
     return [path.removeprefix(root) for path in paths]
-
-
-def classes_of(names: Sequence[str]) -> list[str]:
-    """Return the first-level subfolders of relative paths, sorted as text."""
-    return sorted({name.split("/", 1)[0] for name in names})
 
 
 def split_by_name(names: Sequence[str], share: float) -> tuple[np.ndarray, np.ndarray]:
