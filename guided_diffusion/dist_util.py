@@ -68,10 +68,8 @@ def _explain_lost_store() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # DistNetworkError and its kin
-        raise UserError(
-            "no connection to the other processes; what they finished is kept, and the same "
-            "command with --resume goes on"
-        ) from error
+        problem = "no connection to the other processes; what they finished is kept"
+        raise UserError(f"{problem}, and the same command with --resume goes on") from error
 
 
 class Team:

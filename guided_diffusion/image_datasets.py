@@ -145,14 +145,10 @@ def _partners(
             warnings.warn(f"{mask_path}: this mask is also one of the pictures", stacklevel=3)
         return images, mask_files * len(images)
     if len(mask_files) != len(images):
-        raise UserError(
-            "images and masks are paired by position in sorted order, so there must be as"
-            " many masks as images (or one mask file for all)",
-            path=mask_path,
-            key="mask_path",
-            expected=f"{len(images)} masks, one for each image in {gt_path}",
-            got=len(mask_files),
-        )
+        order = "images and masks are paired by position in sorted order"
+        problem = f"{order}, so there must be as many masks as images (or one mask file for all)"
+        expected, got = f"{len(images)} masks, one for each image in {gt_path}", len(mask_files)
+        raise UserError(problem, path=mask_path, key="mask_path", expected=expected, got=got)
     return images, pair_up(images, mask_files)
 
 
@@ -168,12 +164,10 @@ def _separate(
         return [path for path in images if os.path.realpath(path) not in common], mask_files
     if len(common) == len(images) < len(mask_files):
         return images, [path for path in mask_files if os.path.realpath(path) not in common]
-    raise UserError(
-        f"gt_path and mask_path overlap: {len(common)} files, such as {files[min(common)]}, are in"
-        " both; put pictures and masks into folders of their own",
-        path=mask_path,
-        key="mask_path",
-    )
+    some = f"{len(common)} files, such as {files[min(common)]}"
+    hint = "put pictures and masks into folders of their own"
+    problem = f"gt_path and mask_path overlap: {some}, are in both; {hint}"
+    raise UserError(problem, path=mask_path, key="mask_path")
 
 
 def _refuse_colliding_names(pairs: Sequence[Pair], samples_per_image: int) -> None:

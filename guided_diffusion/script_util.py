@@ -5,6 +5,7 @@ they are mapped from the file, so that there is never more than one copy in memo
 that does not fit says by its shapes which YAML keys have to change.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 
@@ -36,23 +37,14 @@ from guided_diffusion.unet import EncoderUNetModel, TrunkConfig, UNetModel
 
 def create_model(conf: ModelConf) -> UNetModel:
     """Build the network with fresh weights, as training starts with; float32, on the CPU."""
-    cfg = TrunkConfig(
-        image_size=conf.image_size,
-        in_channels=conf.in_channels,
-        model_channels=conf.num_channels,
-        channel_mult=conf.channel_mult_list,
-        num_res_blocks=conf.num_res_blocks,
-        attention_resolutions=conf.attention_sides,
-        num_heads=conf.num_heads,
-        num_head_channels=conf.num_head_channels,
-        num_heads_upsample=conf.num_heads_upsample,
-        use_scale_shift_norm=conf.use_scale_shift_norm,
-        resblock_updown=conf.resblock_updown,
-        use_new_attention_order=conf.use_new_attention_order,
-        norm_groups=conf.norm_groups,
-        dropout=conf.dropout,
-        use_checkpoint=conf.use_checkpoint,
-    )
+    # Most keys have the names of the network's options.
+    names = {field.name for field in dataclasses.fields(TrunkConfig)} & vars(conf).keys()
+    others = {
+        "model_channels": conf.num_channels,
+        "channel_mult": conf.channel_mult_list,
+        "attention_resolutions": conf.attention_sides,
+    }
+    cfg = TrunkConfig(**{name: getattr(conf, name) for name in names} | others)
     num_classes = conf.num_classes if conf.class_cond else None
     out_channels = conf.in_channels * (2 if conf.learn_sigma else 1)
     return UNetModel(cfg, out_channels, num_classes)

@@ -245,16 +245,16 @@ class InpaintConf(ModelConf):
         super().__post_init__()
         check_name(self.name, "./log/")
         problem = f"label {self.cond_y} of {self.num_classes} classes, which count from 0"
-        is_label = self.cond_y is None or self.cond_y < self.num_classes
-        require(is_label, "cond_y and num_classes", problem)
+        fits = self.cond_y is None or self.cond_y < self.num_classes
+        require(fits, "cond_y and num_classes", problem)
         problem = "the first has no effect while the second is false"
         for first, second in (
             ("inpa_inj_sched_prev_cumnoise", "inpa_inj_sched_prev"),
             ("windows", "full_size"),
             ("output_format", "full_size"),
         ):
-            has_effect = getattr(self, second) or getattr(self, first) in (False, "png")
-            require(has_effect, f"{first} and {second}", problem)
+            fits = getattr(self, second) or getattr(self, first) in (False, "png")
+            require(fits, f"{first} and {second}", problem)
         problem = "a photo that is given back whole is not mirrored"
         keys = f"full_size and data.eval.{self.data.name}.random_flip"
         require(not (self.full_size and self.data.random_flip), keys, problem)
@@ -262,19 +262,19 @@ class InpaintConf(ModelConf):
         require(not (self.windows and self.guided), "windows and classifier_path", problem)
         for name in ("use_ddim", "inpa_inj_sched_prev_cumnoise"):
             problem = f"{name} belongs to sampler: repaint; ddnm_eta: 0 is ddnm without fresh noise"
-            is_free = self.sampler != "ddnm" or not getattr(self, name)
-            require(is_free, f"sampler and {name}", problem)
+            fits = self.sampler != "ddnm" or not getattr(self, name)
+            require(fits, f"sampler and {name}", problem)
         problem = f"true and {self.precision} contradict each other"
-        is_half = self.precision in (None, "float16")
-        require(not self.use_fp16 or is_half, "use_fp16 and precision", problem)
+        fits = not self.use_fp16 or self.precision in (None, "float16")
+        require(fits, "use_fp16 and precision", problem)
         if self.guided:
             self._check_classifier()
         self._complete_data()
 
     def _check_classifier(self) -> None:
-        is_known = self.image_size in CHANNEL_MULT_BY_SIZE
         problem = f"there are classifiers for sides of {sorted(CHANNEL_MULT_BY_SIZE)} only"
-        require(is_known, "image_size and classifier_path", problem)
+        fits = self.image_size in CHANNEL_MULT_BY_SIZE
+        require(fits, "image_size and classifier_path", problem)
         mult = CHANNEL_MULT_BY_SIZE[self.image_size]
         widths = [int(m * self.classifier_width) for m in mult]
         attending = widths_with_attention(

@@ -109,11 +109,11 @@ class ModelConf(Conf):
         if not self.timestep_respacing:
             self._set("timestep_respacing", str(self.diffusion_steps))
         problem = "a network predicts one of them, or the noise where both are false"
-        is_one = not (self.predict_xstart and self.predict_v)
-        require(is_one, "predict_xstart and predict_v", problem)
+        fits = not (self.predict_xstart and self.predict_v)
+        require(fits, "predict_xstart and predict_v", problem)
         problem = "the first has to be below the second, which has to be stated and not 0"
-        is_range = self.depth_min < self.depth_max if self.depth_max else not self.depth_min
-        require(is_range, "depth_min and depth_max", problem)
+        fits = self.depth_min < self.depth_max if self.depth_max else not self.depth_min
+        require(fits, "depth_min and depth_max", problem)
         if not self.follows_model:
             self._check_network()
 
@@ -124,23 +124,21 @@ class ModelConf(Conf):
 
     def _check_network(self) -> None:
         problem = "a linear schedule of 20 steps or fewer would need noise above 1"
-        is_possible = self.noise_schedule != "linear" or not 1 < self.diffusion_steps <= 20
-        require(is_possible, "diffusion_steps and noise_schedule", problem)
+        fits = self.noise_schedule != "linear" or not 1 < self.diffusion_steps <= 20
+        require(fits, "diffusion_steps and noise_schedule", problem)
         sizes = ", ".join(map(str, sorted(CHANNEL_MULT_BY_SIZE)))
-        require(
-            bool(self.channel_mult) or self.image_size in CHANNEL_MULT_BY_SIZE,
-            "image_size and channel_mult",
-            f"an empty channel_mult works for an image_size of {sizes} and not of "
-            f"{self.image_size}: write channel_mult, such as '1,2,4'",
-        )
+        limits = f"an empty channel_mult works for an image_size of {sizes}"
+        problem = f"{limits} and not of {self.image_size}: write channel_mult, such as '1,2,4'"
+        fits = bool(self.channel_mult) or self.image_size in CHANNEL_MULT_BY_SIZE
+        require(fits, "image_size and channel_mult", problem)
         mult = self.channel_mult_list
         unit = 2 ** (len(mult) - 1)
         problem = f"{len(mult)} levels need a side divisible by {unit}, not {self.image_size}"
         require(self.image_size % unit == 0, "image_size and channel_mult", problem)
         widths = [int(m * self.num_channels) for m in mult]
         problem = f"every width has to be a multiple of 32, and they make {widths}"
-        are_whole = all(width and width % 32 == 0 for width in widths)
-        require(are_whole, "num_channels and channel_mult", problem)
+        fits = all(width and width % 32 == 0 for width in widths)
+        require(fits, "num_channels and channel_mult", problem)
         attending = widths_with_attention(
             self.image_size, mult, self.num_channels, self.attention_sides
         )

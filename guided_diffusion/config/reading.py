@@ -39,9 +39,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for name in (name for name, _ in node.value if isinstance(name, yaml.ScalarNode)):
             if name.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {name.value} is here twice", problem_mark=name.start_mark
-                )
+                problem = f"the key {name.value} is here twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=name.start_mark)
             seen.add(name.value)
         return super().construct_mapping(node, deep)
 

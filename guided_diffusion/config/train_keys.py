@@ -73,12 +73,10 @@ class TrainConf(ModelConf):
         self._set("sample_respacing", self.sample_respacing or str(self.diffusion_steps))
         problem = "training in half precision is not stable; write precision: bfloat16 instead"
         require(not self.use_fp16, "use_fp16 and precision", problem)
-        require(
-            self.image_size >= MIN_SIZE or not (self.sample_interval and self.sample_count),
-            "image_size and sample_interval",
-            f"masks for process pictures have {MIN_SIZE} pixels at least; write "
-            "sample_interval: 0 to go without",
-        )
+        limit = f"masks for process pictures have {MIN_SIZE} pixels at least"
+        problem = f"{limit}; write sample_interval: 0 to go without"
+        fits = self.image_size >= MIN_SIZE or not (self.sample_interval and self.sample_count)
+        require(fits, "image_size and sample_interval", problem)
 
     @property
     def ema_rates(self) -> tuple[float, ...]:

@@ -21,20 +21,15 @@ def pair_up(images: Sequence[str], mask_files: Sequence[str]) -> Sequence[str]:
         partners = [mask_files[number] for number in named]
         if named != sorted(named):
             place = next(place for place, number in enumerate(named) if place != number)
-            warnings.warn(
-                f"pictures and masks are paired by name ({images[place]} with {partners[place]}),"
-                " because their sorted orders differ",
-                stacklevel=4,
-            )
+            text = f"pictures and masks are paired by name ({images[place]} with {partners[place]})"
+            warnings.warn(f"{text}, because their sorted orders differ", stacklevel=4)
         return partners
     contradiction = _contradiction(stems, mask_stems)
     if contradiction:
         place, other = contradiction
-        warnings.warn(
-            f"{images[place]} is paired with {mask_files[place]} by sorted position, although"
-            f" {mask_files[other]} has its name; check that both folders hold the same names",
-            stacklevel=4,
-        )
+        text = f"{images[place]} is paired with {mask_files[place]} by sorted position, although"
+        hint = "check that both folders hold the same names"
+        warnings.warn(f"{text} {mask_files[other]} has its name; {hint}", stacklevel=4)
     return mask_files
 
 

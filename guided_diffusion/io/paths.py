@@ -49,12 +49,9 @@ def refuse_inside(folder: str | os.PathLike, inputs: str | os.PathLike, *, key: 
     except (OSError, ValueError):  # other checks tell what is wrong with the path
         return
     if lies_inside:
-        raise UserError(
-            f"results would go into the folder of inputs {inputs}, and the next run would take "
-            "them for inputs; choose a folder elsewhere",
-            path=folder,
-            key=key,
-        )
+        problem = f"results would go into the folder of inputs {inputs}"
+        reason = "the next run would take them for inputs; choose a folder elsewhere"
+        raise UserError(f"{problem}, and {reason}", path=folder, key=key)
 
 
 def refuse_overwriting(

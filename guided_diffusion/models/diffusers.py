@@ -242,11 +242,9 @@ def check_folder(folder: ModelFolder) -> str:
     path = _weights(folder)
     check_checkpoint(path)
     if folder.betas is None:
-        warnings.warn(
-            f"{folder.name}: has no scheduler_config.json, so that noise_schedule, "
-            "diffusion_steps, predict_xstart and predict_v are as the YAML says or by default",
-            stacklevel=2,
-        )
+        keys = "noise_schedule, diffusion_steps, predict_xstart and predict_v"
+        text = f"has no scheduler_config.json, so that {keys} are as the YAML says or by default"
+        warnings.warn(f"{folder.name}: {text}", stacklevel=2)
     parts = (sorted(folder.unet.items()), sorted(folder.scheduler.items()), path.name)
     return hashlib.sha256((repr(parts) + fingerprint(path)).encode()).hexdigest()[:16]
 
@@ -281,7 +279,6 @@ def _weights(folder: ModelFolder) -> Path:
         for file in _WEIGHTS:
             if (place / file).exists():
                 return place / file
+    problem = "holds a configuration without its weights"
     expected = f"{' or '.join(_WEIGHTS)} beside config.json"
-    raise UserError(
-        "holds a configuration without its weights", path=folder.name, expected=expected
-    )
+    raise UserError(problem, path=folder.name, expected=expected)

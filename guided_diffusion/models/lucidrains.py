@@ -191,12 +191,10 @@ def _unet_of(checkpoint: Checkpoint, heads: int) -> nn.Module:
     is_old = any(".fn.fn." in name for name in shapes) and saved != installed
     if built != shapes or is_old:
         differing = [name for name in (*shapes, *built) if shapes.get(name) != built.get(name)]
-        raise UserError(
-            f"is not the network of the installed {_NAME} {installed}; "
-            f"pip install {_NAME}=={saved or 'VERSION'}, the one that saved it",
-            path=checkpoint.name,
-            got=", ".join(short(name) for name in differing[:1]) or f"version {saved or 'unknown'}",
-        )
+        hint = f"pip install {_NAME}=={saved or 'VERSION'}, the one that saved it"
+        problem = f"is not the network of the installed {_NAME} {installed}; {hint}"
+        got = short(differing[0]) if differing else f"version {saved or 'unknown'}"
+        raise UserError(problem, path=checkpoint.name, got=got)
     return unet
 
 

@@ -239,8 +239,5 @@ def _warn_of_extremes(pairs: Sequence[Pair], shares: Sequence[float]) -> None:
         hits = [pair for pair, share in zip(pairs, shares, strict=True) if share == extreme]
         if hits:
             first = name_of(hits[0].mask_file or hits[0].mask_path)
-            warnings.warn(
-                f"{first}: this mask leaves {problem} ({len(hits)} of {len(pairs)} images);"
-                " in a mask, white is known and black is generated",
-                stacklevel=3,
-            )
+            text = f"{first}: this mask leaves {problem} ({len(hits)} of {len(pairs)} images)"
+            warnings.warn(f"{text}; in a mask, white is known and black is generated", stacklevel=3)

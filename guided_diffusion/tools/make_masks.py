@@ -97,10 +97,8 @@ def _check_folder_of_masks(folder: Path, written: set[str]) -> None:
             raise UserError(problem, path=folder / name, key="--out")
     others = {name for name in present - written if name.lower().endswith(IMAGE_SUFFIXES)}
     if others := sorted(others):
-        text = (
-            f"holds {len(others)} other pictures, such as {others[0]}, which a run takes for masks"
-        )
-        warnings.warn(f"{folder}: {text}", stacklevel=2)
+        text = f"{folder}: holds {len(others)} other pictures, such as {others[0]}"
+        warnings.warn(f"{text}, which a run takes for masks", stacklevel=2)
 
 
 def _preview_path(folder: Path) -> Path:

@@ -93,10 +93,8 @@ def heads_file() -> Path:
     """Return the file of LPIPS's trained heads; raises ``UserError`` without torchmetrics."""
     spec = importlib.util.find_spec("torchmetrics")  # finds without importing
     if spec is None:
-        raise UserError(
-            "LPIPS, PSNR and SSIM need torchmetrics, which is not installed: "
-            "pip install -r requirements-metrics.txt"
-        )
+        problem = "LPIPS, PSNR and SSIM need torchmetrics, which is not installed"
+        raise UserError(f"{problem}: pip install -r requirements-metrics.txt")
     return Path(spec.origin).parent / "functional/image/lpips_models/alex.pth"
 
 

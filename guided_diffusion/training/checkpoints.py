@@ -113,7 +113,7 @@ def run_settings(conf: TrainConf, names: Sequence[str]) -> dict[str, object]:
 
 
 def check_disk(conf: TrainConf, parameters: int) -> None:
-    """Raise UserError where the disk, or the folder, does not take the next set of checkpoints."""
+    """Raise UserError where the disk has no room for the next checkpoints; also as check_folder."""
     needed = 4 * parameters * (len(conf.ema_rates) + 3) + 2**20  # Adam keeps two numbers for each
     free = shutil.disk_usage(check_folder(conf.out_dir)).free
     if free < needed:
@@ -262,11 +262,9 @@ def check(conf: TrainConf, device: torch.device, *, resume: bool) -> int:
     check_folder(conf.out_dir)
     saved, newest = _saved_steps(conf), newest_step(conf)
     if saved and not resume:
-        raise UserError(
-            f"already holds a training, of {saved[-1]} steps; add --resume to go on with it, or "
-            "choose another name or out_dir",
-            path=conf.out_dir,
-        )
+        hint = "add --resume to go on with it, or choose another name or out_dir"
+        problem = f"already holds a training, of {saved[-1]} steps; {hint}"
+        raise UserError(problem, path=conf.out_dir)
     if saved:
         _check_settings(conf, newest or saved[-1])
         if newest is None:

@@ -177,13 +177,11 @@ class TrainingImages:
             listed = first_of(bad, "; ")
             counted = UserError(f"{len(bad)} of {len(looks)} pictures are bad: {listed}")
             raise bad[0] if len(bad) == 1 else counted
-        small = sum(min(headers[index].size) < self.conf.image_size for index in chosen)
-        if small:
-            warnings.warn(
-                f"{small} of {len(looks)} pictures are smaller than {self.conf.image_size} pixels"
-                " and are enlarged, which teaches the network their blur",
-                stacklevel=3,
-            )
+        size = self.conf.image_size
+        if small := sum(min(headers[index].size) < size for index in chosen):
+            text = f"{small} of {len(looks)} pictures are smaller than {size} pixels"
+            hint = "which teaches the network their blur"
+            warnings.warn(f"{text} and are enlarged, {hint}", stacklevel=3)
         warn_of_kinds(
             (self.paths[index], note)
             for index, notes in zip(chosen, looks, strict=True)

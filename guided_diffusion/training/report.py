@@ -210,9 +210,8 @@ class Evaluator:
     ) -> np.ndarray:
         """Run RePaint on (N, C, S, S), with jumps of a fifth of the steps; uint8 (N, S, S, C)."""
         steps, seed, results = self.sample_diffusion.num_timesteps, self.conf.seed, []
-        times = get_schedule_jump(
-            steps, jump_length=max(1, steps // 5), jump_n_sample=jump_n_sample
-        )
+        jump = max(1, steps // 5)
+        times = get_schedule_jump(steps, jump_length=jump, jump_n_sample=jump_n_sample)
         sources = [torch.Generator(self.device).manual_seed(seed + i) for i in range(len(gt))]
         for part in parts_of(len(gt), self.trainer.part):
             predict = self.trainer.ema_predictor(None if labels is None else labels[part])

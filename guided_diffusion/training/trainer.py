@@ -154,9 +154,8 @@ class Trainer:
         """
         conf, device = self.conf, self.device
         if conf.dropout:
-            torch.manual_seed(
-                int(generator(conf.seed, DROPOUT, self.step).integers(2**32)) + rank()
-            )
+            seed = int(generator(conf.seed, DROPOUT, self.step).integers(2**32))
+            torch.manual_seed(seed + rank())
         x = (moved(images, device).float() / 127.5 - 1).contiguous(memory_format=self.memory_format)
         y = None if labels is None else moved(labels, device)
         t, weights, noise = self._draw(x.shape[1:])
