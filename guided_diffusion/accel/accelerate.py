@@ -4,7 +4,6 @@ Kernels and compiled code differ from machine to machine. So checks.py compares 
 that of PyTorch's own operations on the machine that runs them.
 """
 
-import ctypes
 import os
 import warnings
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from guided_diffusion.accel.build import KernelError
 from guided_diffusion.accel.checks import Checked, Network, Verdicts
 from guided_diffusion.accel.fused_unet import FusedUNet, samples, with_fused_convolutions
 from guided_diffusion.accel.layout import arithmetic, lay_out, precision_on, trunk_dtype
+from guided_diffusion.accel.memory import keep_freed_memory
 from guided_diffusion.dist_util import use_device
 from guided_diffusion.io.paths import cache_folder
 from guided_diffusion.unet import UNetEncoder, UNetModel
@@ -31,22 +31,6 @@ def prepare(device: torch.device) -> None:
         keep_freed_memory()
     use_device(device)
     torch.backends.cudnn.benchmark = True  # all calls have the same shapes
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for the next feature map instead of returning it.
-
-    By default it maps and unmaps every large block, and the kernel clears each page anew, which
-    takes about a tenth of the time of a 256×256 network. Where the C library is not glibc, nothing
-    happens.
-    """
-    mmap_max, trim_threshold = -4, -1  # names of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, -1)
 
 
 def accelerate(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from guided_diffusion.accel.layout import forget_pages
+from guided_diffusion.accel.memory import forget_pages
 from guided_diffusion.dist_util import is_out_of_memory
 from guided_diffusion.io.paths import cache_folder
 from guided_diffusion.unet import EmbedSequential, UNetEncoder

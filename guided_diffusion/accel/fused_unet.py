@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from guided_diffusion.accel.cpu_kernels import Affine, Kernels, Packed
-from guided_diffusion.accel.layout import forget_pages, swap_modules, twin
+from guided_diffusion.accel.layout import swap_modules, twin
+from guided_diffusion.accel.memory import forget_pages
 from guided_diffusion.nn import downsample, upsample
 from guided_diffusion.unet import (
     AttentionBlock,

@@ -1,24 +1,21 @@
-"""Arithmetic and memory of the networks, and modules that take the place of others."""
+"""Arithmetic and memory layout of the networks, and modules that take the place of others."""
 
 import contextlib
 import copy
-import ctypes
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import product
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from guided_diffusion.accel.memory import forget_pages
 from guided_diffusion.nn import upsample
 from guided_diffusion.unet import ResBlock, UNetEncoder, Upsample
 
 Module = TypeVar("Module", bound=nn.Module)
-_LEAST_BYTES = 2**16  # of a tensor for which reading the process's mappings pays
 
 
 def precision_on(device: torch.device, precision: str | None, use_fp16: bool) -> str | None:
@@ -125,31 +122,3 @@ class FoldedConv2d(nn.Module):
         for (row, column), part in zip(product((0, 1), repeat=2), parts, strict=True):
             out[:, :, row::2, column::2] = part[:, :, row : row + height, column : column + width]
         return out
-
-
-def file_mappings() -> list[range]:
-    """Return the addresses where this process has files mapped; none on systems without /proc."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
-    mappings = []
-    for line in lines:
-        addresses, _, _, _, inode, *_ = line.split()
-        if inode != "0":
-            mappings.append(range(*(int(address, 16) for address in addresses.split("-"))))
-    return mappings
-
-
-def forget_pages(*tensors: Tensor) -> None:
-    """Release the memory of tensors that are mapped from a file, which a later read reads again."""
-    tensors = [t for t in tensors if t.device.type == "cpu" and t.nbytes >= _LEAST_BYTES]
-    mapped = file_mappings() if tensors else []  # not kept: addresses are reused
-    for tensor in tensors:
-        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        if any(start in addresses for addresses in mapped):
-            page, dont_need = os.sysconf("SC_PAGE_SIZE"), 4  # MADV_DONTNEED
-            start, end = -(-start // page) * page, end // page * page
-            ctypes.CDLL(None).madvise(
-                ctypes.c_void_p(start), ctypes.c_size_t(end - start), dont_need
-            )

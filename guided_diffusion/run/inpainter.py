@@ -13,7 +13,7 @@ from guided_diffusion.accel.accelerate import accelerate, arithmetic, precision_
 from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.dist_util import get_device
 from guided_diffusion.gaussian_diffusion import Step, noise_source
-from guided_diffusion.run.full_size import Windows
+from guided_diffusion.run.windows import Windows
 from guided_diffusion.script_util import (
     create_gaussian_diffusion,
     create_sampler,

@@ -17,6 +17,7 @@ from guided_diffusion.image_datasets import Pair, Photo, ReadOptions, load_pair,
 from guided_diffusion.io.files import FileStamp
 from guided_diffusion.io.images import memory_to_read
 from guided_diffusion.run import full_size
+from guided_diffusion.run.windows import window_places
 from guided_diffusion.scheduler import count_steps
 
 SAMPLE_SEED_STRIDE = 1_000_003  # sample j of image k: seed + k + j · this, so that none coincide
@@ -105,7 +106,7 @@ def tasks_of(conf: InpaintConf, photo: Photo | None, seed: int) -> tuple[Task, .
         if conf.windows:
             side = max(cut.side, size)
             known = full_size.known_in(photo.known, cut) == 255
-            windows = len(full_size.window_places(known, size)) if cut.side > size else 1
+            windows = len(window_places(known, size)) if cut.side > size else 1
         tasks.append(Task(seed + number * full_size.CUT_SEED_STRIDE, side, cut, windows))
     return tuple(tasks)
 

@@ -10,7 +10,7 @@ import torch
 from network_cases import randomised
 from torch import nn
 
-from guided_diffusion.accel import accelerate, fused_unet, layout
+from guided_diffusion.accel import accelerate, fused_unet, layout, memory
 from guided_diffusion.unet import TrunkConfig, UNetModel
 
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="counts pages in /proc")
@@ -19,7 +19,7 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="counts pages in
 def test_freed_memory_is_kept():
     """Once warm, a call asks the system for no pages; without glibc nothing breaks either."""
     resource = pytest.importorskip("resource")
-    accelerate.keep_freed_memory()
+    memory.keep_freed_memory()
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         pytest.skip("needs glibc")
 
@@ -34,8 +34,8 @@ def test_freed_memory_is_kept():
 
 
 def test_without_glibc_memory_is_left_alone(monkeypatch):
-    monkeypatch.setattr(accelerate.ctypes, "CDLL", lambda _: object())
-    accelerate.keep_freed_memory()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
+    memory.keep_freed_memory()
 
 
 def resident(tensor):
@@ -99,6 +99,6 @@ def test_the_check_leaves_no_second_copy_of_the_weights_in_memory(kernels, tmp_p
 
 def test_addresses_of_other_devices_are_not_those_of_this_process(monkeypatch):
     """A GPU's pointer may be a number that is mapped here, too."""
-    monkeypatch.setattr(layout, "file_mappings", lambda: pytest.fail("looked"))
-    layout.forget_pages(torch.empty(2**20, device="meta"))
-    layout.forget_pages(torch.empty(2))  # nor is it worth a look
+    monkeypatch.setattr(memory, "file_mappings", lambda: pytest.fail("looked"))
+    memory.forget_pages(torch.empty(2**20, device="meta"))
+    memory.forget_pages(torch.empty(2))  # nor is it worth a look

@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import plain
 
-from guided_diffusion.accel.accelerate import keep_freed_memory
+from guided_diffusion.accel.memory import keep_freed_memory
 from guided_diffusion.cli import OptionParser, command_line
 from guided_diffusion.config.keys import DataConf, InpaintConf
 from guided_diffusion.config.reading import load_conf

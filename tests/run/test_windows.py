@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guided_diffusion.run.full_size import Windows, window_starts
+from guided_diffusion.run.windows import Windows, window_starts
 
 T = torch.tensor([5])
 
