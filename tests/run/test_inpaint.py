@@ -18,9 +18,12 @@ from guided_diffusion.config.keys import InpaintConf
 from guided_diffusion.config.reading import load_conf
 from guided_diffusion.config.schema import conf_to_dict, describe
 from guided_diffusion.dist_util import Team
+from guided_diffusion.image_datasets import Pair
 from guided_diffusion.io import files
 from guided_diffusion.run import inpaint, plan
 from guided_diffusion.run.inpainter import Inpainter
+from guided_diffusion.run.record import result_mark
+from guided_diffusion.run.task import Picture, make_job
 
 LOG = "log/run"
 
@@ -469,6 +472,12 @@ def test_leftovers_of_kills_go_from_every_folder(here, tmp_path):
         (folder / ".0123456789abcdef.tmp").touch()
     assert here(*options).status == 0
     assert [path for folder in folders for path in folder.glob(".*")] == []
+
+
+def test_a_mark_follows_picture_and_mask():
+    job, black = make_job(5, Pair(0, "a", "b", "00.png"), "", 0), np.zeros((8, 8, 3), np.uint8)
+    pictures = [Picture(black, black), Picture(black + 1, black), Picture(black, black + 1)]
+    assert len({result_mark({}, job, picture) for picture in pictures}) == 3
 
 
 def test_planning_is_shuffled_by_the_seed_and_not_by_chance(tmp_path, monkeypatch):
