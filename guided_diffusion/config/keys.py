@@ -248,11 +248,9 @@ class InpaintConf(ModelConf):
         fits = self.cond_y is None or self.cond_y < self.num_classes
         require(fits, "cond_y and num_classes", problem)
         problem = "the first has no effect while the second is false"
-        for first, second in (
-            ("inpa_inj_sched_prev_cumnoise", "inpa_inj_sched_prev"),
-            ("windows", "full_size"),
-            ("output_format", "full_size"),
-        ):
+        needed = {"inpa_inj_sched_prev_cumnoise": "inpa_inj_sched_prev"}
+        needed |= {"windows": "full_size", "output_format": "full_size"}
+        for first, second in needed.items():
             fits = getattr(self, second) or getattr(self, first) in (False, "png")
             require(fits, f"{first} and {second}", problem)
         problem = "a photo that is given back whole is not mirrored"
@@ -272,14 +270,16 @@ class InpaintConf(ModelConf):
         self._complete_data()
 
     def _check_classifier(self) -> None:
+        problem = f"a classifier knows {CLASSIFIER_CLASSES} classes, not {self.num_classes}"
+        fits = self.num_classes <= CLASSIFIER_CLASSES
+        require(fits, "num_classes and classifier_path", problem)
         problem = f"there are classifiers for sides of {sorted(CHANNEL_MULT_BY_SIZE)} only"
         fits = self.image_size in CHANNEL_MULT_BY_SIZE
         require(fits, "image_size and classifier_path", problem)
         mult = CHANNEL_MULT_BY_SIZE[self.image_size]
         widths = [int(m * self.classifier_width) for m in mult]
-        attending = widths_with_attention(
-            self.image_size, mult, self.classifier_width, self.classifier_attention_sides
-        )
+        sides = self.classifier_attention_sides
+        attending = widths_with_attention(self.image_size, mult, self.classifier_width, sides)
         require(
             all(width % 32 == 0 for width in widths)
             and all(width % CLASSIFIER_HEAD_CHANNELS == 0 for width in attending),

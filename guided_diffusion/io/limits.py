@@ -84,6 +84,7 @@ def in_threads(
     """
     items = list(items)
     hidden = None if show_progress else True  # None: tqdm hides it where no terminal is
-    with ThreadPoolExecutor(threads_within(memory)) as pool:
-        results = pool.map(work, items)  # cancels what has not begun if one raises
+    count = threads_within(memory)  # a single thread beside this one would keep what it freed
+    with ThreadPoolExecutor(count) as pool:  # whose map cancels what has not begun if one raises
+        results = pool.map(work, items) if count > 1 else map(work, items)
         return list(tqdm(results, title, len(items), leave=False, delay=2, disable=hidden))

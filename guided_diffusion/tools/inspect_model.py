@@ -31,12 +31,13 @@ from guided_diffusion.models.hub import fetch_configuration
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what a checkpoint or folder is, as YAML; raises UserError."""
-    parser = OptionParser(description="Say what a checkpoint or a diffusers folder is, and which "
-                          "YAML keys it needs. The output is YAML.")  # fmt: skip
+    parser = OptionParser(description=__doc__)
     parser.add_argument("path", metavar="FILE_OR_FOLDER", help="or hf://owner/name")
     parser.add_argument("--image_size", type=int, metavar="PIXELS",
                         help="side of the pictures, which shapes do not always tell")  # fmt: skip
     args: argparse.Namespace = parser.parse_args(argv)
+    if args.image_size is not None and not 1 <= args.image_size <= 8192:
+        raise UserError(key="--image_size", expected="1 to 8192", got=args.image_size)
     is_foreign = is_folder(args.path) or is_lucidrains(args.path)
     lines = (_of_foreign if is_foreign else _of_checkpoint)(args.path, args.image_size)
     print("\n".join(lines))

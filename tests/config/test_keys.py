@@ -294,6 +294,10 @@ def test_data_keys_that_have_one_value_say_why(key, must):
             ("image_size", "classifier_path"),
         ),
         (
+            {"classifier_path": "c.pt", "num_classes": 1001, "class_cond": True},
+            ("num_classes", "classifier_path"),
+        ),
+        (
             {"classifier_path": "c.pt", "classifier_width": 32, "image_size": 256}
             | {"classifier_attention_resolutions": "256"},
             ("classifier_width", "classifier_attention_resolutions"),
