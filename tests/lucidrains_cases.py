@@ -12,8 +12,10 @@ STEPS = 30
 def tiny(kind=lucidrains.GaussianDiffusion, unet=None, **options):
     """Return the package's diffusion of a tiny network, in which every weight matters."""
     torch.manual_seed(0)
-    unet = lucidrains.Unet(**{"dim": 16, "dim_mults": (1, 2), **(unet or {})})
-    diffusion = kind(unet, image_size=8, timesteps=options.pop("timesteps", STEPS), **options)
+    unet = {"dim": 16, "dim_mults": (1, 2), "full_attn": (False, True)} | (unet or {})
+    diffusion = kind(
+        lucidrains.Unet(**unet), image_size=8, timesteps=options.pop("timesteps", STEPS), **options
+    )
     with torch.no_grad():
         for parameter in diffusion.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -91,7 +91,6 @@ def write_foreign(folder, **changes):
 def chain_of(model_path):
     """Return the whole diffusion that a network of another program was trained on."""
     data = {"eval": {"set": {"gt_path": "gt", "mask_path": "mask"}}}
-    tree = {"name": "run", "model_path": str(model_path), "image_size": 8, "data": data}
-    return create_gaussian_diffusion(
-        conf_from_dict({**tree, "timestep_respacing": ""}, InpaintConf)
-    )
+    tree = {"name": "run", "model_path": str(model_path), "image_size": 8, "num_heads": 4}
+    tree |= {"timestep_respacing": "", "data": data}  # before 1.9 a file tells no heads
+    return create_gaussian_diffusion(conf_from_dict(tree, InpaintConf))
