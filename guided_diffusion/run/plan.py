@@ -61,11 +61,11 @@ def plan_run(conf: InpaintConf, team: dist_util.Team, *, resume: bool = False) -
             refuse_other_settings(conf, recorded.settings, settings)
         shares, tasks = check_pictures(conf, pairs, [conf.seed] * len(pairs))
         finished = _finished(conf, jobs, settings) if resume else []
-    main = team.from_main("work", {"view": view, "finished": finished})
+    main = team.from_main("work", {"view": view, "finished": dict.fromkeys(finished)})
     if main["view"] != view:
         problem = "this process has other pictures, checkpoints or devices than the first"
         raise UserError(problem, key=f"process {team.rank}")
-    todo = [job for job in jobs if job.name not in set(main["finished"])]
+    todo = [job for job in jobs if job.name not in main["finished"]]
     tasks = {pair.index: some for pair, some in zip(pairs, tasks, strict=team.is_main)}
     earlier = recorded.notes if recorded else {}
     plan = Plan(conf, times, jobs, todo, tasks, checkpoints, stamps, settings, earlier)
