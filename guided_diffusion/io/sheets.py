@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -95,7 +95,7 @@ def overview(rows: Sequence[OverviewRow]) -> Image.Image:
         _write_label(cell, name, side)
         cells.append(cell)
     columns = min(len(rows), max(1, round(math.sqrt(len(rows) * height / width))))
-    return _grid(cells, columns, _BORDER, margin=_BORDER)
+    return grid(cells, columns, _BORDER, margin=_BORDER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def write_film_strip(path: str | os.PathLike, frames: Sequence[ProcessFrame]) ->
     A row has twelve frames. Raises ``UserError`` as ``atomic_path``.
     """
     cells = [_frame_image(frame, _STRIP_TILE) for frame in frames]
-    write_image(path, _grid(cells, min(len(cells), _FRAMES_PER_ROW), _GAP))
+    write_image(path, grid(cells, min(len(cells), _FRAMES_PER_ROW), _GAP))
 
 
 def write_gif(path: str | os.PathLike, frames: Sequence[ProcessFrame]) -> None:
@@ -149,12 +149,14 @@ def _frame_image(frame: ProcessFrame, tile: int) -> Image.Image:
     return page
 
 
-def _grid(cells: Sequence[Image.Image], columns: int, gap: int, *, margin: int = 0) -> Image.Image:
-    """Lay cells of one size out in rows of ``columns``."""
+def grid(
+    cells: Sequence[Image.Image], columns: int, gap: int, margin: int = 0, paper: Any = _PAPER
+) -> Image.Image:
+    """Lay cells of one size and mode out in rows of ``columns``; ``paper`` is a colour of it."""
     width, height = cells[0].width + gap, cells[0].height + gap
     rows = math.ceil(len(cells) / columns)
     size = (columns * width - gap + 2 * margin, rows * height - gap + 2 * margin)
-    sheet = Image.new("RGB", size, _PAPER)
+    sheet = Image.new(cells[0].mode, size, paper)
     for index, cell in enumerate(cells):
         row, column = divmod(index, columns)
         sheet.paste(cell, (margin + column * width, margin + row * height))

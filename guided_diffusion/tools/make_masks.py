@@ -1,7 +1,6 @@
 """Write a folder of masks: ``python guided_diffusion/masks.py``."""
 
 import argparse
-import math
 import os
 import sys
 import warnings
@@ -20,6 +19,7 @@ from guided_diffusion.io.images import open_image
 from guided_diffusion.io.listing import IMAGE_SUFFIXES
 from guided_diffusion.io.paths import check_folder
 from guided_diffusion.io.results import read_mark, write_image
+from guided_diffusion.io.sheets import grid
 from guided_diffusion.masks import FAMILIES, MAX_SIZE, MIN_SIZE, generated_share, make_mask
 
 MAX_COUNT = 1_000_000  # file names have six digits
@@ -27,18 +27,12 @@ _PREVIEW_MARK = "preview of masks"  # by which a later run knows its own contact
 PREVIEW_TILES, PREVIEW_COLUMNS, PREVIEW_SIDE, PREVIEW_GAP = 64, 8, 128, 4
 
 
-def _contact_sheet(masks: Sequence[np.ndarray]) -> np.ndarray:
+def _contact_sheet(masks: Sequence[np.ndarray]) -> Image.Image:
     """Return the masks side by side on gray, eight a row, reduced to 128 px where larger."""
     side = min(PREVIEW_SIDE, masks[0].shape[0])
-    columns = min(PREVIEW_COLUMNS, len(masks))
-    rows = math.ceil(len(masks) / columns)
-    step = side + PREVIEW_GAP
-    sheet = Image.new("L", (columns * step + PREVIEW_GAP, rows * step + PREVIEW_GAP), 128)
-    for index, mask in enumerate(masks):
-        row, column = divmod(index, columns)
-        tile = Image.fromarray(mask).resize((side, side), Image.Resampling.BOX)
-        sheet.paste(tile, (column * step + PREVIEW_GAP, row * step + PREVIEW_GAP))
-    return np.array(sheet)
+    tiles = [Image.fromarray(mask).resize((side, side), Image.Resampling.BOX) for mask in masks]
+    columns = min(PREVIEW_COLUMNS, len(tiles))
+    return grid(tiles, columns, PREVIEW_GAP, margin=PREVIEW_GAP, paper=128)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -130,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sheet and index < PREVIEW_TILES:
             tiles.append(mask)
     if sheet:
-        write_image(sheet, Image.fromarray(_contact_sheet(tiles)), mark=_PREVIEW_MARK)
+        write_image(sheet, _contact_sheet(tiles), mark=_PREVIEW_MARK)
     print(
         f"{options.count} {options.kind} masks of {options.size}x{options.size} in {folder}, "
         f"generated pixels: mean {np.mean(shares):.1f} %, min {min(shares):.1f} %, "

@@ -284,7 +284,10 @@ def _check_settings(conf: TrainConf, step: int) -> None:
     then, now = defaults | state["settings"], run_settings(conf, names)
     changed = [name for name in now if then[name] != now[name]]
     if changed:
-        pictures = _difference(state["pictures"], names)
+        before, after = set(state["pictures"]), set(names)
+        lists = {"missing": before - after, "new": after - before}
+        parts = [f"{word}: {first_of(sorted(some))}" for word, some in lists.items() if some]
+        pictures = f" ({'; '.join(parts)})" if parts else ""
         raise UserError(
             f"cannot be resumed with other settings{pictures}; put them back, or start anew in "
             "another out_dir, with init_from",
@@ -293,10 +296,3 @@ def _check_settings(conf: TrainConf, step: int) -> None:
             expected=", ".join(shown(then[name]) for name in changed),
             got=", ".join(shown(now[name]) for name in changed),
         )
-
-
-def _difference(then: Sequence[str], now: Sequence[str]) -> str:
-    """Return the names of missing and of new pictures, for a message."""
-    differences = {"missing": set(then) - set(now), "new": set(now) - set(then)}
-    parts = [f"{word}: {first_of(sorted(names))}" for word, names in differences.items() if names]
-    return f" ({'; '.join(parts)})" if parts else ""

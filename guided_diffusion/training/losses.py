@@ -47,19 +47,15 @@ def vb_terms_bits(
     mean, log_variance, _ = diffusion.p_mean_variance(output, x, t, clip_denoised=False)
     true_mean = diffusion.q_posterior_mean(x_start, x, t)
     true_log_variance = diffusion.at("posterior_log_variance_clipped", t)
-    kl = _normal_kl(true_mean, true_log_variance, mean, log_variance)
+    # KL(true step ‖ predicted step), both normal, in nats.
+    spread = log_variance - true_log_variance + torch.exp(true_log_variance - log_variance)
+    kl = 0.5 * (spread - 1 + (true_mean - mean) ** 2 * torch.exp(-log_variance))
     nll = -_discretized_gaussian_log_likelihood(x_start, mean, 0.5 * log_variance)
     return torch.where(t == 0, _mean_flat(nll), _mean_flat(kl)) / math.log(2)
 
 
 def _mean_flat(x: Tensor) -> Tensor:
     return x.flatten(1).mean(dim=1)
-
-
-def _normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
-    """KL(N(mean1, exp log_var1) ‖ N(mean2, exp log_var2)) in nats, elementwise."""
-    spread = log_var2 - log_var1 + torch.exp(log_var1 - log_var2)
-    return 0.5 * (spread - 1 + (mean1 - mean2) ** 2 * torch.exp(-log_var2))
 
 
 def _standard_normal_cdf(x: Tensor) -> Tensor:

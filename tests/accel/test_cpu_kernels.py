@@ -254,19 +254,15 @@ def test_normalisation(size, widths, groups, added, gain):
     assert relative(output, group_norm(maps, norm, **conditions)) < 3e-6
 
 
-def expected_scale(x):
-    """Return 1 / sqrt(variance + eps) of each pair of channels of one map."""
-    pairs = x.double().view(-1, 32, 2).transpose(0, 1).flatten(1)
-    return (pairs.var(dim=1, correction=0) + 1e-5).rsqrt().repeat_interleave(2)
-
-
 def test_normalisation_far_from_zero_and_of_one_huge_value():
     """The variance is not lost beside a large mean, as that of squares less the square would be."""
     far, huge = random(1, 32, 32, 64) + 1000, random(1, 16, 16, 64)
     huge[0, 0, 0] = 1e6
     for x, most in ((far, 1e-4), (huge, 3e-6)):
         scale, _ = KERNELS.group_norm([x], nn.GroupNorm(32, 64))
-        assert relative(scale[0], expected_scale(x)) < most
+        pairs = x.double().view(-1, 32, 2).transpose(0, 1).flatten(1)  # of channels
+        expected = (pairs.var(dim=1, correction=0) + 1e-5).rsqrt().repeat_interleave(2)
+        assert relative(scale[0], expected) < most
 
 
 def test_normalisation_of_a_huge_constant():

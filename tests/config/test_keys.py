@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from guided_diffusion import masks
 from guided_diffusion.config import docs, keys, schema
 from guided_diffusion.config.keys import InpaintConf, JumpParams
 from guided_diffusion.config.network_keys import CHANNEL_MULT_BY_SIZE
@@ -397,8 +398,6 @@ def test_training_values(key, value):
 
 
 def test_mask_families_are_those_that_can_be_drawn():
-    from guided_diffusion import masks
-
     text = next(doc.text for doc in schema.describe(keys.DataConf) if doc.key == "mask_path")
     assert ", ".join(masks.FAMILIES) in text
 

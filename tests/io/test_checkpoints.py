@@ -26,8 +26,12 @@ STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
 
 
 @pytest.fixture
-def saved(tmp_path):
-    path = tmp_path / "model.pt"
+def path(tmp_path):
+    return tmp_path / "model.pt"
+
+
+@pytest.fixture
+def saved(path):
     torch.save(STATE, path)
     return path
 
@@ -61,9 +65,11 @@ def test_weights_are_mapped_from_the_file_and_not_copied(saved):
     assert any(low <= pointer < high for low, high in ranges)
 
 
-def test_a_missing_file_and_a_folder(tmp_path):
-    assert "no such checkpoint" in refusal(tmp_path / "absent.pt")
+def test_a_missing_file_a_folder_and_a_pipe_that_is_not_waited_for(tmp_path, path):
+    assert "no such checkpoint" in refusal(path)
     assert "is a folder" in refusal(tmp_path)
+    os.mkfifo(path)
+    assert "is a pipe or device" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -78,16 +84,14 @@ def test_a_missing_file_and_a_folder(tmp_path):
         (b"PK\x03\x04" + bytes(500), "damaged or incomplete"),
     ],
 )
-def test_what_people_save_in_a_checkpoints_place(tmp_path, content, expected):
-    path = tmp_path / "model.pt"
+def test_what_people_save_in_a_checkpoints_place(path, content, expected):
     path.write_bytes(content)
     assert expected in refusal(path)
     assert expected in refusal(path, state_dict_shapes)
 
 
 @pytest.mark.parametrize("new_format", [True, False])
-def test_a_truncated_file_never_loads(tmp_path, new_format):
-    path = tmp_path / "model.pt"
+def test_a_truncated_file_never_loads(path, new_format):
     torch.save(STATE, path, _use_new_zipfile_serialization=new_format)
     whole = path.read_bytes()
     for length in {*range(1, 80), *range(80, len(whole), 23), len(whole) - 1}:
@@ -95,8 +99,7 @@ def test_a_truncated_file_never_loads(tmp_path, new_format):
         refusal(path)
 
 
-def test_a_zip_archive_that_is_no_checkpoint(tmp_path):
-    path = tmp_path / "model.pt"
+def test_a_zip_archive_that_is_no_checkpoint(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "nothing here")
     assert "is not a checkpoint saved by torch" in refusal(path)
@@ -114,8 +117,8 @@ class Canary:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("form", ["zip", "old format", "plain pickle"])
-def test_pickled_code_is_refused_and_not_run(tmp_path, form):
-    path, canary = tmp_path / "model.pt", tmp_path / "canary"
+def test_pickled_code_is_refused_and_not_run(tmp_path, path, form):
+    canary = tmp_path / "canary"
     content = {**STATE, "code": Canary(canary)}
     if form == "plain pickle":
         path.write_bytes(pickle.dumps(content["code"]))
@@ -139,8 +142,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, form):
         (None, "NoneType"),
     ],
 )
-def test_something_else_than_one_state_dict(tmp_path, content, found):
-    path = tmp_path / "model.pt"
+def test_something_else_than_one_state_dict(path, content, found):
     torch.save(content, path)
     line = refusal(path)
     assert "expected a state_dict of named tensors" in line
@@ -174,8 +176,7 @@ def cache(tmp_path_factory, monkeypatch):
 LARGE = {"a.weight": torch.linspace(1, 2, 50_000)}
 
 
-def test_damage_inside_a_file_is_found_by_its_checksums(tmp_path):
-    path = tmp_path / "model.pt"
+def test_damage_inside_a_file_is_found_by_its_checksums(path):
     torch.save(LARGE, path)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 64
@@ -184,8 +185,8 @@ def test_damage_inside_a_file_is_found_by_its_checksums(tmp_path):
     assert "data/0" in refusal(path)
 
 
-def test_a_file_is_looked_at_once_until_it_changes(tmp_path, cache, monkeypatch):
-    path, looks = tmp_path / "model.pt", []
+def test_a_file_is_looked_at_once_until_it_changes(path, cache, monkeypatch):
+    looks = []
     torch.save(LARGE, path)
     finite = checkpoints._check_finite
     monkeypatch.setattr(checkpoints, "_check_finite", lambda p: looks.append(p) or finite(p))
@@ -206,8 +207,7 @@ def test_a_file_is_looked_at_once_until_it_changes(tmp_path, cache, monkeypatch)
     not hasattr(torch.serialization, "set_crc32_options"),
     reason="this PyTorch always writes checksums",
 )
-def test_an_archive_without_checksums_is_read(tmp_path):
-    path = tmp_path / "model.pt"
+def test_an_archive_without_checksums_is_read(path):
     torch.serialization.set_crc32_options(False)
     try:
         torch.save(LARGE, path)
@@ -230,17 +230,15 @@ def test_an_archive_that_was_packed_anew_is_read_unless_it_is_compressed(tmp_pat
     assert "save it by torch.save" in refusal(path)  # mapped, it would be other numbers
 
 
-def test_no_byte_of_the_table_traces_back(tmp_path):
-    path = tmp_path / "model.pt"
-    torch.save(STATE, path)
-    whole = path.read_bytes()
+def test_no_byte_of_the_table_traces_back(saved):
+    whole = saved.read_bytes()
     table = struct.unpack("<I", whole[-6:-2])[0]
     for place in range(table, len(whole), 3):
         for value in (0, 255, whole[place] ^ 1):
-            path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
-            fingerprint(path)
+            saved.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            fingerprint(saved)
             try:
-                load_state_dict(path)
+                load_state_dict(saved)
             except UserError as error:
                 assert len(str(error)) < 600
 
@@ -253,19 +251,12 @@ def test_no_byte_of_the_table_traces_back(tmp_path):
         ({"a.weight": torch.empty(3, device="meta")}, "a meta tensor"),
     ],
 )
-def test_weights_that_are_no_numbers_are_refused(tmp_path, state, found):
-    path = tmp_path / "model.pt"
+def test_weights_that_are_no_numbers_are_refused(path, state, found):
     torch.save({"model": NET, "ema": {**EMA, **state}}, path)
     for _ in range(2):  # what is damaged is not remembered
         line = refusal(path)
         assert found in line
         assert "a.weight" in line
-
-
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
-    path = tmp_path / "model.pt"
-    os.mkfifo(path)
-    assert "is a pipe or device" in refusal(path)
 
 
 # ---- Weights in other things ---------------------------------------------------------------------
@@ -314,8 +305,7 @@ WRAPPED = {
 @pytest.mark.parametrize(
     ("name", "is_zip"), [*((name, True) for name in WRAPPED), ("lightning", False)]
 )
-def test_weights_are_found_wherever_they_are(tmp_path, recwarn, name, is_zip):
-    path = tmp_path / "model.pt"
+def test_weights_are_found_wherever_they_are(path, recwarn, name, is_zip):
     torch.save(WRAPPED[name], path, _use_new_zipfile_serialization=is_zip)
     state = load_state_dict(path)
     assert state.keys() == EMA.keys()
@@ -326,18 +316,18 @@ def test_weights_are_found_wherever_they_are(tmp_path, recwarn, name, is_zip):
     assert state_dict_shapes(path) == {key: tuple(value.shape) for key, value in EMA.items()}
 
 
-def test_averages_are_preferred_and_said_to_be(tmp_path):
-    torch.save(WRAPPED["model and ema"], tmp_path / "model.pt")
+def test_averages_are_preferred_and_said_to_be(path):
+    torch.save(WRAPPED["model and ema"], path)
     with pytest.warns(UserWarning, match="takes ema, averaged weights, and not model"):
-        load_state_dict(tmp_path / "model.pt")
+        load_state_dict(path)
 
 
-def test_several_networks_are_not_guessed_from(tmp_path):
-    torch.save({"alpha": NET, "beta": EMA}, tmp_path / "model.pt")
-    assert "alpha and beta" in refusal(tmp_path / "model.pt")
+def test_several_networks_are_not_guessed_from(path):
+    torch.save({"alpha": NET, "beta": EMA}, path)
+    assert "alpha and beta" in refusal(path)
     many = {f"n{i}.{name}": torch.ones(1) for i in range(1000) for name in NET}
-    torch.save(many, tmp_path / "model.pt")
-    assert "holds several networks" in refusal(tmp_path / "model.pt")
+    torch.save(many, path)
+    assert "holds several networks" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -352,22 +342,21 @@ def test_several_networks_are_not_guessed_from(tmp_path):
         ("blocks.0.adaLN_modulation.1.weight", "transformer"),
     ],
 )
-def test_other_programs_networks_are_named(tmp_path, name, form):
+def test_other_programs_networks_are_named(path, name, form):
     state = {name: torch.ones(2)}
     for tree in ({"model": state, "step": 2}, [state, {}, 3]):  # DDIM saves a list
-        torch.save(tree, tmp_path / "model.pt")
-        assert form in refusal(tmp_path / "model.pt")
+        torch.save(tree, path)
+        assert form in refusal(path)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_torchscript_program_is_refused_and_not_run(tmp_path):
-    path = tmp_path / "model.pt"
+def test_a_torchscript_program_is_refused_and_not_run(path):
     torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(str(path))
     assert "is a TorchScript program" in refusal(path)
 
 
-def test_names_are_cut_and_their_escape_sequences_do_not_reach_the_terminal(tmp_path):
-    path, prefix = tmp_path / "model.pt", "\x1b[31m\u202e\x07."
+def test_names_are_cut_and_their_escape_sequences_do_not_reach_the_terminal(path):
+    prefix = "\x1b[31m\u202e\x07."
     torch.save({**under(prefix, NET), f"{prefix}{'z' * 10_000}": torch.tensor(7)}, path)
     with pytest.warns(UserWarning, match=r"takes \\x1b\[31m\\u202e\\x07; skips z") as told:
         load_state_dict(path)
@@ -379,12 +368,12 @@ def test_names_are_cut_and_their_escape_sequences_do_not_reach_the_terminal(tmp_
         assert text.isprintable()
 
 
-def test_a_file_for_another_network_names_the_first_difference(tmp_path):
+def test_a_file_for_another_network_names_the_first_difference(path):
     expected = {name: tuple(value.shape) for name, value in NET.items()}
-    check_fits(tmp_path / "model.pt", NET, expected)
+    check_fits(path, NET, expected)
     for name, shape, found in [("out.2.bias", (3,), "found (6,)"), ("new", (1,), "found no such")]:
         with pytest.raises(UserError, match=name) as caught:
-            check_fits(tmp_path / "model.pt", NET, {**expected, name: shape}, key="init_from")
+            check_fits(path, NET, {**expected, name: shape}, key="init_from")
         assert "init_from" in str(caught.value)
         assert found in str(caught.value)
 

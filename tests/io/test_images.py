@@ -123,19 +123,14 @@ def test_depth_says_what_is_black_and_white(tmp_path, values, depth, expected):
     )
 
 
-def write_deep_colour(path, values):
-    """Write 16-bit RGB, which Pillow reads and does not write: uint16 (H, W, 3)."""
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks))
-    return str(path)
-
-
 def test_deep_colour_is_noted(tmp_path):
-    values = np.full((4, 5, 3), 4095, np.uint16)
-    origin = images.origin_of(images.read_rgb(write_deep_colour(tmp_path / "p.png", values)))
-    assert origin.is_deep_colour
+    """It is 16-bit RGB, which Pillow reads and does not write."""
+    rows = 4 * (b"\0" + np.full((5, 3), 4095, ">u2").tobytes())
+    header = struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    path = tmp_path / "p.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks))
+    assert images.origin_of(images.read_rgb(str(path))).is_deep_colour
     assert not images.origin_of(images.read_rgb(save(tmp_path / "q.png", picture()))).is_deep_colour
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from run_cases import ROOT
+from run_cases import ENVIRONMENT, ROOT
 from train_cases import tiny_conf, tiny_tree, write_pictures
 
 import train
@@ -23,8 +23,6 @@ from guided_diffusion.io.files import locked
 from guided_diffusion.training.checkpoints import checkpoint_path, newest_step
 from guided_diffusion.training.report import read_log
 from guided_diffusion.training.trainer import Trainer
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def write_conf(tmp_path, **changes):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from picture_cases import noise, save
 from PIL import Image
 from train_cases import tiny_conf, write_pictures
 
@@ -14,15 +15,6 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.io.images import load_crop
 from guided_diffusion.training import pictures
 from guided_diffusion.training.pictures import TrainingImages, batches, split_by_name
-
-
-def save(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
-
-
-def noise(height=30, width=40):
-    return np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def training(tmp_path, **changes):
@@ -82,7 +74,7 @@ def test_numbers_are_classes_in_numerical_order_and_a_record_decides(tmp_path, n
 def test_classes_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"num_classes: .*expected 2, found 3"):
         classes(tmp_path, num_classes=3)
-    save(tmp_path / "classes" / "stray.png", noise())
+    save(tmp_path / "classes" / "stray.png")
     with pytest.raises(UserError, match=r"stray\.png.*subfolder"):
         classes(tmp_path)
 
@@ -249,7 +241,7 @@ def test_each_process_looks_at_its_share_at_the_start(tmp_path, monkeypatch):
 def test_small_pictures_are_enlarged_with_one_warning(tmp_path, random_crop):
     write_pictures(tmp_path / "pictures", 6)
     for name, shape in (("tiny.png", (7, 5)), ("flat.png", (7, 50))):
-        save(tmp_path / "pictures" / name, noise(*shape))
+        save(tmp_path / "pictures" / name, noise(*shape, 3))
     with pytest.warns(UserWarning, match="2 of 8 pictures are smaller") as caught:
         images = training(tmp_path, random_crop=random_crop)
     assert len(caught) == 1
