@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from guided_diffusion import raise_on_ctrl_c
@@ -52,7 +53,6 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import list_images
 from guided_diffusion.io.images import origin_of, read_rgb, to_levels
 from page.jobs import CHOICES, PAINTED, RANGES, UPLOADED, Job, Worker
-from page.words import EDITOR, LABELS, MESSAGES, SUBJECTS
 
 try:
     import gradio as gr
@@ -61,17 +61,12 @@ except ImportError:
 
 MAX_UPLOAD_MB = 200
 PREVIEW_SIZE = 1600  # longest side in pixels of what the browser shows and paints on
-MAX_EXAMPLES = 6
 # An open tab touches its files every minute. Files that nothing has touched for so long are
 # deleted: those of closed tabs, answers to programs, and uploads, aborted ones too.
-TOUCH_SECONDS, KEPT_SECONDS = 60.0, 600.0
+TOUCH_SECONDS, KEPT_SECONDS = 60.0, 1800.0  # a telephone in a pocket sleeps
 FONTS = ["system-ui", "sans-serif"]  # none is fetched from elsewhere
-STATUS_STYLE = """
-    min-height: 2em;
-    .error { color: #b91c1c; font-weight: 600 }
-    progress { width: 100% }
-    #preview { width: 100%; max-width: 256px; image-rendering: pixelated }
-"""
+PARTS = {p.name: p.read_text("utf-8") for p in Path(__file__).parent.glob("page/*.[chjy]*")}
+WORDS = yaml.safe_load(PARTS["words.yml"])
 
 
 @dataclass
@@ -91,7 +86,7 @@ class Page:
         self.worker, self.folder = worker, worker.folder
         self.examples: list[tuple[str, str]] = []  # paths and thumbnails
         with contextlib.suppress(UserError):  # a page for visitors' pictures needs none of its own
-            for path in list_images(worker.conf.data.gt_path)[:MAX_EXAMPLES]:
+            for path in list_images(worker.conf.data.gt_path)[:6]:
                 with contextlib.suppress(UserError):
                     self.examples.append((path, data_url(self.read(path), 128)))
 
@@ -134,6 +129,7 @@ class Page:
             else:
                 path = self.upload(value)
             image = self.read(path)
+            self.cancel(visitor, request)  # its result would cover the picture
             visitor.picture = Path(path)
             visitor.size = origin_of(image).size
             return {"picture": data_url(image)}, ""
@@ -245,10 +241,11 @@ def speaker(request: "gr.Request") -> Callable[..., str]:
 
     The folders of this machine, which are nobody's business, are left out.
     """
-    place = (request.headers.get("accept-language") or "").lower().startswith("zh")
+    is_chinese = (request.headers.get("accept-language") or "").lower().startswith("zh")
 
     def say(key: str, **values: object) -> str:
-        text = MESSAGES[key][place].format(**values) if key in MESSAGES else key
+        said = WORDS["messages"].get(key)
+        text = said["zh" if is_chinese else "en"].format(**values) if said else key
         return re.sub(r"(?<![\w.:/])(?:/[^\s/:]+)+/(?=[^\s/])", "", text)
 
     return say
@@ -289,17 +286,13 @@ def build_page(page: Page) -> tuple["gr.Blocks", "gr.I18n"]:
     """Return the page and its words."""
     conf = page.worker.conf
     file = Path(conf.model_path).name
-    subject = next(both for part, both in SUBJECTS.items() if part in file.lower())
+    subject = next(both for part, both in WORDS["subjects"].items() if part in file.lower())
     english, chinese = (
-        {key: both[place].format(file=file, subject=subject[place], size=conf.image_size)
-         for key, both in LABELS.items()}
-        for place in (0, 1)
+        {key: both[language].format(file=file, subject=subject[language], size=conf.image_size)
+         for key, both in WORDS["labels"].items()}
+        for language in ("en", "zh")
     )  # fmt: skip
-    words = gr.I18n(en=english, **{"zh-CN": chinese, "zh-TW": chinese})
-    here = Path(__file__).parent / "page"
-    template, style, script = (
-        (here / f"editor.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
-    )
+    words = gr.I18n(en=english, **dict.fromkeys(["zh", "zh-CN", "zh-HK", "zh-TW"], chinese))
     choices = {name: [(words(key), key) for key in keys] for name, keys in CHOICES.items()}
 
     with gr.Blocks(title="RePaint", analytics_enabled=False) as demo:
@@ -309,17 +302,16 @@ def build_page(page: Page) -> tuple["gr.Blocks", "gr.I18n"]:
         with gr.Row():
             with gr.Column(scale=3):
                 editor = gr.HTML(
-                    html_template=template, css_template=style, js_on_load=script,
-                    apply_default_css=False, elem_id="editor", most_mb=MAX_UPLOAD_MB,
+                    html_template=PARTS["editor.html"], css_template=PARTS["editor.css"],
+                    js_on_load=PARTS["editor.js"], apply_default_css=False, elem_id="editor",
                     examples=[thumbnail for _, thumbnail in page.examples],
-                    words=[{key: both[place] for key, both in EDITOR.items()}
-                           for place in (0, 1)],
+                    most_mb=MAX_UPLOAD_MB, words=WORDS["editor"],
                 )  # fmt: skip
             with gr.Column(scale=2):
                 with gr.Row():
                     run = gr.Button(words("run"), variant="primary", elem_id="run", min_width=120)
                     cancel = gr.Button(words("cancel"), elem_id="cancel", min_width=120)
-                state = gr.HTML(elem_id="status", css_template=STATUS_STYLE)
+                state = gr.HTML(elem_id="status", css_template=PARTS["status.css"])
                 with gr.Accordion(words("more"), elem_id="more"):
                     hole = gr.Dropdown(choices["hole"], value=PAINTED, label=words("hole"))
                     mask = gr.File(label=words("mask"), file_types=["image"], height=120,
@@ -401,14 +393,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         page = Page(worker)
         demo, words = build_page(page)
-        demo.queue(max_size=None)
         demo.launch(
             server_name=args.host, server_port=args.port, share=args.share, i18n=words,
             max_file_size=f"{MAX_UPLOAD_MB}mb", footer_links=["api"], quiet=True, show_error=True,
             theme=gr.themes.Default(font=FONTS, font_mono=FONTS), prevent_thread_lock=True,
         )  # fmt: skip
-        addresses = f"http://{args.host}:{args.port}", demo.share_url  # None: there is no such
-        print(" and ".join(filter(None, addresses)), flush=True)
+        print(f"http://{args.host}:{args.port}", demo.share_url or "", flush=True)
         while True:
             time.sleep(TOUCH_SECONDS / 4)
             page.sweep()

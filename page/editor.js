@@ -1,7 +1,9 @@
 // The editor: a picture to paint a hole on, and the results that take its place. Gradio calls this
 // with element, props, trigger, upload and watch. Python gets props.value: {path}, {example} or
 // {result} to choose a picture, {strokes} to run; it answers {picture}, {error} or {before, results}.
-const words = props.words[navigator.language.toLowerCase().startsWith("zh") ? 1 : 0];
+const language = navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en";
+const words = Object.fromEntries(
+  Object.entries(props.words).map(([key, both]) => [key, both[language]]));
 const all = (selector) => [...element.querySelectorAll(selector)];
 const [view, sheet, canvas, ring, drop, message, samples, examples] = [".view", ".sheet", "canvas",
   ".ring", ".drop", ".message", ".samples", ".examples"].map((name) => all(name)[0]);
@@ -48,11 +50,16 @@ function brushWidth() { // in pixels of the canvas: 1/200 to 1/4 of the shorter 
 function redraw() {
   pen.clearRect(0, 0, canvas.width, canvas.height);
   Object.assign(pen, { lineCap: "round", lineJoin: "round", strokeStyle: "#ff2d55" });
-  for (const { erases, width, points } of strokes) {
+  for (const { clears, erases, width, points } of strokes) {
+    if (clears) {
+      pen.clearRect(0, 0, canvas.width, canvas.height);
+      continue;
+    }
     pen.globalCompositeOperation = erases ? "destination-out" : "source-over";
     pen.lineWidth = width;
     pen.beginPath();
-    for (const [x, y] of [points[0], ...points]) pen.lineTo(x, y); // one point is a dot
+    const [x0, y0] = points[0];
+    for (const [x, y] of [[x0 + 0.01, y0], ...points]) pen.lineTo(x, y); // one point is a dot
     pen.stroke();
   }
 }
@@ -68,7 +75,7 @@ const actions = {
   eraser: () => take(eraser),
   undo: () => { undone.push(...strokes.splice(-1)); hand(); },
   redo: () => { strokes.push(...undone.splice(-1)); hand(); },
-  clear: () => { strokes = []; hand(); },
+  clear: () => { strokes.push({ clears: true }); undone = []; hand(); },
   other: () => file.click(),
   back: () => show("paint", picture),
   go_on: () => choose({ result: all(".samples img").findIndex((image) => image.matches(".on")) }),
@@ -126,9 +133,10 @@ new ResizeObserver(fit).observe(element);
 const isTyping = () => document.activeElement.matches("input:not([type=range]), textarea");
 document.addEventListener("keydown", (event) => {
   if (mode !== "paint" || isTyping() || !(event.ctrlKey || event.metaKey)) return;
-  if (event.key.toLowerCase() !== "z") return;
+  const key = event.key.toLowerCase();
+  if (key !== "z" && key !== "y") return;
   event.preventDefault();
-  actions[event.shiftKey ? "redo" : "undo"]();
+  actions[event.shiftKey || key === "y" ? "redo" : "undo"]();
 });
 
 // ---- Results ----

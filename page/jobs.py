@@ -190,6 +190,8 @@ class Worker:
         # The download names its pictures from where it lies, and its results are marked with that.
         settings = plan.settings | {f"data.{key}": name for key, name in inputs.items()}
         job.total = plan.network_calls(plan.jobs)
+        if not job.total:
+            raise UserError("nothing open")
         job.enter("running")
         inpainter = self._repaint.inpainter.with_walk(conf, plan.times)
         for batch in Sampling(inpainter, conf.data.batch_size, job.see).make(plan.jobs):
@@ -215,9 +217,10 @@ def write_mask(job: Job) -> str:
         return mask
     if not (file := settings["mask"]):
         raise UserError("no mask")
-    is_layer = origin_of(read_rgb(file)).is_mostly_transparent
+    origin = origin_of(read_rgb(file))
     if settings["mask_hole"] == "auto":
-        settings["mask_hole"] = "layer" if is_layer else "black"
+        kind = "layer" if origin.is_mostly_transparent else "alpha"
+        settings["mask_hole"] = kind if origin.is_transparent else "black"
     mask = f"mask{job.suffix}{Path(file).suffix.lower()}"
     shutil.copyfile(file, job.folder / mask)
     return mask

@@ -385,6 +385,13 @@ def test_the_editor(open_page):
     assert painted(page) < 0.002
     page.get_by_role("button", name="Clear").click()
     assert painted(page) == 0
+    page.keyboard.press("Control+z")
+    page.keyboard.press("Control+z")
+    assert painted(page) > 0.05
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_role("button", name="Brush").click()
+    page.locator("#editor .view").click()
+    assert painted(page) > 0.01  # a dot
     sheet = page.locator("#editor .sheet")
     width = sheet.bounding_box()["width"]
     page.locator("#editor .view").hover()

@@ -250,6 +250,7 @@ def test_a_mistake_names_the_argument_what_was_expected_and_found(worker, change
     ("ground", "part", "rule"),
     [
         ((9, 9, 9, 255), (0, 0, 0, 0), "alpha"),
+        ((9, 9, 9, 255), (0, 0, 0, 0), "auto"),
         ((0, 0, 0, 0), (255, 0, 80, 255), "auto"),
         ((255, 255, 255, 255), (0, 0, 0, 255), "auto"),
         ((255, 255, 255, 255), (255, 0, 0, 255), "color"),
@@ -264,6 +265,12 @@ def test_the_hole_of_a_mask_file(worker, capsys, ground, part, rule):
     known = pixels("log/page/gt_keep_mask/picture.png")[:, :, 0]
     assert (known == 0).sum() == 6 * 5
     assert not known[4:9, 6:12].any()
+
+
+def test_a_mask_file_without_a_hole_gives_no_result(worker):
+    Image.new("L", (20, 16), 255).save("white.png")
+    with pytest.raises(UserError, match="nothing open"):
+        do(worker, hole="uploaded", mask="white.png")
 
 
 @pytest.mark.parametrize("key", ["model_path", "classifier_path", "device"])
