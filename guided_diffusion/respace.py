@@ -6,8 +6,7 @@ betas are chosen so that it passes through the same noise levels as the long one
 
 import numpy as np
 
-KARRAS_SHARE = 0.3  # of 'karrasN', chosen by measurement: docs/quality.md
-HIGHEST_SIGMA = 160.0  # where DDPM's linear chain ends; others end in noise alone
+LOWEST_LOG_SNR = -10.15  # where DDPM's linear chain ends; others end in noise alone
 
 
 def space_timesteps(
@@ -20,27 +19,25 @@ def space_timesteps(
     - ``'250'`` or ``'20,30'``: divide the chain into as many equal sections as there are counts and
       keep that many steps of each;
     - ``'ddimN'``: N steps at one integer stride from 0;
-    - ``'karrasN'``: N steps from 0 to the last at 0.7 t_i + 0.3 s_i, where the t_i are even in
-      time and the s_i are where Karras et al. (2022, eq. 5, with rho = 7) have their levels: even
-      in sigma^(1/7), with sigma^2 = (1 - alphabar) / alphabar and at most 160. Steps lie closer
-      where there is much noise and where there is little. It needs ``betas``, those of the chain;
+    - ``'logsnrN'``: N steps from 0 to the last, even in the mean of time and of log SNR, each
+      scaled to run from 0 to 1; log SNR is log(alphabar / (1 - alphabar)), at least -10.15. Steps
+      lie closer where there is little noise. Steps even in log SNR alone are those of DPM-Solver
+      (Lu et al. 2022, section 3.3). It needs ``betas``, those of the chain;
     - empty: all of them.
 
     Raises ValueError where that is impossible.
     """
     if respacing.startswith("ddim"):
         return _stride(num_timesteps, _count(respacing.removeprefix("ddim"), respacing))
-    if respacing.startswith("karras"):
-        if betas is None:
-            raise ValueError(f"{respacing!r} needs the betas of the chain")
-        return _karras(betas, _count(respacing.removeprefix("karras"), respacing))
+    if respacing.startswith("logsnr"):
+        return _log_snr(betas, _count(respacing.removeprefix("logsnr"), respacing))
     counts = [_count(part, respacing) for part in respacing.split(",")] if respacing else []
     return _sections(num_timesteps, counts or [num_timesteps])
 
 
 def _count(text: str, respacing: str) -> int:
     if not text.strip().isdecimal():
-        raise ValueError(f"expected '250', '20,30', 'ddim50' or 'karras25', found {respacing!r}")
+        raise ValueError(f"expected '250', '20,30', 'ddim50' or 'logsnr25', found {respacing!r}")
     return int(text)
 
 
@@ -52,19 +49,16 @@ def _stride(num_timesteps: int, count: int) -> list[int]:
     raise ValueError(f"no integer stride through {num_timesteps} steps gives exactly {count}")
 
 
-def _karras(betas: np.ndarray, count: int) -> list[int]:
-    last = len(betas) - 1
-    # At this density neighbours differ by at least 1 before rounding, so by 1 after it.
-    if count - 1 > (1 - KARRAS_SHARE) * last:
-        most = int((1 - KARRAS_SHARE) * last) + 1
-        raise ValueError(f"cannot keep {count} steps of {last + 1} by karras, at most {most}")
+def _log_snr(betas: np.ndarray, count: int) -> list[int]:
+    times, numbers = np.arange(len(betas)), np.arange(count)
+    if count > len(betas):
+        raise ValueError(f"cannot keep {count} steps of {len(betas)}")
     alphas_cumprod = np.cumprod(1.0 - betas)
-    sigmas = np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
-    levels = np.minimum(sigmas, HIGHEST_SIGMA) ** (1 / 7)
-    even = np.linspace(0, 1, count)
-    by_level = np.interp(levels[0] + even * (levels[-1] - levels[0]), levels, np.arange(last + 1))
-    positions = (1 - KARRAS_SHARE) * even * last + KARRAS_SHARE * by_level
-    return [round(position) for position in positions.tolist()]
+    log_snr = np.maximum(np.log(alphas_cumprod / (1 - alphas_cumprod)), LOWEST_LOG_SNR)
+    mean = times / times[-1] + (log_snr[0] - log_snr) / (log_snr[0] - log_snr[-1])
+    kept = np.interp(np.linspace(0, 2, count), mean, times).round().astype(int)
+    kept = np.maximum.accumulate(kept - numbers) + numbers  # each is another
+    return np.minimum(kept, len(betas) - count + numbers).tolist()
 
 
 def _sections(num_timesteps: int, counts: list[int]) -> list[int]:

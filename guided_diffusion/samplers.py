@@ -51,19 +51,29 @@ class Ddim(Repaint):
 
 @dataclass(frozen=True)
 class Ddnm(Sampler):
-    """DDNM: put the known pixels into every predicted x_0 (Wang et al. 2023, section 3.3)."""
+    """DDNM: put the known pixels into every predicted x_0 (Wang et al. 2023, section 3.3).
+
+    An ``overshoot`` moves them 1 + overshoot (1 - alphabar_t) times the way from their prediction
+    to their values, so that in few steps what is beside them follows.
+    """
 
     eta: float = 0.85  # share of fresh noise in a step, 0 to 1
-    eta_falls: float = 0.0  # in step t it is eta (1 - alphabar_t)^eta_falls: less and less
+    eta_end: float | None = None  # eta comes to this evenly with time; None: it stays
+    overshoot: float = 0.0
     inject: bool = True
 
     def denoise(
         self, walk: Walk, output: Tensor, x: Tensor, t: int, noise: Tensor, gradient: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return x_{t-1} and x_0 with the known pixels, given the network's ``output`` at x_t."""
+        diffusion, kept = walk.diffusion, walk.diffusion.timestep_map
+        way = 1 + self.overshoot * float(1 - diffusion.alphas_cumprod[t])
 
         def correct(x_start: Tensor) -> Tensor:
-            return condition(x_start, walk.gt, walk.gt_keep_mask) if self.inject else x_start
+            if not self.inject:
+                return x_start
+            return x_start.lerp(condition(x_start, walk.gt, walk.gt_keep_mask), way)
 
-        eta = self.eta * float(1 - walk.diffusion.alphas_cumprod[t]) ** self.eta_falls
-        return walk.diffusion.ddim_sample(output, x, t, noise, gradient, eta=eta, correct=correct)
+        end = self.eta if self.eta_end is None else self.eta_end
+        eta = end + (self.eta - end) * float(kept[t] / kept[-1])
+        return diffusion.ddim_sample(output, x, t, noise, gradient, eta=eta, correct=correct)

@@ -131,7 +131,7 @@ def _repaint(conf: InpaintConf) -> Sampler:
 # What the key ``sampler`` may be.
 SAMPLERS: dict[str, Callable[[InpaintConf], Sampler]] = {
     "repaint": _repaint,
-    "ddnm": lambda conf: Ddnm(conf.ddnm_eta, conf.ddnm_eta_falls, conf.inpa_inj_sched_prev),
+    "ddnm": lambda c: Ddnm(c.ddnm_eta, c.ddnm_eta_end, c.ddnm_overshoot, c.inpa_inj_sched_prev),
 }
 
 

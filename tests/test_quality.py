@@ -31,9 +31,11 @@ def test_a_name_stands_for_keys():
     assert quality.overrides_of("ddnm1-r5-t50") == {
         "timestep_respacing": "50", "schedule_jump_params.t_T": 50,
         "schedule_jump_params.jump_length": 10, "schedule_jump_params.jump_n_sample": 5,
-        "use_ddim": False, "sampler": "ddnm", "ddnm_eta": 1.0, "ddnm_eta_falls": 0.0,
+        "use_ddim": False, "sampler": "ddnm", "ddnm_eta": 1.0, "ddnm_eta_end": None,
+        "ddnm_overshoot": 0.0,
     }  # fmt: skip
-    assert quality.overrides_of("ddnm0.5falling2-tkarras9")["ddnm_eta_falls"] == 2
+    keys = quality.overrides_of("ddnm0.5to.25over1.5-tlogsnr9")
+    assert (keys["ddnm_eta_end"], keys["ddnm_overshoot"]) == (0.25, 1.5)
     keys = quality.overrides_of("repaint-j20-r4-tddim25")
     assert keys["schedule_jump_params.jump_length"] == 20
     assert (keys["timestep_respacing"], keys["schedule_jump_params.t_T"]) == ("ddim25", 25)

@@ -43,45 +43,38 @@ def test_ddim_takes_the_smallest_exact_stride():
     assert space_timesteps(10, "ddim2") == [0, 5]  # strides 5 to 9 all give two
 
 
-def test_karras_lies_between_even_times_and_levels_even_in_the_seventh_root():
+def test_log_snr_steps_are_even_in_the_mean_of_time_and_log_snr():
     betas = get_named_beta_schedule("linear", 1000)
-    kept = space_timesteps(1000, "karras25", betas)
+    kept = space_timesteps(1000, "logsnr25", betas)
     alphas_cumprod = np.cumprod(1 - betas)
-    sigmas = np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
-    wanted = np.linspace(sigmas[0] ** (1 / 7), sigmas[-1] ** (1 / 7), 25) ** 7
-    by_level = np.interp(wanted, sigmas, np.arange(1000))
-    exact = 0.7 * np.linspace(0, 999, 25) + 0.3 * by_level
-    assert np.abs(kept - exact).max() < 1
-    assert kept == [
-        0, 30, 61, 95, 131, 171, 217, 269, 323, 378, 431, 480, 528, 573, 616, 658, 699, 739, 777,
-        816, 853, 890, 927, 963, 999,
+    log_snr = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
+    shares = (log_snr[0] - log_snr) / np.ptp(log_snr) / 2 + np.arange(1000) / 999 / 2
+    nearest = [np.abs(shares - share).argmin() for share in np.linspace(0, 1, 25)]
+    assert kept == nearest == [
+        0, 3, 10, 23, 45, 77, 117, 164, 215, 268, 323, 378, 432, 486, 539, 591, 641, 690, 737, 784,
+        829, 873, 916, 958, 999,
     ]  # fmt: skip
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(2, 3000), st.integers(2, 3000), st.sampled_from(["linear", "cosine"]))
-def test_karras_spans_any_chain(num_timesteps, count, noise_schedule):
+def test_log_snr_steps_span_any_chain(num_timesteps, count, noise_schedule):
     scale = max(1, 1000 // num_timesteps * 2)  # short linear chains have betas above 1
     betas = get_named_beta_schedule(noise_schedule, num_timesteps * scale)[:num_timesteps]
-    if count - 1 > 0.7 * (num_timesteps - 1):
+    if count > num_timesteps:
         with pytest.raises(ValueError, match=rf"cannot keep {count} steps of {num_timesteps}"):
-            space_timesteps(num_timesteps, f"karras{count}", betas)
+            space_timesteps(num_timesteps, f"logsnr{count}", betas)
         return
-    kept = space_timesteps(num_timesteps, f"karras{count}", betas)
+    kept = space_timesteps(num_timesteps, f"logsnr{count}", betas)
     assert (kept[0], kept[-1], len(kept)) == (0, num_timesteps - 1, count)
     assert sorted(set(kept)) == kept
 
 
-def test_karras_is_no_different_where_a_chain_ends_in_noise_alone():
+def test_log_snr_steps_are_no_different_where_a_chain_ends_in_noise_alone():
     betas = get_named_beta_schedule("linear", 1000)
     noisy = np.append(betas[:-1], 1 - 1e-15)
-    kept, other = (space_timesteps(1000, "karras25", b) for b in (betas, noisy))
+    kept, other = (space_timesteps(1000, "logsnr25", b) for b in (betas, noisy))
     assert np.abs(np.subtract(kept, other)).max() <= 1
-
-
-def test_karras_needs_the_betas():
-    with pytest.raises(ValueError, match="'karras25' needs the betas of the chain"):
-        space_timesteps(1000, "karras25")
 
 
 @pytest.mark.parametrize("respacing", ["ddim6", "ddim0"])
@@ -90,7 +83,7 @@ def test_impossible_strides(respacing):
         space_timesteps(10, respacing)
 
 
-@pytest.mark.parametrize("respacing", ["ten", "5,", "-5", "2.5", "ddim", "ddim-5", "karras-5"])
+@pytest.mark.parametrize("respacing", ["ten", "5,", "-5", "2.5", "ddim", "ddim-5", "logsnr-5"])
 def test_malformed(respacing):
     with pytest.raises(ValueError, match="expected '250'"):
         space_timesteps(10, respacing, np.full(10, 0.1))
