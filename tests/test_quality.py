@@ -39,7 +39,7 @@ def test_a_name_stands_for_keys():
     keys = quality.overrides_of("repaint-j20-r4-tddim25")
     assert keys["schedule_jump_params.jump_length"] == 20
     assert (keys["timestep_respacing"], keys["schedule_jump_params.t_T"]) == ("ddim25", 25)
-    for name in ("fast", "ddnm-t50", "repaint-t", "repaint0.85-t50", ""):
+    for name in ("fast", "ddnm-t50", "repaint-t", "repaint0.85-t50", "ddnm1to-t9", ""):
         with pytest.raises(UserError, match=r"--settings: expected curve, "):
             quality.overrides_of(name)
 

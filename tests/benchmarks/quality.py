@@ -71,7 +71,7 @@ CURVE = (
     *(f"ddnm1to0.5over1.5-tlogsnr{t_T}" for t_T in (10, 15, 20, 25, 33, 50)),
 )
 NAME = re.compile(
-    r"(repaint|ddim|ddnm(?P<eta>[01](?:\.\d+)?)(?:to(?P<end>[01]?\.?\d*))?(?:over(?P<over>[\d.]+))?)"
+    r"(repaint|ddim|ddnm(?P<eta>[01](?:\.\d+)?)(?:to(?P<end>\d*\.?\d+))?(?:over(?P<over>\d*\.?\d+))?)"
     r"(?:-j(?P<j>\d+))?(?:-r(?P<r>\d+))?"
     r"-t(?P<respacing>[a-z]*(?P<t_T>\d+))"
 )
@@ -145,7 +145,7 @@ def overrides_of(name: str) -> dict[str, Any]:
         "sampler": "ddnm" if match["eta"] else "repaint",
     }
     if match["eta"]:
-        end = float(match["end"]) if match["end"] else None
+        end = match["end"] and float(match["end"])
         keys |= {"ddnm_eta": float(match["eta"]), "ddnm_eta_end": end}
         keys["ddnm_overshoot"] = float(match["over"] or 0)
     return keys
