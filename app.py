@@ -65,6 +65,7 @@ PREVIEW_SIZE = 1600  # longest side in pixels of what the browser shows and pain
 # deleted: those of closed tabs, answers to programs, and uploads, aborted ones too.
 TOUCH_SECONDS, KEPT_SECONDS = 60.0, 1800.0  # a telephone in a pocket sleeps
 FONTS = ["system-ui", "sans-serif"]  # none is fetched from elsewhere
+NO_CROSS = "#files .label-clear-button {display: none}"  # it would take a file off the list
 PARTS = {p.name: p.read_text("utf-8") for p in Path(__file__).parent.glob("page/*.[chjy]*")}
 WORDS = yaml.safe_load(PARTS["words.yml"])
 
@@ -148,7 +149,8 @@ class Page:
             strokes = (value or {}).get("strokes")
             for job in self.work(say, visitor.picture, settings, strokes, visitor.size):
                 visitor.job = job
-                yield status(job.told, job), gr.skip(), gr.skip()
+                if not job.work.done():  # "Done" comes with the results
+                    yield status(job.told, job), gr.skip(), gr.skip()
         except Exception as error:
             is_error = not isinstance(error, CancelledError)
             yield status(explain(error, say), is_error=is_error), gr.skip(), gr.skip()
@@ -189,8 +191,8 @@ class Page:
         """
         say = speaker(request)
         try:
-            if hole == PAINTED:
-                raise UserError(key="hole", expected=", ".join(CHOICES["hole"][1:]), got=hole)
+            if hole not in CHOICES["hole"][1:]:  # nothing is painted here
+                raise UserError(key="hole", expected=", ".join(CHOICES["hole"][1:]), got=repr(hole))
             path = self.upload(picture)
             self.read(path)
             file = mask and self.upload(mask, "mask")
@@ -216,9 +218,9 @@ class Page:
                     os.utime(job.folder)
                 count, seconds = self.worker.count_before(job), time.monotonic() - job.since
                 left = seconds / max(1, job.calls) * (job.total - job.calls)
-                phase = "waiting" if count else job.phase
-                job.told = say(phase, count=count, seconds=round(seconds), calls=job.calls,
-                               total=job.total, left=round(left))  # fmt: skip
+                phase = "starting" if job.phase == "running" and not job.calls else job.phase
+                job.told = say("waiting" if count else phase, count=count, seconds=round(seconds),
+                               calls=job.calls, total=job.total, left=round(left))  # fmt: skip
                 yield job
                 wait([job.work], 0.3)
             if job.is_cancelled:
@@ -237,16 +239,16 @@ class Page:
 
 
 def speaker(request: "gr.Request") -> Callable[..., str]:
-    """Return what finds and fills messages in the visitor's language.
-
-    The folders of this machine, which are nobody's business, are left out.
-    """
+    """Return what says a message in the visitor's language, without this machine's folders."""
     is_chinese = (request.headers.get("accept-language") or "").lower().startswith("zh")
 
     def say(key: str, **values: object) -> str:
         said = WORDS["messages"].get(key)
         text = said["zh" if is_chinese else "en"].format(**values) if said else key
-        return re.sub(r"(?<![\w.:/])(?:/[^\s/:]+)+/(?=[^\s/])", "", text)
+        text = re.sub(r"(?<![\w.:/])(?:/[^\s/:]+)+/(?=[^\s/])", "", text)
+        for pattern, chinese in WORDS["refusals"].items() if is_chinese else ():
+            text = re.sub(pattern, chinese, text)
+        return text
 
     return say
 
@@ -366,17 +368,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets "
                         "other machines in")  # fmt: skip
     parser.add_argument("--port", type=int, default=7860, help="port to listen at")
-    parser.add_argument("--share", action="store_true", help="a public address, through Gradio's "
-                        "servers")  # fmt: skip
+    parser.add_argument("--share", action="store_true", help="a public address, through Gradio")
     args = parser.parse_args(argv)
     if not 1 <= args.port <= 65535:
         raise UserError(key="--port", expected="1 to 65535", got=args.port)
     try:
         socket.create_server((args.host, args.port)).close()
     except OSError as error:
-        is_used = error.errno == errno.EADDRINUSE
-        problem = f"port {args.port} is in use: --port {args.port + 1}"
-        raise UserError(problem if is_used else f"--host: {error}") from error
+        used = f"port {args.port} is in use: --port {args.port + 1}"
+        raise UserError(used if error.errno == errno.EADDRINUSE else f"--host: {error}") from error
     return args
 
 
@@ -394,8 +394,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         page = Page(worker)
         demo, words = build_page(page)
         demo.launch(
-            server_name=args.host, server_port=args.port, share=args.share, i18n=words,
-            max_file_size=f"{MAX_UPLOAD_MB}mb", footer_links=["api"], quiet=True, show_error=True,
+            server_name=args.host, server_port=args.port, share=args.share, i18n=words, quiet=True,
+            max_file_size=f"{MAX_UPLOAD_MB}mb", footer_links=["api"], show_error=True, css=NO_CROSS,
             theme=gr.themes.Default(font=FONTS, font_mono=FONTS), prevent_thread_lock=True,
         )  # fmt: skip
         print(f"http://{args.host}:{args.port}", demo.share_url or "", flush=True)

@@ -15,6 +15,7 @@ const pen = canvas.getContext("2d");
 const fingers = new Map(); // places of the pointers that are down, by id
 let mode = "empty"; // then paint, results
 let picture = null; // URL of what is painted on
+let choices = 0; // the last one counts, and not an upload that ends after it
 let strokes = [], undone = [], stroke = null;
 let [wide, high, left, top, zoom, fitting] = [1, 1, 0, 0, 1, 1]; // the sheet and its place
 
@@ -178,6 +179,7 @@ function say(text, isError = false) {
   message.classList.toggle("error", isError);
 }
 function choose(value) {
+  choices += 1;
   say(words.reading);
   props.value = value;
   trigger("chosen");
@@ -188,10 +190,12 @@ async function send(file) {
   const fill = (text) => text.replace(/{(\w+)}/g, (_, key) => told[key]);
   if (file.size > props.most_mb * 1e6) return say(fill(words.too_large), true);
   say(fill(words.uploading));
+  const own = (choices += 1);
   try {
-    choose({ path: (await upload(file)).path });
+    const { path } = await upload(file);
+    if (own === choices) choose({ path });
   } catch {
-    say(fill(words.failed), true);
+    if (own === choices) say(fill(words.failed), true);
   }
 }
 file.onchange = () => send(file.files[0]).then(() => (file.value = "")); // the same may come again

@@ -110,7 +110,7 @@ def test_examples_are_what_can_be_read_each_by_its_own_name(page):
         ({"path": "/etc/hostname"}, "picture: expected a file"),
         ({"path": 3}, "picture: expected a file"),
         ({}, "picture: expected a file"),
-        ({"path": "text.png"}, "text.png: not a picture"),
+        ({"path": "text.png"}, "text.png：不是可识别的图片"),
         ({"result": 0}, "程序出错，详情见终端"),
     ],
 )
@@ -345,7 +345,7 @@ def test_a_large_photo_after_mistakes_on_a_telephone_in_china(open_page, tmp_pat
     page = open_page(viewport=PHONE, locale="zh-CN")
     assert page.locator("#run").inner_text() == "运行"
     page.set_input_files("#editor input[type=file]", tmp_path / "cut.jpg")
-    told(page, "cut.jpg: cannot be read", "#editor .message")
+    told(page, "cut.jpg：无法读取", "#editor .message")
     page.click("#run")
     told(page, "请先选择图片")
     page.set_input_files("#editor input[type=file]", tmp_path / "photo.jpg")
