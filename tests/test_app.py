@@ -319,13 +319,13 @@ def test_two_visitors_wait_for_one_another_until_one_cancels_or_leaves(open_page
     first.get_by_label("number input for Results").fill("4")
     for end in (lambda: first.click("#cancel"), first.close):
         first.click("#run")
-        told(first, "Step 1")
+        first.wait_for_selector("#status progress")
         second.click("#run")
-        told(second, "1 before you")
+        second.wait_for_selector("#told:text-is('1 before you')")
         second.click("#cancel")
         told(second, "Cancelled (1 before you)")
         second.click("#run")
-        told(second, "1 before you")
+        second.wait_for_selector("#told:text-is('1 before you')")
         end()
         told(second, "Done")
         if not first.is_closed():
