@@ -516,16 +516,16 @@ def test_a_worker_counts_results_that_somebody_removed(here, tmp_path, monkeypat
     ({}, f"repaint with {TINY_CALLS}"),
     ({"sampler": "ddnm", "use_ddim": True}, "the YAML's way"),
 ])  # fmt: skip
-def test_fast_is_ddnm_in_20_calls_and_says_so(here, tmp_path, own, replaced):
+def test_fast_is_ddnm_in_18_calls_and_says_so(here, tmp_path, own, replaced):
     options = write_run(tmp_path, 1, seed=3, **own)
     ended = here(*options, "--fast")
     assert ended.status == 0, ended.err
-    line = f"--fast: ddnm with 20 network calls a picture in place of {replaced}; docs/quality.md"
+    line = f"--fast: ddnm with 18 network calls a picture in place of {replaced}; docs/quality.md"
     assert line in ended.out
     conf = load_conf(tmp_path / "log" / "run" / "run.yml")
     assert (conf.sampler, conf.use_ddim) == ("ddnm", False)
     assert (conf.ddnm_eta, conf.ddnm_eta_end, conf.ddnm_overshoot) == (1, 0.5, 1.5)
-    assert (conf.timestep_respacing, conf.schedule_jump_params.t_T) == ("logsnr20", 20)
+    assert (conf.timestep_respacing, conf.schedule_jump_params.t_T) == ("logsnr18", 18)
     assert conf.schedule_jump_params.jump_n_sample == 1
     ended = here(*options, "--fast", "--set", "sampler=repaint")
-    assert "--fast: repaint with 20 network calls a picture" in ended.out
+    assert "--fast: repaint with 18 network calls a picture" in ended.out
