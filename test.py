@@ -35,8 +35,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--invert_mask", action="store_true", help="white is to be generated")
     parser.add_argument("--full_size", action="store_true", help="give each photo back at its own "
                         "size; only the hole and feather pixels around it change")  # fmt: skip
-    parser.add_argument("--fast", action="store_true", help="18 network calls a picture: sampler: "
-                        "ddnm, 18 steps, no resampling")  # fmt: skip
+    parser.add_argument("--fast", action="store_true", help="25 network calls a picture: sampler: "
+                        "ddnm, 25 steps, no resampling")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="any key, dotted, as in YAML; repeatable")  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="skip results that are finished")

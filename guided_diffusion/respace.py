@@ -6,12 +6,8 @@ betas are chosen so that it passes through the same noise levels as the long one
 
 import numpy as np
 
-LOWEST_LOG_SNR = -10.15  # where DDPM's linear chain ends; others end in noise alone
 
-
-def space_timesteps(
-    num_timesteps: int, respacing: str, betas: np.ndarray | None = None
-) -> list[int]:
+def space_timesteps(num_timesteps: int, respacing: str) -> list[int]:
     """Return the kept indices of a chain of ``num_timesteps`` steps, ascending.
 
     ``respacing`` is one of
@@ -19,25 +15,19 @@ def space_timesteps(
     - ``'250'`` or ``'20,30'``: divide the chain into as many equal sections as there are counts and
       keep that many steps of each;
     - ``'ddimN'``: N steps at one integer stride from 0;
-    - ``'logsnrN'``: N steps from 0 to the last, even in the mean of time and of log SNR, each
-      scaled to run from 0 to 1; log SNR is log(alphabar / (1 - alphabar)), at least -10.15. Steps
-      lie closer where there is little noise. Steps even in log SNR alone are those of DPM-Solver
-      (Lu et al. 2022, section 3.3). It needs ``betas``, those of the chain;
     - empty: all of them.
 
     Raises ValueError where that is impossible.
     """
     if respacing.startswith("ddim"):
         return _stride(num_timesteps, _count(respacing.removeprefix("ddim"), respacing))
-    if respacing.startswith("logsnr"):
-        return _log_snr(betas, _count(respacing.removeprefix("logsnr"), respacing))
     counts = [_count(part, respacing) for part in respacing.split(",")] if respacing else []
     return _sections(num_timesteps, counts or [num_timesteps])
 
 
 def _count(text: str, respacing: str) -> int:
     if not text.strip().isdecimal():
-        raise ValueError(f"expected '250', '20,30', 'ddim50' or 'logsnr25', found {respacing!r}")
+        raise ValueError(f"expected '250', '20,30' or 'ddim50', found {respacing!r}")
     return int(text)
 
 
@@ -47,18 +37,6 @@ def _stride(num_timesteps: int, count: int) -> list[int]:
         if len(kept) == count:
             return list(kept)
     raise ValueError(f"no integer stride through {num_timesteps} steps gives exactly {count}")
-
-
-def _log_snr(betas: np.ndarray, count: int) -> list[int]:
-    times, numbers = np.arange(len(betas)), np.arange(count)
-    if count > len(betas):
-        raise ValueError(f"cannot keep {count} steps of {len(betas)}")
-    alphas_cumprod = np.cumprod(1.0 - betas)
-    log_snr = np.maximum(np.log(alphas_cumprod / (1 - alphas_cumprod)), LOWEST_LOG_SNR)
-    mean = times / times[-1] + (log_snr[0] - log_snr) / (log_snr[0] - log_snr[-1])
-    kept = np.interp(np.linspace(0, 2, count), mean, times).round().astype(int)
-    kept = np.maximum.accumulate(kept - numbers) + numbers  # each is another
-    return np.minimum(kept, len(betas) - count + numbers).tolist()
 
 
 def _sections(num_timesteps: int, counts: list[int]) -> list[int]:

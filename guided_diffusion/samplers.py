@@ -58,7 +58,6 @@ class Ddnm(Sampler):
     """
 
     eta: float = 0.85  # share of fresh noise in a step, 0 to 1
-    eta_end: float | None = None  # eta comes to this evenly with time; None: it stays
     overshoot: float = 0.0
     inject: bool = True
 
@@ -66,7 +65,7 @@ class Ddnm(Sampler):
         self, walk: Walk, output: Tensor, x: Tensor, t: int, noise: Tensor, gradient: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return x_{t-1} and x_0 with the known pixels, given the network's ``output`` at x_t."""
-        diffusion, kept = walk.diffusion, walk.diffusion.timestep_map
+        diffusion = walk.diffusion
         way = 1 + self.overshoot * float(1 - diffusion.alphas_cumprod[t])
 
         def correct(x_start: Tensor) -> Tensor:
@@ -74,6 +73,4 @@ class Ddnm(Sampler):
                 return x_start
             return x_start.lerp(condition(x_start, walk.gt, walk.gt_keep_mask), way)
 
-        end = self.eta if self.eta_end is None else self.eta_end
-        eta = end + (self.eta - end) * float(kept[t] / kept[-1])
-        return diffusion.ddim_sample(output, x, t, noise, gradient, eta=eta, correct=correct)
+        return diffusion.ddim_sample(output, x, t, noise, gradient, eta=self.eta, correct=correct)

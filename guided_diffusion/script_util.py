@@ -75,7 +75,7 @@ def create_gaussian_diffusion(
     if betas is None:
         betas = get_named_beta_schedule(conf.noise_schedule, conf.diffusion_steps)
     try:
-        kept = space_timesteps(conf.diffusion_steps, respacing, betas)
+        kept = space_timesteps(conf.diffusion_steps, respacing)
         return GaussianDiffusion(
             respaced_betas(betas, kept),
             kept,
@@ -131,7 +131,7 @@ def _repaint(conf: InpaintConf) -> Sampler:
 # What the key ``sampler`` may be.
 SAMPLERS: dict[str, Callable[[InpaintConf], Sampler]] = {
     "repaint": _repaint,
-    "ddnm": lambda c: Ddnm(c.ddnm_eta, c.ddnm_eta_end, c.ddnm_overshoot, c.inpa_inj_sched_prev),
+    "ddnm": lambda c: Ddnm(c.ddnm_eta, c.ddnm_overshoot, c.inpa_inj_sched_prev),
 }
 
 

@@ -43,50 +43,16 @@ def test_ddim_takes_the_smallest_exact_stride():
     assert space_timesteps(10, "ddim2") == [0, 5]  # strides 5 to 9 all give two
 
 
-def test_log_snr_steps_are_even_in_the_mean_of_time_and_log_snr():
-    betas = get_named_beta_schedule("linear", 1000)
-    kept = space_timesteps(1000, "logsnr25", betas)
-    alphas_cumprod = np.cumprod(1 - betas)
-    log_snr = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
-    shares = (log_snr[0] - log_snr) / np.ptp(log_snr) / 2 + np.arange(1000) / 999 / 2
-    nearest = [np.abs(shares - share).argmin() for share in np.linspace(0, 1, 25)]
-    assert kept == nearest == [
-        0, 3, 10, 23, 45, 77, 117, 164, 215, 268, 323, 378, 432, 486, 539, 591, 641, 690, 737, 784,
-        829, 873, 916, 958, 999,
-    ]  # fmt: skip
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(2, 3000), st.integers(2, 3000), st.sampled_from(["linear", "cosine"]))
-def test_log_snr_steps_span_any_chain(num_timesteps, count, noise_schedule):
-    scale = max(1, 1000 // num_timesteps * 2)  # short linear chains have betas above 1
-    betas = get_named_beta_schedule(noise_schedule, num_timesteps * scale)[:num_timesteps]
-    if count > num_timesteps:
-        with pytest.raises(ValueError, match=rf"cannot keep {count} steps of {num_timesteps}"):
-            space_timesteps(num_timesteps, f"logsnr{count}", betas)
-        return
-    kept = space_timesteps(num_timesteps, f"logsnr{count}", betas)
-    assert (kept[0], kept[-1], len(kept)) == (0, num_timesteps - 1, count)
-    assert sorted(set(kept)) == kept
-
-
-def test_log_snr_steps_are_no_different_where_a_chain_ends_in_noise_alone():
-    betas = get_named_beta_schedule("linear", 1000)
-    noisy = np.append(betas[:-1], 1 - 1e-15)
-    kept, other = (space_timesteps(1000, "logsnr25", b) for b in (betas, noisy))
-    assert np.abs(np.subtract(kept, other)).max() <= 1
-
-
 @pytest.mark.parametrize("respacing", ["ddim6", "ddim0"])
 def test_impossible_strides(respacing):
     with pytest.raises(ValueError, match=rf"no integer stride .* exactly {respacing[4:]}"):
         space_timesteps(10, respacing)
 
 
-@pytest.mark.parametrize("respacing", ["ten", "5,", "-5", "2.5", "ddim", "ddim-5", "logsnr-5"])
+@pytest.mark.parametrize("respacing", ["ten", "5,", "-5", "2.5", "ddim", "ddim-5"])
 def test_malformed(respacing):
     with pytest.raises(ValueError, match="expected '250'"):
-        space_timesteps(10, respacing, np.full(10, 0.1))
+        space_timesteps(10, respacing)
 
 
 @settings(deadline=None)

@@ -82,9 +82,8 @@ class ModelConf(Conf):
     noise_schedule: str = key("linear", "How noise grows along the chain.",
                               choices=("linear", "cosine"))
     timestep_respacing: str = key("250", "Steps kept of the chain, in all ('250'), by section "
-                                  "('20,30'), evenly ('ddim50') or by noise ('logsnr25'), empty: "
-                                  "all; to go faster lower it TOGETHER with "
-                                  "schedule_jump_params.t_T, which costs quality.",
+                                  "('20,30') or evenly ('ddim50'), empty: all; to go faster lower "
+                                  "it TOGETHER with schedule_jump_params.t_T, which costs quality.",
                                   pattern=STEPS)
     predict_xstart: bool = key(False, "The network predicts the clean picture, not the noise.")
     predict_v: bool = key(False, "The network predicts the velocity: nearly the noise where there "

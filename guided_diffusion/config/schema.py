@@ -61,8 +61,8 @@ WIDTHS = Pattern(
 SIDES = Pattern(f"(?:{_commas(_COUNT)})?", "integers and commas, such as '32,16,8'")
 RATES = Pattern(_commas(r"(?:0|0?\.\d{1,9})"), "numbers below 1 and commas, such as '0.9999'")
 STEPS = Pattern(
-    f"(?:{_commas(_COUNT)}|(?:ddim|logsnr){_COUNT})?",
-    "'250', '20,30', 'ddim50', 'logsnr25' or the like",
+    f"(?:{_commas(_COUNT)}|ddim{_COUNT})?",
+    "'250', '20,30', 'ddim50' or the like",
 )
 
 

@@ -68,10 +68,10 @@ CURVE = (
     *(f"repaint-t{t_T}" for t_T in (25, 50, 100)),
     *(f"repaint-r{r}-t{t_T}" for r in (5, 10) for t_T in (25, 50, 100)),
     *(f"ddnm0.85-t{t_T}" for t_T in (10, 15, 20, 25, 33, 50, 100)),
-    *(f"ddnm1to0.5over1.5-tlogsnr{t_T}" for t_T in (10, 15, 20, 25, 33, 50)),
+    *(f"ddnm0.85over1-t{t_T}" for t_T in (10, 15, 20, 25, 33, 50)),
 )
 NAME = re.compile(
-    r"(repaint|ddim|ddnm(?P<eta>[01](?:\.\d+)?)(?:to(?P<end>\d*\.?\d+))?(?:over(?P<over>\d*\.?\d+))?)"
+    r"(repaint|ddim|ddnm(?P<eta>[01](?:\.\d+)?)(?:over(?P<over>\d*\.?\d+))?)"
     r"(?:-j(?P<j>\d+))?(?:-r(?P<r>\d+))?"
     r"-t(?P<respacing>[a-z]*(?P<t_T>\d+))"
 )
@@ -145,9 +145,8 @@ def overrides_of(name: str) -> dict[str, Any]:
         "sampler": "ddnm" if match["eta"] else "repaint",
     }
     if match["eta"]:
-        end = match["end"] and float(match["end"])
-        keys |= {"ddnm_eta": float(match["eta"]), "ddnm_eta_end": end}
-        keys["ddnm_overshoot"] = float(match["over"] or 0)
+        over = float(match["over"] or 0)
+        keys |= {"ddnm_eta": float(match["eta"]), "ddnm_overshoot": over}
     return keys
 
 

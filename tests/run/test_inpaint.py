@@ -86,7 +86,7 @@ def test_what_the_record_says(here, tmp_path):
     conf = load_conf(f"{LOG}/run.yml", InpaintConf)
     assert conf_to_dict(conf) == tree
     documented = {doc.key.split(".")[0] for doc in describe(InpaintConf)}
-    optional = {"cond_y", "classifier_path", "ddnm_eta_end", "device", "precision"}
+    optional = {"cond_y", "classifier_path", "device", "precision"}
     assert documented - tree.keys() == optional
     assert record["state"] == "finished"
     assert record["device_type"] == "cpu"
@@ -516,16 +516,16 @@ def test_a_worker_counts_results_that_somebody_removed(here, tmp_path, monkeypat
     ({}, f"repaint with {TINY_CALLS}"),
     ({"sampler": "ddnm", "use_ddim": True}, "the YAML's way"),
 ])  # fmt: skip
-def test_fast_is_ddnm_in_18_calls_and_says_so(here, tmp_path, own, replaced):
+def test_fast_is_ddnm_in_25_calls_and_says_so(here, tmp_path, own, replaced):
     options = write_run(tmp_path, 1, seed=3, **own)
     ended = here(*options, "--fast")
     assert ended.status == 0, ended.err
-    line = f"--fast: ddnm with 18 network calls a picture in place of {replaced}; docs/quality.md"
+    line = f"--fast: ddnm with 25 network calls a picture in place of {replaced}; docs/quality.md"
     assert line in ended.out
     conf = load_conf(tmp_path / "log" / "run" / "run.yml")
     assert (conf.sampler, conf.use_ddim) == ("ddnm", False)
-    assert (conf.ddnm_eta, conf.ddnm_eta_end, conf.ddnm_overshoot) == (1, 0.5, 1.5)
-    assert (conf.timestep_respacing, conf.schedule_jump_params.t_T) == ("logsnr18", 18)
+    assert (conf.ddnm_eta, conf.ddnm_overshoot) == (0.85, 1)
+    assert (conf.timestep_respacing, conf.schedule_jump_params.t_T) == ("25", 25)
     assert conf.schedule_jump_params.jump_n_sample == 1
     ended = here(*options, "--fast", "--set", "sampler=repaint")
-    assert "--fast: repaint with 18 network calls a picture" in ended.out
+    assert "--fast: repaint with 25 network calls a picture" in ended.out
