@@ -243,9 +243,9 @@ def speaker(request: "gr.Request") -> Callable[..., str]:
     is_chinese = (request.headers.get("accept-language") or "").lower().startswith("zh")
 
     def say(key: str, **values: object) -> str:
-        said = WORDS["messages"].get(key)
-        text = said["zh" if is_chinese else "en"].format(**values) if said else key
-        text = re.sub(r"(?<![\w.:/])(?:/[^\s/:]+)+/(?=[^\s/])", "", text)
+        if key in WORDS["messages"]:
+            return WORDS["messages"][key]["zh" if is_chinese else "en"].format(**values)
+        text = re.sub(r"(?<![\w.:/])(?:/[^\s/:]+)+/(?=[^\s/])", "", key)
         for pattern, chinese in WORDS["refusals"].items() if is_chinese else ():
             text = re.sub(pattern, chinese, text)
         return text

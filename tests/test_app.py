@@ -111,12 +111,14 @@ def test_examples_are_what_can_be_read_each_by_its_own_name(page):
         ({"path": 3}, "picture: expected a file"),
         ({}, "picture: expected a file"),
         ({"path": "text.png"}, "text.png：不是可识别的图片"),
+        ({"path": "phone.heic"}, "phone.heic：请先将 HEIC 转换为"),
         ({"result": 0}, "程序出错，详情见终端"),
     ],
 )
 def test_what_is_no_picture_cannot_be_chosen(page, monkeypatch, value, message):
     monkeypatch.chdir(page.folder)
     Path("text.png").write_text("no picture")
+    Path("phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
     visitor = app.Visitor()
     answer, _ = page.choose(visitor, value, tab("zh-CN"))
     assert message in answer["error"]

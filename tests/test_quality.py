@@ -20,9 +20,10 @@ SIDE = 32
 
 
 def test_settings_are_chosen_by_name_and_pattern():
-    chosen = quality.choose_names(["posterior", "ddnm0.85-t1*", "repaint-t7", "posterior"])
+    chosen = quality.choose_names(["posterior", "ddnm*-t1*", "repaint-t7", "posterior"])
     assert chosen == [
-        "posterior", "ddnm0.85-t10", "ddnm0.85-t15", "ddnm0.85-t100", "repaint-t7",
+        "posterior", "ddnm0.85-t10", "ddnm0.85-t15", "ddnm0.85-t100", "ddnm0.85over1-t10",
+        "ddnm0.85over1-t15", "repaint-t7",
     ]  # fmt: skip
     assert quality.choose_names(["curve"]) == list(quality.CURVE)
 
